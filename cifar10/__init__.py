@@ -1,0 +1,1 @@
+"""Early exits on CIFAR-10: networks, data, trainer and evaluation."""

@@ -1,0 +1,261 @@
+"""CIFAR-10 and digits as tensors: the whole set in memory, augmented a batch at a time.
+
+Crops and flips are drawn from a generator seeded by (seed, epoch, step), so every batch is a pure
+function of its position: resuming in the middle of an epoch needs nothing but the position.
+"""
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from early_exit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent / "data"
+SPLITS = ("train", "val", "test")
+# ImageNet's statistics, as in akamaster's script, so that its public checkpoints need no flag.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PAD = 4  # pixels on each side before a crop (He et al. 2015, section 4.2)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and what they show.
+
+    images: (N, 3, H, W) uint8; targets: (N,) int64.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, indices: np.ndarray) -> "ImageSet":
+        """The images at `indices`, in that order."""
+        indices = torch.from_numpy(indices)
+        return ImageSet(self.images[indices], self.targets[indices])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set cut into train, val and test, giving normalised batches on a device."""
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, ImageSet]
+    val_hash: str
+    """Says which images are val; a checkpoint carries it."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    """Whether a mirrored image shows the same thing."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        return tuple(self.splits["train"].images.shape[1:])
+
+    def to(self, device: torch.device) -> "Data":
+        """The same data with its tensors on `device`."""
+        splits = {
+            split: ImageSet(part.images.to(device), part.targets.to(device))
+            for split, part in self.splits.items()
+        }
+        return Data(**{**vars(self), "splits": splits})
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in train; a rest is left out, another one in every epoch."""
+        return max(1, len(self.splits["train"]) // batch_size)
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from `first_step` on: images (B, 3, H, W), targets (B,)."""
+        train = self.splits["train"]
+        order = torch.randperm(len(train), generator=_generator(seed, epoch))
+        order = order.to(train.images.device)
+        for step in range(first_step, self.steps_per_epoch(batch_size)):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            images = augment(train.images[rows], _generator(seed, epoch, step), self.flip)
+            yield self.normalise(images), train.targets[rows]
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split's batches in order, not augmented."""
+        part = self.splits[split]
+        for start in range(0, len(part), batch_size):
+            rows = slice(start, start + batch_size)
+            yield self.normalise(part.images[rows]), part.targets[rows]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to float32, channels last, with the set's mean and deviation."""
+        mean = torch.tensor(self.mean, device=images.device).mul_(255).view(-1, 1, 1)
+        scale = torch.tensor(self.std, device=images.device).mul_(255).reciprocal_().view(-1, 1, 1)
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        return images.sub_(mean).mul_(scale)
+
+    def cut_test(self, seed: int) -> "Data":
+        """The test set cut into two stratified halves, the first now val, the second test.
+
+        For backbones that have seen all of train: no image of train is held out from them.
+        """
+        test = self.splits["test"]
+        chosen = stratified(test.targets.cpu().numpy(), len(test) // 2, seed)
+        rest = np.setdiff1d(np.arange(len(test)), chosen)
+        halves = {"val": test.subset(chosen), "test": test.subset(rest)}
+        return Data(
+            **{
+                **vars(self),
+                "splits": {**self.splits, **halves},
+                "val_hash": index_hash(f"{self.name} test", chosen),
+            }
+        )
+
+
+def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Random crops after padding with black by 4 pixels, and random mirror images.
+
+    The distribution of torchvision's RandomCrop(H, padding=4) and RandomHorizontalFlip, for a
+    whole batch at once. images: (B, 3, H, W) uint8, square.
+    """
+    count, _, height, width = images.shape
+    draws = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    top, left = draws.to(images.device, non_blocking=True)
+    padded = F.pad(images, (PAD,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
+    images = windows[torch.arange(count, device=images.device), :, top, left]
+    if flip:
+        mirrored = mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        images = torch.where(mirrored, images.flip(-1), images)
+    return images
+
+
+def stratified(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Indices (size,), sorted, of a random sample with every class in its share.
+
+    Where the shares are not whole numbers, the classes with the largest rests get one more.
+    """
+    rng = np.random.default_rng(seed)
+    classes, counts = np.unique(targets, return_counts=True)
+    quota = counts * size / len(targets)
+    take = np.floor(quota).astype(int)
+    for index in np.argsort(take - quota, kind="stable")[: size - take.sum()]:
+        take[index] += 1
+    chosen = [
+        rng.permutation(np.flatnonzero(targets == label))[:number]
+        for label, number in zip(classes, take, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def index_hash(name: str, indices: np.ndarray) -> str:
+    """A short hash of which images of `name` are held out."""
+    content = name.encode() + np.asarray(indices, dtype="<i8").tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def load(
+    dataset: str,
+    root: str | Path | None = None,
+    split_seed: int = 0,
+    normalisation: dict | None = None,
+) -> Data:
+    """The data set called `dataset`: cifar10 (downloaded where absent) or digits.
+
+    normalisation: {"mean": [...], "std": [...]} of a checkpoint; None: the set's default.
+    """
+    if dataset not in LOADERS:
+        raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
+    data = LOADERS[dataset](Path(root) if root else ROOT, split_seed)
+    if normalisation:
+        data = Data(
+            **{**vars(data), **{key: tuple(value) for key, value in normalisation.items()}}
+        )
+    return data
+
+
+def _cifar10(root: Path, split_seed: int) -> Data:
+    """45,000 / 5,000 / 10,000."""
+    from torchvision.datasets import CIFAR10
+
+    def read(train: bool) -> CIFAR10:
+        return CIFAR10(root, train=train, download=False)
+
+    try:
+        sets = [read(True), read(False)]
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # absent or damaged
+        log.info("CIFAR-10 is not whole under %s; downloading it", root)
+        try:
+            CIFAR10(root, train=True, download=True)
+            sets = [read(True), read(False)]
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"CIFAR-10 is not under {root} and downloading {CIFAR10.url} failed"
+                f" ({' '.join(str(error).split())}); put the original cifar-10-batches-py folder"
+                f" there, or run with --dataset digits, which needs no network"
+            ) from None
+    train, test = (
+        ImageSet(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets),
+        )
+        for part in sets
+    )
+    return _cut("cifar10", train, test, 5000, split_seed, tuple(sets[0].classes), flip=True)
+
+
+def _digits(_root: Path, split_seed: int) -> Data:
+    """scikit-learn's 1,797 scanned digits, 8x8 grey, brought to 3x32x32: 1,257 / 180 / 360."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "--dataset digits needs scikit-learn; run: pip install -r requirements.txt"
+        ) from None
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # (N, 1, 8, 8), 0..16
+    large = F.interpolate(grey, size=32, mode="bilinear", align_corners=False)
+    images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    targets = torch.from_numpy(digits.target).long()
+    whole = ImageSet(images, targets)
+    held_out = stratified(digits.target, 360, seed=0)  # the test set is the same for everybody
+    kept = np.setdiff1d(np.arange(len(whole)), held_out)
+    names = tuple(str(name) for name in digits.target_names)
+    # a mirrored digit is no digit
+    return _cut(
+        "digits", whole.subset(kept), whole.subset(held_out), 180, split_seed, names, flip=False
+    )
+
+
+def _cut(
+    name: str,
+    train: ImageSet,
+    test: ImageSet,
+    val_size: int,
+    split_seed: int,
+    classes: tuple[str, ...],
+    flip: bool,
+) -> Data:
+    val = stratified(train.targets.numpy(), val_size, split_seed)
+    rest = np.setdiff1d(np.arange(len(train)), val)
+    splits = {"train": train.subset(rest), "val": train.subset(val), "test": test}
+    return Data(name, classes, splits, index_hash(name, val), MEAN, STD, flip)
+
+
+LOADERS = {"cifar10": _cifar10, "digits": _digits}
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU, so that the order does not depend on the device."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))

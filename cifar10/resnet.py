@@ -1,0 +1,109 @@
+"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2), shortcut option A.
+
+Parameter names are those of akamaster's pytorch_resnet_cifar10, so its checkpoints load as they
+are. Blocks, and so places for exits, are called `layer1.0` .. `layer3.8`; `layer1` is the end of
+the first stage.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from early_exit.errors import UserError
+from early_exit.network import MultiExitNetwork
+
+DEPTHS = {
+    "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18, "resnet1202": 200
+}  # fmt: skip
+DEFAULT_EXITS = ("layer1",)  # a single exit at the end of the first stage, as in CDL's first step
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters.
+
+    Option A: where the block halves the picture, the shortcut takes every second pixel and pads
+    the new channels with zeros, half of them on each side.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.pad = (channels - in_channels) // 2
+
+    def forward(self, features: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if self.stride != 1:
+            features = features[:, :, :: self.stride, :: self.stride]
+        if self.pad:
+            features = F.pad(features, (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + features, inplace=True)
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of 6n + 2 layers: 32x32 images, widths 16, 32 and 64.
+
+    Maps images (B, 3, 32, 32) to logits (B, K).
+    """
+
+    def __init__(self, blocks_per_stage: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _layer(16, 16, blocks_per_stage, stride=1)
+        self.layer2 = _layer(16, 32, blocks_per_stage, stride=2)
+        self.layer3 = _layer(32, 64, blocks_per_stage, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.linear(features.mean(dim=(2, 3)))
+
+    def units(self) -> dict[str, nn.Module]:
+        """The blocks in order, by name; one after the other they are `forward`."""
+        units: dict[str, nn.Module] = {
+            "stem": nn.Sequential(self.conv1, self.bn1, nn.ReLU(inplace=True))
+        }
+        for stage in ("layer1", "layer2", "layer3"):
+            for index, block in enumerate(getattr(self, stage)):
+                units[f"{stage}.{index}"] = block
+        units["classifier"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.linear)
+        return units
+
+
+def _layer(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
+
+
+def build_backbone(arch: str, num_classes: int = 10) -> ResNet:
+    """The plain network called `arch`: resnet20, 32, 44, 56, 110 or 1202."""
+    if arch not in DEPTHS:
+        raise UserError(f"there is no network {arch!r}; choose one of {', '.join(DEPTHS)}")
+    return ResNet(DEPTHS[arch], num_classes)
+
+
+def build_network(
+    arch: str = "resnet32",
+    exits: tuple[str, ...] | None = None,
+    head: str = "conv",
+    num_classes: int = 10,
+) -> MultiExitNetwork:
+    """`arch` with exits after the named blocks; None: the default place; (): the plain network."""
+    backbone = build_backbone(arch, num_classes)
+    return MultiExitNetwork(
+        backbone,
+        backbone.units(),
+        DEFAULT_EXITS if exits is None else exits,
+        head=head,
+        num_classes=num_classes,
+        example=torch.zeros(1, 3, 32, 32),
+    )

@@ -1,0 +1,168 @@
+"""Checkpoints: plain dictionaries, written whole or not at all, read with weights_only."""
+
+import logging
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from early_exit.errors import UserError
+
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint-previous.pt"
+FORMAT = "early_exit checkpoint 1"
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def save(directory: Path, state: dict[str, Any]) -> None:
+    """Writes `state` as the directory's newest checkpoint and keeps the one before it.
+
+    At every moment one of the two files is whole.
+    """
+    newest = directory / NAME
+    with written_whole(directory / f"{NAME}.new") as file:
+        torch.save({"format": FORMAT, **state}, file)
+    if newest.exists():
+        os.replace(newest, directory / PREVIOUS)
+    os.replace(directory / f"{NAME}.new", newest)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, a file or a run directory, on the CPU.
+
+    Raises UserError, one line, where it is missing, torn, or not one of ours.
+    """
+    path = path / NAME if path.is_dir() else path
+    state = _load(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of this program"
+            + ("; weights from elsewhere go to --backbone" if isinstance(state, dict) else "")
+        )
+    return state
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest whole checkpoint of a run directory, or None where there is none at all.
+
+    A torn newest one falls back to the one before, with a warning; raises UserError where
+    checkpoints exist and none is whole.
+    """
+    problem = None
+    for name in (f"{NAME}.new", NAME, PREVIOUS):  # .new: whole, but not yet in its place
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            load(path)
+        except UserError as error:
+            problem = error
+            continue
+        if problem:
+            log.warning("%s; going on from %s", problem, path.name)
+        return path
+    if problem:
+        raise problem
+    return None
+
+
+def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A plain network's weights from a file of ours or of somebody else's.
+
+    Returns the state dict under the network's own names (a `module.` prefix is dropped, of a
+    checkpoint of ours the `backbone.` part is taken) and, of a checkpoint of ours, what it says
+    of itself (else an empty dictionary).
+    """
+    path = path / NAME if path.is_dir() else path
+    state = _load(path)
+    if isinstance(state, dict) and state.get("format") == FORMAT:
+        prefix = "backbone."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in state["network"].items()
+            if name.startswith(prefix)
+        }
+        return weights, {key: value for key, value in state.items() if key != "network"}
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict, which --backbone expects")
+    return {name.removeprefix("module."): value for name, value in state.items()}, {}
+
+
+def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """`load_state_dict(strict=True)` whose misfit is one line that names the first difference."""
+    own = module.state_dict()
+    for name in own:
+        if name not in weights:
+            if name.endswith(".num_batches_tracked"):
+                continue  # files older than torch 0.4.1 lack it, and strict loading lets them
+            raise UserError(
+                f"{path} has no {name!r}, which this network needs: it was made for another"
+                " --arch or other --exits"
+            )
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"{path} holds {name!r} of shape {tuple(weights[name].shape)}, this network has"
+                f" {tuple(own[name].shape)}: it was made for another --arch or other --exits"
+            )
+    extra = next((name for name in weights if name not in own), None)
+    if extra:
+        raise UserError(
+            f"{path} holds {extra!r}, which this network does not have: it was made for another"
+            " --arch or other --exits"
+        )
+    module.load_state_dict(weights)
+
+
+def _load(path: Path) -> Any:
+    """Whatever `torch.load` finds, with what can go wrong told in one line."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}; check the path")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch does not check the sums when it reads
+                torn = archive.testzip()
+            if torn:
+                raise UserError(f"{path} is damaged (the part {torn} fails its checksum)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a file of weights alone (it is damaged, no checkpoint, or holds"
+            " other objects, which are not loaded)"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as a checkpoint: it is torn or damaged") from None

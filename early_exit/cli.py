@@ -1,0 +1,258 @@
+"""The command line: flags that both trainers share, and how a program ends."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from early_exit import config as configs
+from early_exit.config import Config
+from early_exit.errors import UserError
+from early_exit.runtime import Stopped, check_torchvision
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help with room for the names, and lines as wide as a page."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes end in one line and exit code 2."""
+
+    def error(self, message: str) -> None:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+class Elsewhere(argparse.Action):
+    """A flag that other scripts have and this one does not: an error that names ours."""
+
+    def __init__(self, option_strings: list[str], dest: str, nargs=None, hint: str = "") -> None:
+        super().__init__(option_strings, dest, nargs="?", help=argparse.SUPPRESS)
+        self.hint = hint
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error(f"{option_string}: {self.hint}")
+
+
+def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
+    """A flag that sets the dotted `setting`; what is not given stays out of the namespace."""
+    group.add_argument(*flags, dest=setting, default=argparse.SUPPRESS, **options)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags every trainer has, each for one setting of `Config`."""
+    default = Config()
+    group = parser.add_argument_group("network")
+    add_setting(
+        group, "-a", "--arch", setting="model.arch", metavar="NAME",
+        help=f"backbone (default {default.model.arch})",
+    )  # fmt: skip
+    add_setting(
+        group, "--exits", setting="model.exits", nargs="*", metavar="PLACE",
+        help="places that get an exit, such as layer1 layer2.0; no names: the default place;"
+        " none: the plain network (default: layer1)",
+    )  # fmt: skip
+    add_setting(
+        group, "--head", setting="model.head", metavar="KIND",
+        help=f"conv, linear or mixed_pool: the early exits' heads (default {default.model.head})",
+    )  # fmt: skip
+    add_setting(
+        group, "--backbone", setting="model.backbone", metavar="FILE",
+        help="trained weights of the plain network; skips the first phase of mixed and frozen",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("training")
+    add_setting(
+        group, "--regime", setting="run.regime", metavar="NAME",
+        help="joint: all from scratch; mixed: the backbone first, then everything; frozen: the"
+        f" heads alone, on a trained backbone (default {default.run.regime})",
+    )  # fmt: skip
+    add_setting(
+        group, "--epochs", setting="optim.epochs", metavar="N",
+        help=f"epochs, of the last phase where there are two (default {default.optim.epochs})",
+    )  # fmt: skip
+    add_setting(
+        group, "--backbone-epochs", setting="backbone_phase.epochs", metavar="N",
+        help="epochs of the backbone's own phase (default: as --epochs)",
+    )  # fmt: skip
+    add_setting(
+        group, "--backbone-lr", setting="backbone_phase.lr", metavar="RATE",
+        help="learning rate of the backbone's own phase (default: as --lr)",
+    )  # fmt: skip
+    add_setting(
+        group, "-b", "--batch-size", setting="optim.batch_size", metavar="N",
+        help=f"images a step (default {default.optim.batch_size})",
+    )  # fmt: skip
+    add_setting(
+        group, "--lr", "--learning-rate", setting="optim.lr", metavar="RATE",
+        help=f"peak learning rate (default {default.optim.lr})",
+    )  # fmt: skip
+    add_setting(
+        group, "--schedule", setting="optim.schedule", metavar="NAME",
+        help="step: a tenth of the rate after 50 %% and 75 %% of the epochs; cosine"
+        f" (default {default.optim.schedule})",
+    )  # fmt: skip
+    add_setting(
+        group, "--momentum", setting="optim.momentum", metavar="M",
+        help=f"momentum of SGD (default {default.optim.momentum})",
+    )  # fmt: skip
+    add_setting(
+        group, "--wd", "--weight-decay", setting="optim.weight_decay", metavar="W",
+        help=f"weight decay (default {default.optim.weight_decay:g})",
+    )  # fmt: skip
+    add_setting(
+        group, "--loss-weights", setting="loss.weights", nargs="+", metavar="W",
+        help="one per exit, or one per early exit, the final one then getting the rest to 1"
+        " (default: 1 each)",
+    )  # fmt: skip
+    add_setting(
+        group, "--distill", setting="loss.distill", metavar="W",
+        help="how much the final exit teaches the early ones (default 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--start-epoch", type=int, default=0, metavar="N",
+        help="begin a fresh run at this epoch of its schedule (default 0)",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help="preset (YAML); defaults < preset < flags",
+    )  # fmt: skip
+    group.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE",
+        help="any other setting by its name in a preset, such as optim.nesterov=true",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-dir", type=Path, metavar="DIR",
+        help="run directory (default: runs/NAME in the repository, the name made of the settings)",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", metavar="PATH",
+        help="go on from a checkpoint or run directory; auto: from the newest whole checkpoint of"
+        " the run directory, fresh where there is none",
+    )  # fmt: skip
+    add_setting(
+        group, "--save-every", setting="run.save_every", metavar="N",
+        help=f"epochs between two checkpoints (default {default.run.save_every})",
+    )  # fmt: skip
+    add_setting(
+        group, "-p", "--print-freq", setting="run.print_freq", metavar="N",
+        help="steps between two readings of loss and accuracy (default: 20 on the bar; when the"
+        " output is no terminal, one line an epoch)",
+    )  # fmt: skip
+    group.add_argument(
+        "-e", "--evaluate", action="store_true",
+        help="score the weights of --resume or --backbone on a split and leave",
+    )  # fmt: skip
+    group.add_argument(
+        "--split", choices=("val", "test"), default=None,
+        help="the split that -e scores (default val)",
+    )  # fmt: skip
+    add_setting(
+        group, "--tensorboard", setting="run.tensorboard", action="store_const", const=True,
+        help="write TensorBoard files into the run directory",
+    )  # fmt: skip
+    add_machine_flags(parser, default.run.amp)
+    group = parser.add_argument_group("reproducibility")
+    add_setting(
+        group, "--seed", setting="run.seed", metavar="N",
+        help=f"seed of weights, order and augmentation (default {default.run.seed})",
+    )  # fmt: skip
+    add_setting(
+        group, "--split-seed", setting="data.split_seed", metavar="N",
+        help=f"seed of the cut into train and val (default {default.data.split_seed})",
+    )  # fmt: skip
+    add_setting(
+        group, "--deterministic", setting="run.deterministic", action="store_const", const=True,
+        help="deterministic algorithms only",
+    )  # fmt: skip
+
+
+def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> None:
+    """The flags that say how the machine is used; shared by training and evaluation."""
+    group = parser.add_argument_group("machine")
+    add_setting(
+        group, "--device", setting="run.device", metavar="NAME",
+        help="cpu, cuda or cuda:1 (default: the GPU where there is one)",
+    )  # fmt: skip
+    add_setting(
+        group, "--threads", setting="run.threads", metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )  # fmt: skip
+    add_setting(
+        group, "--amp", setting="run.amp", metavar="MODE",
+        help=f"auto, bf16, fp16 or off; auto: bf16 where the processor is made for it"
+        f" (default {amp})",
+    )  # fmt: skip
+    add_setting(
+        group, "--compile", setting="run.compile", action="store_const", const=True,
+        help="torch.compile: a minute of waiting first, faster then",
+    )  # fmt: skip
+    add_setting(
+        group, "--no-channels-last", setting="run.channels_last", action="store_const",
+        const=False, help="images and weights channels first",
+    )  # fmt: skip
+
+
+def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The nested settings that flags (and --set) gave."""
+    given = {key: value for key, value in vars(namespace).items() if "." in key}
+    for pair in getattr(namespace, "set", []):
+        key, equals, value = pair.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
+        given[key] = value.split(",") if "," in value else value
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        section, name = key.split(".", 1)
+        nested.setdefault(section, {})[name] = value
+    exits = nested.get("model", {}).get("exits")
+    if exits is not None:
+        names = [exits] if isinstance(exits, str) else exits
+        if "none" in names and len(names) > 1:
+            raise UserError("--exits none stands alone: it asks for the plain network")
+        # no names: the default place, which the configuration writes as null
+        nested["model"]["exits"] = [] if names == ["none"] else names or None
+    return nested
+
+
+def resolve_config(
+    namespace: argparse.Namespace, saved: dict[str, Any] | None, own: dict[str, Any] | None = None
+) -> Config:
+    """Defaults < the script's own < a resumed run's < preset < flags."""
+    values = configs.merge(own or {}, saved or {})
+    if namespace.config:
+        preset = configs.load_preset(namespace.config)
+        configs.build(Config, preset)  # a mistake in the preset is named as the preset's
+        values = configs.merge(values, preset)
+    return configs.build(Config, configs.merge(values, settings_of(namespace)))
+
+
+def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
+    """Runs a script's `main` and leaves: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
+    signal and saved, 1 anything else."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    try:
+        check_torchvision()
+        main(None)
+    except UserError as error:
+        sys.exit(_fail(prog, error, 2))
+    except Stopped as stopped:
+        sys.exit(_fail(prog, stopped, stopped.code))
+    except KeyboardInterrupt:
+        sys.exit(_fail(prog, "interrupted", 130))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(prog: str, message: object, code: int) -> int:
+    sys.stdout.flush()
+    print(f"{prog}: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,315 @@
+"""What a run is asked to do: frozen dataclasses, checked when built.
+
+Defaults < preset < flags. A preset is YAML with the same nesting; its values are converted by the
+field's type, because YAML reads `1e-4` as a string. An unknown key names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from early_exit.errors import UserError
+
+Schedule = Literal["step", "cosine"]
+Regime = Literal["joint", "mixed", "frozen"]
+Amp = Literal["auto", "bf16", "fp16", "off"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    dataset: str = "cifar10"
+    """Name of the data set."""
+    root: str | None = None
+    """Directory of the data set; absent: data/ under the repository root."""
+    split_seed: int = 0
+    """Seed of the cut of train into train and val, apart from the run's seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, and where its exits go."""
+
+    arch: str = "resnet32"
+    """Name of the backbone."""
+    exits: tuple[str, ...] | None = None
+    """Blocks followed by an exit; absent: the architecture's default; empty: the plain network."""
+    head: Literal["conv", "linear", "mixed_pool"] = "conv"
+    """Kind of the early exits' heads."""
+    backbone: str | None = None
+    """Checkpoint with the backbone's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How one phase of training goes."""
+
+    epochs: int = 200
+    """Epochs of the phase."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 0.1
+    """Peak learning rate, for the batch size above."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty."""
+    decay_norm: bool = True
+    """Whether BatchNorm's parameters and biases are decayed too."""
+    schedule: Schedule = "step"
+    """step: the rate falls tenfold at each milestone; cosine: it falls to 0 along half a cosine."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the phase after which a step schedule divides the rate by 10."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up, at most a tenth of the phase (ResNet-110 does not start without)."""
+    label_smoothing: float = 0.0
+    """Mass moved from the target to all classes."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
+        _require(self.batch_size >= 2, f"optim.batch_size must be at least 2, got {self.batch_size}")
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
+        _require(
+            self.momentum > 0 or not self.nesterov, "optim.nesterov needs a momentum, which is 0"
+        )
+        _require(
+            self.weight_decay >= 0, f"optim.weight_decay must not be negative: {self.weight_decay}"
+        )
+        _require(
+            list(self.milestones) == sorted(self.milestones)
+            and all(0 < milestone < 1 for milestone in self.milestones),
+            "optim.milestones are rising fractions of the phase, such as 0.5 0.75; got "
+            + " ".join(f"{milestone:g}" for milestone in self.milestones),
+        )
+        _require(
+            self.warmup_epochs >= 0, f"optim.warmup_epochs is not negative: {self.warmup_epochs}"
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackbonePhaseConfig:
+    """What differs in the first phase of `mixed` and `frozen`, which trains the plain network."""
+
+    epochs: int | None = None
+    """Epochs of the first phase; absent: as many as optim.epochs."""
+    lr: float | None = None
+    """Its peak learning rate; absent: optim.lr."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.epochs is None or self.epochs >= 1,
+            f"backbone_phase.epochs must be at least 1, got {self.epochs}; "
+            "--backbone FILE skips the phase",
+        )
+        _require(
+            self.lr is None or self.lr > 0, f"backbone_phase.lr must be positive, got {self.lr}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The joint loss."""
+
+    weights: tuple[float, ...] | None = None
+    """One per exit, or one per early exit, the final one then getting the rest to 1; absent: all 1."""
+    distill: float = 0.0
+    """Weight of what the final exit teaches the early ones; 0: nothing."""
+    distill_temperature: float = 3.0
+    """Temperature that softens both sides of the distillation."""
+
+    def __post_init__(self) -> None:
+        _require(self.distill >= 0, f"loss.distill must not be negative, got {self.distill}")
+        _require(
+            self.distill_temperature > 0,
+            f"loss.distill_temperature must be positive, got {self.distill_temperature}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How the program runs."""
+
+    regime: Regime = "joint"
+    """joint: all from scratch; mixed: backbone first, then everything; frozen: heads alone."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    device: str = "auto"
+    """auto: the GPU where there is one; or cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """CPU threads; absent: torch's own choice."""
+    amp: Amp = "auto"
+    """Mixed precision; auto: bfloat16 where the processor is made for it, else off."""
+    channels_last: bool = True
+    """Whether images and weights lie channels last."""
+    compile: bool = False
+    """Whether torch.compile is used."""
+    deterministic: bool = False
+    """Whether only deterministic algorithms are allowed."""
+    save_every: int = 1
+    """Epochs between two checkpoints."""
+    print_freq: int | None = None
+    """Steps between two readings of loss and accuracy; absent: 20 on a terminal, none elsewhere."""
+    tensorboard: bool = False
+    """Whether TensorBoard files are written."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_every >= 1, f"run.save_every must be at least 1, got {self.save_every}")
+        _require(
+            self.print_freq is None or self.print_freq >= 1,
+            f"run.print_freq must be at least 1, got {self.print_freq}",
+        )
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"run.threads must be at least 1, got {self.threads}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    backbone_phase: BackbonePhaseConfig = field(default_factory=BackbonePhaseConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load_preset(path: Path) -> dict[str, Any]:
+    """The nested values of a YAML preset, as written there."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no preset at {path}; check --config") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, a preset is a mapping")
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `over` put in; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass of type `cls` from nested values, converted by its fields' types."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'the configuration'} must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise UserError(f"there is no setting {name!r}; {_nearest(str(key), where, hints)}")
+        converted[key] = _convert(value, hints[key], name)
+    return cls(**converted)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, which `build` turns back into an equal dataclass."""
+    values = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        values[item.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every setting that differs between two nested mappings: its dotted name, old and new."""
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after
+
+
+def _nearest(key: str, where: str, hints: Mapping[str, Any]) -> str:
+    prefix = f"{where}." if where else ""
+    close = difflib.get_close_matches(key, hints, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    if not where:  # perhaps a setting of a section, written without it
+        for section, hint in hints.items():
+            known = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else ()
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            if close:
+                return f"did you mean {section}.{close[0]}?"
+    return f"known are {', '.join(prefix + name for name in hints)}"
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, or a UserError that names the setting."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, name)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in arguments if a is not types.NoneType), name)
+    if origin is Literal:
+        # YAML reads a bare off as False
+        value = "off" if value is False and "off" in arguments else value
+        if value not in arguments:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, arguments[0], name) for item in items)
+    try:
+        if hint is bool:
+            return _as_bool(value)
+        if isinstance(value, bool) or value is None or isinstance(value, list | tuple | Mapping):
+            raise ValueError
+        number = hint(value)
+        if hint is int and isinstance(value, float) and number != value:
+            raise ValueError
+        return number
+    except ValueError:
+        raise UserError(f"{name} must be {_kind(hint)}, got {value!r}") from None
+
+
+def _as_bool(value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError
+
+
+def _kind(hint: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")

@@ -1,0 +1,90 @@
+"""The price of an exit, in integer multiply-adds per image, and in parameters."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from early_exit.errors import UserError
+from early_exit.network import MultiExitNetwork
+
+FUTILE = 0.98  # an exit that costs this share of the plain network saves nothing
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs per image: multiply-adds of convolutions and linear layers (and other matrix products).
+
+    Not counted: normalisation, activations, pooling, additions, softmax and the exit decision.
+    """
+
+    exit_names: tuple[str, ...]
+    stage_macs: tuple[int, ...]
+    """N, of each stage without its early head; the last holds the backbone's own classifier."""
+    head_macs: tuple[int, ...]
+    """N, of each early head; 0 for the final exit."""
+    backbone_params: int
+    head_params: tuple[int, ...]
+    """N; 0 for the final exit."""
+
+    @property
+    def plain_macs(self) -> int:
+        """MACs of the plain network, which every share refers to."""
+        return sum(self.stage_macs)
+
+    def cumulative(self, enabled: Sequence[bool] = ()) -> tuple[int, ...]:
+        """MACs (N,) of an image that leaves at each exit: its stages, and the heads that are on."""
+        enabled = [*(enabled or [True] * (len(self.stage_macs) - 1)), True]
+        total, totals = 0, []
+        for stage, head, on in zip(self.stage_macs, self.head_macs, enabled, strict=True):
+            total += stage + (head if on else 0)
+            totals.append(total)
+        return tuple(totals)
+
+    def shares(self, enabled: Sequence[bool] = ()) -> tuple[float, ...]:
+        """`cumulative` as shares of the plain network's MACs; the last is over 1."""
+        return tuple(macs / self.plain_macs for macs in self.cumulative(enabled))
+
+
+def count_macs(module: nn.Module, *inputs: torch.Tensor) -> int:
+    """Multiply-adds of one call, by torch's own counter. Give it meta tensors and nothing runs."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    return counter.get_total_flops() // 2  # one multiply-add is two flops
+
+
+def network_cost(network: MultiExitNetwork) -> Cost:
+    """What each stage and head of `network` costs for one image.
+
+    Raises UserError for an early exit at 98 % of the plain network's MACs or more.
+    """
+    shadow = copy.deepcopy(network).to("meta").eval()
+    features = torch.empty(1, *network.image_shape, device="meta")
+    stage_macs, head_macs, head_params = [], [], []
+    for stage in shadow.stages:
+        stage_macs.append(count_macs(stage.body, features))
+        with torch.no_grad():
+            features = stage.body(features)
+        head_macs.append(count_macs(stage.head, features) if stage.head else 0)
+        head_params.append(_params(stage.head) if stage.head else 0)
+    cost = Cost(
+        exit_names=network.exit_names,
+        stage_macs=tuple(stage_macs),
+        head_macs=tuple(head_macs),
+        backbone_params=_params(network.backbone),
+        head_params=tuple(head_params),
+    )
+    for name, share in list(zip(network.exit_names, cost.shares(), strict=True))[:-1]:
+        if share >= FUTILE:
+            raise UserError(
+                f"an exit after {name} costs {share:.1%} of the plain network and saves nothing;"
+                f" choose a place below {FUTILE:.0%}"
+            )
+    return cost
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

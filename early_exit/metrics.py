@@ -1,0 +1,33 @@
+"""Numbers about answers."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def top1(logits: Tensor, target: Tensor) -> Tensor:
+    """How many of the B answers are right: a scalar tensor, so nothing waits for the device.
+
+    logits: (B, K); target: (B,).
+    """
+    return (logits.argmax(dim=-1) == target).sum()
+
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; one value has a deviation of 0."""
+    values = np.asarray(values, dtype=np.float64)
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def expected_calibration_error(logits: Tensor, target: Tensor, bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over equal-width bins of confidence
+    (arXiv:1706.04599, equation 3), in [0, 1].
+
+    logits: (B, K), already divided by a temperature; target: (B,).
+    """
+    confidence, answer = logits.softmax(dim=-1).max(dim=-1)
+    right = (answer == target).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64)
+    gap.index_add_(0, index, confidence.double() - right)
+    return float(gap.abs().sum() / len(target))

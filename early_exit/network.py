@@ -1,0 +1,151 @@
+"""The multi-exit network: a backbone, untouched, with heads between its blocks."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.errors import UserError
+from early_exit.heads import build_head
+
+FINAL = "final"
+
+
+class Stage(nn.Module):
+    """The backbone's part between two exits, with the later exit's head: what is timed, compiled
+    and skipped as one.
+
+    Maps features (B, C, H, W) (the first stage: images) to features (B, C', H', W') and logits
+    (B, K). The last stage ends with the backbone's own classifier, so both are its logits.
+    """
+
+    def __init__(self, body: Sequence[nn.Module], head: nn.Module | None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        self.head = head
+
+    def forward(self, features: Tensor, with_logits: bool = True) -> tuple[Tensor, Tensor | None]:
+        features = self.body(features)
+        if self.head is None:
+            return features, features
+        return features, self.head(features) if with_logits else None
+
+
+class MultiExitNetwork(nn.Module):
+    """A plain network with early exits.
+
+    backbone: the plain network; its parameters keep their names, under `backbone.`.
+    units: its blocks in order, by name, the last being what classifies; applied one after the
+        other they must equal `backbone(images)`.
+    places: the units followed by an exit; `layer1` stands for the last of `layer1.0`, `layer1.1`...
+    head: the kind of head (`early_exit.heads`).
+    example: one image (1, 3, H, W); a dry run in eval mode gives each head its width and moves no
+        buffer.
+
+    `stages` are views of the same modules, not registered, so the state dict holds `backbone` and
+    `heads` alone.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        units: Mapping[str, nn.Module],
+        places: Sequence[str],
+        *,
+        num_classes: int,
+        example: Tensor,
+        head: str = "conv",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
+        channels = _channels_after(backbone, units, cuts.values(), example)
+        self.heads = nn.ModuleDict(
+            {
+                place.replace(".", "_"): build_head(head, channels[cut], num_classes)
+                for place, cut in cuts.items()
+            }
+        )
+        self.exit_names = (*cuts, FINAL)
+        self.num_classes = num_classes
+        self.image_shape = tuple(example.shape[1:])
+        modules = list(units.values())
+        starts = [0, *(cut + 1 for cut in cuts.values())]
+        ends = [*starts[1:], len(modules)]
+        # a plain list: registering the stages would give every parameter a second name
+        self.stages = [
+            Stage(modules[start:end], head)
+            for start, end, head in zip(starts, ends, [*self.heads.values(), None], strict=True)
+        ]
+
+    @property
+    def num_exits(self) -> int:
+        """How many exits there are, the final classifier included."""
+        return len(self.stages)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Logits of every exit, shallowest first.
+
+        images: (B, 3, H, W), normalised. Returns N tensors of shape (B, K).
+        """
+        features, logits = images, []
+        for stage in self.stages:
+            features, exit_logits = stage(features)  # (B, C, H', W'), (B, K)
+            logits.append(exit_logits)
+        return logits
+
+    def compile_stages(self) -> None:
+        """Compiles every stage on its own, for any number of rows; no name changes."""
+        for stage in self.stages:
+            stage.compile(dynamic=True)
+
+
+def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str, int]:
+    """Each place, in network order, with the index of the unit it follows.
+
+    Raises UserError for a name that is no unit, the classifier, or a unit named twice.
+    """
+    cuts: dict[str, int] = {}
+    candidates = list(unit_names[:-1])
+    for place in places:
+        inside = [
+            index
+            for index, name in enumerate(candidates)
+            if name == place or name.startswith(f"{place}.")
+        ]
+        if not inside:
+            known = [*dict.fromkeys(name.partition(".")[0] for name in candidates), *candidates]
+            close = difflib.get_close_matches(place, known, n=1, cutoff=0.7)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"there is no place {place!r} for an exit; {hint}"
+                f"places are {', '.join(dict.fromkeys(known))}"
+            )
+        twin = next((name for name, cut in cuts.items() if cut == inside[-1]), None)
+        if twin is not None:
+            raise UserError(
+                f"--exits names one place twice ({twin} and {place} both follow"
+                f" {candidates[inside[-1]]}); leave one out"
+            )
+        cuts[place] = inside[-1]
+    return dict(sorted(cuts.items(), key=lambda item: item[1]))
+
+
+def _channels_after(
+    backbone: nn.Module, units: Mapping[str, nn.Module], cuts: Sequence[int], example: Tensor
+) -> dict[int, int]:
+    """Channels of the features after each unit that is cut behind."""
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    wanted, channels, features = set(cuts), {}, example
+    with torch.no_grad():
+        for index, unit in enumerate(units.values()):
+            if len(channels) == len(wanted):
+                break
+            features = unit.eval()(features)
+            if index in wanted:
+                channels[index] = features.shape[1]
+    for module, mode in modes.items():
+        module.training = mode
+    return channels

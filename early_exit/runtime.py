@@ -1,0 +1,203 @@
+"""The machine: device, precision, seeds, signals, the lock, what versions ran."""
+
+import contextlib
+import fcntl
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+
+from early_exit.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and everything is saved. `code` is the exit code to leave with."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signum
+
+
+class StopSignals:
+    """Within its context SIGTERM and SIGINT only set `signum`; the loop looks at it when it can.
+
+    A second signal changes nothing, so it cannot tear the file being written.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, _frame: object) -> None:
+        self.signum = self.signum or signum
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"there is no device {name!r}; try cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs here;"
+            " --device cpu always works"
+        )
+    return device
+
+
+def choose_precision(amp: str, device: torch.device) -> str:
+    """`auto` resolved to bf16 or off; anything else as it is."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        fit = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # autocast runs on any processor, but is slow where bfloat16 is emulated
+        fit = any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    return "bf16" if fit else "off"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which a network runs in `precision`: bf16, fp16 or off."""
+    if precision == "off":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = found[1] if found else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seeds torch on every device; with `deterministic`, only deterministic algorithms run."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def rng_state() -> dict[str, object]:
+    """torch's random states, for a checkpoint."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict) -> None:
+    """Puts back what `rng_state` gave; states of GPUs that are not here are left out."""
+    torch.set_rng_state(state["cpu"])
+    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, index)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory for this process alone; ends with the process, however that ends."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written: {error.strerror}; choose another --save-dir"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{directory} is in use by another process; wait for it, or choose another --save-dir"
+            ) from None
+        yield
+
+
+def check_torchvision() -> None:
+    """Raises one clear sentence where torch and torchvision don't belong together."""
+    torch_version = importlib.metadata.version("torch").partition("+")[0]
+    try:
+        vision_version = importlib.metadata.version("torchvision")
+        needs = importlib.metadata.requires("torchvision") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "torchvision is not installed; run: pip install -r requirements.txt"
+        ) from None
+    wanted = next((need for need in needs if re.match(r"torch\b", need)), "")
+    fits = all(
+        _compare(_numbers(torch_version), operator, _numbers(version))
+        for operator, version in re.findall(r"(==|>=)\s*([\d.]+)", wanted)
+    )
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, ImportError, OSError, AttributeError):
+        fits = False
+    if not fits:
+        said = f" (it asks for {wanted})" if wanted else ""
+        raise UserError(
+            f"torch {torch_version} and torchvision {vision_version} do not belong together{said};"
+            " install both anew: pip install --force-reinstall torch torchvision"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _compare(have: tuple[int, ...], operator: str, want: tuple[int, ...]) -> bool:
+    return have == want if operator == "==" else have >= want
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that matter, and the git revision the program runs from."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    found["git"] = git_revision()
+    return found
+
+
+def git_revision() -> str:
+    """The commit of this source tree, with -dirty where it was changed; `unknown` elsewhere."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
