@@ -4,6 +4,7 @@ Crops and flips are drawn from a generator seeded by (seed, epoch, step), so eve
 function of its position: resuming in the middle of an epoch needs nothing but the position.
 """
 
+import dataclasses
 import hashlib
 import logging
 import pickle
@@ -71,7 +72,18 @@ class Data:
             split: ImageSet(part.images.to(device), part.targets.to(device))
             for split, part in self.splits.items()
         }
-        return Data(**{**vars(self), "splits": splits})
+        return dataclasses.replace(self, splits=splits)
+
+    def normalised_by(self, normalisation: dict | None) -> "Data":
+        """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
+        if not normalisation:
+            return self
+        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
+        return dataclasses.replace(self, mean=mean, std=std)
+
+    def size(self, split: str) -> int:
+        """How many images a split has."""
+        return len(self.splits[split])
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in train; a rest is left out, another one in every epoch."""
@@ -103,22 +115,26 @@ class Data:
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.sub_(mean).mul_(scale)
 
+    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of two stratified halves of test: the first to be val, the second test."""
+        targets = self.splits["test"].targets.cpu().numpy()
+        chosen = stratified(targets, len(targets) // 2, seed)
+        return chosen, np.setdiff1d(np.arange(len(targets)), chosen)
+
     def cut_test(self, seed: int) -> "Data":
-        """The test set cut into two stratified halves, the first now val, the second test.
+        """The same data whose val and test are the two halves of test.
 
         For backbones that have seen all of train: no image of train is held out from them.
         """
+        chosen, rest = self.test_halves(seed)
         test = self.splits["test"]
-        chosen = stratified(test.targets.cpu().numpy(), len(test) // 2, seed)
-        rest = np.setdiff1d(np.arange(len(test)), chosen)
-        halves = {"val": test.subset(chosen), "test": test.subset(rest)}
-        return Data(
-            **{
-                **vars(self),
-                "splits": {**self.splits, **halves},
-                "val_hash": index_hash(f"{self.name} test", chosen),
-            }
-        )
+        splits = {**self.splits, "val": test.subset(chosen), "test": test.subset(rest)}
+        val_hash = index_hash(f"{self.name} test", chosen)
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
+
+    def picture(self, split: str, index: int) -> np.ndarray:
+        """One image as (H, W, 3) uint8."""
+        return self.splits[split].images[index].permute(1, 2, 0).cpu().numpy()
 
 
 def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
@@ -164,24 +180,11 @@ def index_hash(name: str, indices: np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def load(
-    dataset: str,
-    root: str | Path | None = None,
-    split_seed: int = 0,
-    normalisation: dict | None = None,
-) -> Data:
-    """The data set called `dataset`: cifar10 (downloaded where absent) or digits.
-
-    normalisation: {"mean": [...], "std": [...]} of a checkpoint; None: the set's default.
-    """
+def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
+    """The data set called `dataset`: cifar10 (downloaded where absent) or digits."""
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
-    data = LOADERS[dataset](Path(root) if root else ROOT, split_seed)
-    if normalisation:
-        data = Data(
-            **{**vars(data), **{key: tuple(value) for key, value in normalisation.items()}}
-        )
-    return data
+    return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
 
 
 def _cifar10(root: Path, split_seed: int) -> Data:

@@ -14,7 +14,7 @@ from early_exit.network import MultiExitNetwork
 
 DEPTHS = {
     "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18, "resnet1202": 200
-}  # fmt: skip
+}
 DEFAULT_EXITS = ("layer1",)  # a single exit at the end of the first stage, as in CDL's first step
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar10 import data, resnet
-from early_exit import cli, experiment
+from early_exit import cli, experiment, training
 from early_exit.config import DataConfig, ModelConfig
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
@@ -32,9 +32,9 @@ def build_network(model: ModelConfig, num_classes: int) -> MultiExitNetwork:
     return resnet.build_network(model.arch, model.exits, model.head, num_classes)
 
 
-def load_data(settings: DataConfig, normalisation: dict | None) -> data.Data:
+def load_data(settings: DataConfig) -> data.Data:
     """The data set that `settings` describe."""
-    return data.load(settings.dataset, settings.root, settings.split_seed, normalisation)
+    return data.load(settings.dataset, settings.root, settings.split_seed)
 
 
 DOOR = experiment.FrontDoor(build_network, load_data)
@@ -42,26 +42,22 @@ DOOR = experiment.FrontDoor(build_network, load_data)
 
 def parser() -> cli.Parser:
     """The trainer's flags."""
-    summary, _, examples = __doc__.partition("\n\n")
-    parser = cli.Parser(
-        prog="trainer.py", description=summary, epilog=None, formatter_class=cli.Formatter,
-        usage="python cifar10/trainer.py [flags]\n\n" + examples.rstrip(),
-    )  # fmt: skip
+    parser = cli.build_parser("trainer.py", "python cifar10/trainer.py [flags]", __doc__)
     group = parser.add_argument_group("data")
     cli.add_setting(
         group, "--dataset", setting="data.dataset", metavar="NAME",
         help="cifar10, or digits, which needs no network (default cifar10)",
-    )  # fmt: skip
+    )
     cli.add_setting(
         group, "--data", setting="data.root", metavar="DIR",
-        help="where cifar-10-batches-py lies or is downloaded to (default: data/ in the repository)",
-    )  # fmt: skip
+        help="where cifar-10-batches-py lies, or is put (default: data/ in the repository)",
+    )
     cli.add_training_flags(parser)
     parser.add_argument(
         "-j", "--workers", action=cli.Elsewhere,
         hint="the whole data set lies in memory as a tensor, so there are no workers;"
         " --threads N sets the CPU threads",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--half", action=cli.Elsewhere, hint="use --amp fp16, which keeps the weights in float32"
     )
@@ -75,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
     given = cli.settings_of(args)
-    _, saved = experiment.find_resumed(args.resume, args.save_dir)
+    _, saved = training.find_resumed(args.resume, args.save_dir)
     digits = given.get("data", {}).get("dataset") == "digits"
     config = cli.resolve_config(args, saved and saved["config"], DIGITS if digits else None)
     if args.evaluate:
         split = args.split or "val"
-        if args.resume is None and config.model.backbone is None:
+        if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
         names, accuracy = experiment.score(config, DOOR, split, saved)
         for name, value in zip(names, accuracy, strict=True):
@@ -92,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run_dir is None and args.resume not in (None, "auto"):
         path = Path(args.resume)
         run_dir = path if path.is_dir() else path.parent
-    run_dir = experiment.train(
+    run_dir = training.train(
         config, DOOR, runs=RUNS, run_dir=run_dir, resume=args.resume, start_epoch=args.start_epoch
     )
     print(f"trained: {run_dir}\nnext: python {ROOT / 'cifar10' / 'eval.py'} {run_dir}")

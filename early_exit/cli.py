@@ -10,7 +10,9 @@ from typing import Any
 from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.errors import UserError
+from early_exit.evaluation import Goal
 from early_exit.runtime import Stopped, check_torchvision
+from early_exit.training import Diverged
 
 
 class Formatter(argparse.HelpFormatter):
@@ -51,127 +53,231 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_setting(
         group, "-a", "--arch", setting="model.arch", metavar="NAME",
         help=f"backbone (default {default.model.arch})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--exits", setting="model.exits", nargs="*", metavar="PLACE",
         help="places that get an exit, such as layer1 layer2.0; no names: the default place;"
         " none: the plain network (default: layer1)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--head", setting="model.head", metavar="KIND",
         help=f"conv, linear or mixed_pool: the early exits' heads (default {default.model.head})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--backbone", setting="model.backbone", metavar="FILE",
         help="trained weights of the plain network; skips the first phase of mixed and frozen",
-    )  # fmt: skip
+    )
 
     group = parser.add_argument_group("training")
     add_setting(
         group, "--regime", setting="run.regime", metavar="NAME",
         help="joint: all from scratch; mixed: the backbone first, then everything; frozen: the"
         f" heads alone, on a trained backbone (default {default.run.regime})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--epochs", setting="optim.epochs", metavar="N",
         help=f"epochs, of the last phase where there are two (default {default.optim.epochs})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--backbone-epochs", setting="backbone_phase.epochs", metavar="N",
         help="epochs of the backbone's own phase (default: as --epochs)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--backbone-lr", setting="backbone_phase.lr", metavar="RATE",
         help="learning rate of the backbone's own phase (default: as --lr)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "-b", "--batch-size", setting="optim.batch_size", metavar="N",
         help=f"images a step (default {default.optim.batch_size})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--lr", "--learning-rate", setting="optim.lr", metavar="RATE",
         help=f"peak learning rate (default {default.optim.lr})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--schedule", setting="optim.schedule", metavar="NAME",
         help="step: a tenth of the rate after 50 %% and 75 %% of the epochs; cosine"
         f" (default {default.optim.schedule})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--momentum", setting="optim.momentum", metavar="M",
         help=f"momentum of SGD (default {default.optim.momentum})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--wd", "--weight-decay", setting="optim.weight_decay", metavar="W",
         help=f"weight decay (default {default.optim.weight_decay:g})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--loss-weights", setting="loss.weights", nargs="+", metavar="W",
         help="one per exit, or one per early exit, the final one then getting the rest to 1"
         " (default: 1 each)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--distill", setting="loss.distill", metavar="W",
         help="how much the final exit teaches the early ones (default 0)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--start-epoch", type=int, default=0, metavar="N",
         help="begin a fresh run at this epoch of its schedule (default 0)",
-    )  # fmt: skip
+    )
 
     group = parser.add_argument_group("run")
     group.add_argument(
         "--config", type=Path, metavar="FILE",
         help="preset (YAML); defaults < preset < flags",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE",
         help="any other setting by its name in a preset, such as optim.nesterov=true",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--save-dir", type=Path, metavar="DIR",
         help="run directory (default: runs/NAME in the repository, the name made of the settings)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--resume", metavar="PATH",
         help="go on from a checkpoint or run directory; auto: from the newest whole checkpoint of"
         " the run directory, fresh where there is none",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--save-every", setting="run.save_every", metavar="N",
         help=f"epochs between two checkpoints (default {default.run.save_every})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "-p", "--print-freq", setting="run.print_freq", metavar="N",
         help="steps between two readings of loss and accuracy (default: 20 on the bar; when the"
         " output is no terminal, one line an epoch)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "-e", "--evaluate", action="store_true",
         help="score the weights of --resume or --backbone on a split and leave",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--split", choices=("val", "test"), default=None,
         help="the split that -e scores (default val)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--tensorboard", setting="run.tensorboard", action="store_const", const=True,
         help="write TensorBoard files into the run directory",
-    )  # fmt: skip
+    )
     add_machine_flags(parser, default.run.amp)
     group = parser.add_argument_group("reproducibility")
     add_setting(
         group, "--seed", setting="run.seed", metavar="N",
         help=f"seed of weights, order and augmentation (default {default.run.seed})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--split-seed", setting="data.split_seed", metavar="N",
         help=f"seed of the cut into train and val (default {default.data.split_seed})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--deterministic", setting="run.deterministic", action="store_const", const=True,
         help="deterministic algorithms only",
-    )  # fmt: skip
+    )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, criteria: Sequence[str]) -> None:
+    """The flags every evaluation has."""
+    group = parser.add_argument_group("choosing (on val)")
+    goal = group.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--max-drop", type=float, metavar="POINTS",
+        help="accuracy given up against the final exit, in points (default 0.5)",
+    )
+    goal.add_argument(
+        "--budget", type=float, metavar="PERCENT",
+        help="multiply-adds an image may cost on average, in percent of the plain network's",
+    )
+    goal.add_argument(
+        "--thresholds", type=float, nargs="+", metavar="SCORE",
+        help="given scores: one for all early exits, or one each; with --criterion entropy minus"
+        " BranchyNet's T",
+    )
+    group.add_argument(
+        "--criterion", choices=criteria, default="max_prob", metavar="NAME",
+        help=f"{', '.join(criteria)} (default max_prob)",
+    )
+    group.add_argument(
+        "--no-calibration", action="store_true", help="no temperatures: logits as they come"
+    )
+    group.add_argument(
+        "--val-from", choices=("train", "test"), default="train", metavar="SPLIT",
+        help="train: the images held out in training; test: half of the official test set, for"
+        " backbones that may have seen those (default train)",
+    )
+    group.add_argument(
+        "--cut-seed", type=int, default=0, metavar="N",
+        help="seed of the cut that --val-from test makes (default 0)",
+    )
+    group.add_argument(
+        "--cuts", type=int, default=1, metavar="N",
+        help="with --val-from test: repeat the choice over N cuts, from --cut-seed on, and report"
+        " mean and deviation (default 1)",
+    )
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 256], metavar="B",
+        help="batch sizes that are timed (default 1 256)",
+    )
+    group.add_argument(
+        "--timing-images", type=int, default=2000, metavar="N",
+        help="test images that are timed at most (default 2000)",
+    )
+    group.add_argument(
+        "--no-live", action="store_true", help="answer from the records alone, in seconds"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--name", metavar="NAME",
+        help="directory under RUN/eval (default: named after the goal); replaced if it exists",
+    )
+    group.add_argument("--no-plots", action="store_true", help="no pictures")
+    add_machine_flags(parser, "off")
+
+
+def goal_of(args: argparse.Namespace) -> Goal:
+    """What the evaluation's flags ask for; nothing: half a point."""
+    max_drop = args.max_drop
+    if max_drop is None and args.budget is None and args.thresholds is None:
+        max_drop = 0.5
+    return Goal(
+        max_drop=None if max_drop is None else max_drop / 100,
+        budget=None if args.budget is None else args.budget / 100,
+        thresholds=None if args.thresholds is None else tuple(args.thresholds),
+        criterion=args.criterion,
+        calibrate=not args.no_calibration,
+    )
+
+
+def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The other keyword arguments of `evaluation.evaluate`."""
+    for flag, number in (
+        ("--cuts", args.cuts), ("--timing-images", args.timing_images),
+        ("--batch-sizes", min(args.batch_sizes)),
+    ):
+        if number < 1:
+            raise UserError(f"{flag} must be at least 1, got {number}")
+    return {
+        # float32 unless asked: the reference, and at batch 1 also the fastest on a CPU
+        "overrides": configs.merge({"run": {"amp": "off", "compile": False}}, settings_of(args)),
+        "val_from": args.val_from,
+        "cut_seed": args.cut_seed,
+        "cuts": args.cuts,
+        "name": args.name,
+        "batch_sizes": tuple(args.batch_sizes),
+        "timing_images": args.timing_images,
+        "live": not args.no_live,
+        "draw": not args.no_plots,
+    }
+
+
+def build_parser(prog: str, usage: str, docstring: str) -> Parser:
+    """A parser whose help opens with the script's docstring: a summary, then examples."""
+    summary, _, examples = docstring.partition("\n\n")
+    return Parser(
+        prog=prog, usage=f"{usage}\n\n{examples.rstrip()}", description=summary,
+        formatter_class=Formatter,
+    )
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> None:
@@ -180,24 +286,24 @@ def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> None:
     add_setting(
         group, "--device", setting="run.device", metavar="NAME",
         help="cpu, cuda or cuda:1 (default: the GPU where there is one)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--threads", setting="run.threads", metavar="N",
         help="CPU threads (default: torch's choice)",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--amp", setting="run.amp", metavar="MODE",
         help=f"auto, bf16, fp16 or off; auto: bf16 where the processor is made for it"
         f" (default {amp})",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--compile", setting="run.compile", action="store_const", const=True,
         help="torch.compile: a minute of waiting first, faster then",
-    )  # fmt: skip
+    )
     add_setting(
         group, "--no-channels-last", setting="run.channels_last", action="store_const",
         const=False, help="images and weights channels first",
-    )  # fmt: skip
+    )
 
 
 def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -245,6 +351,8 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
         sys.exit(_fail(prog, error, 2))
     except Stopped as stopped:
         sys.exit(_fail(prog, stopped, stopped.code))
+    except Diverged as error:
+        sys.exit(_fail(prog, error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail(prog, "interrupted", 130))
     except BrokenPipeError:

@@ -76,13 +76,13 @@ class OptimConfig:
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the phase after which a step schedule divides the rate by 10."""
     warmup_epochs: float = 1.0
-    """Epochs of linear warm-up, at most a tenth of the phase (ResNet-110 does not start without)."""
+    """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it."""
     label_smoothing: float = 0.0
     """Mass moved from the target to all classes."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
-        _require(self.batch_size >= 2, f"optim.batch_size must be at least 2, got {self.batch_size}")
+        _require(self.batch_size >= 2, f"optim.batch_size must be 2 or more: {self.batch_size}")
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
         _require(
@@ -131,7 +131,7 @@ class LossConfig:
     """The joint loss."""
 
     weights: tuple[float, ...] | None = None
-    """One per exit, or one per early exit, the final one then getting the rest to 1; absent: all 1."""
+    """One per exit, or one per early exit, the final then getting the rest to 1; absent: all 1."""
     distill: float = 0.0
     """Weight of what the final exit teaches the early ones; 0: nothing."""
     distill_temperature: float = 3.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -21,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stopped(Exception):
-    """A signal asked for the end, and everything is saved. `code` is the exit code to leave with."""
+    """A signal asked for the end and everything is saved; `code` is the exit code to leave with."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -141,7 +142,8 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{directory} is in use by another process; wait for it, or choose another --save-dir"
+                f"{directory} is in use by another process; wait for it, or choose another"
+                " --save-dir"
             ) from None
         yield
 
@@ -190,14 +192,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_revision() -> str:
     """The commit of this source tree, with -dirty where it was changed; `unknown` elsewhere."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()

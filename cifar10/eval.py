@@ -1,0 +1,39 @@
+"""Choose exit thresholds on val, run test with exits taken, and report what was saved.
+
+    python cifar10/eval.py RUN                       at most 0.5 points below the final exit
+    python cifar10/eval.py RUN --budget 50           within half of the plain network's MACs
+    python cifar10/eval.py RUN --criterion entropy --thresholds -0.3
+    python cifar10/eval.py RUN --val-from test       for backbones that have seen all of train
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar10.trainer import DOOR
+from early_exit import cli, evaluation
+from early_exit.criteria import CRITERIA
+
+
+def parser() -> cli.Parser:
+    """The evaluation's flags."""
+    parser = cli.build_parser("eval.py", "python cifar10/eval.py RUN [flags]", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that trainer.py made")
+    cli.add_setting(
+        parser, "--data", setting="data.root", metavar="DIR",
+        help="where the data set lies (default: where it lay in training)",
+    )
+    cli.add_evaluation_flags(parser, list(CRITERIA))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags, evaluates and prints the table."""
+    args = parser().parse_args(argv)
+    report, directory = evaluation.evaluate(
+        args.run, DOOR, cli.goal_of(args), **cli.evaluation_options(args)
+    )
+    print(evaluation.summary(report, directory))
+
+
+if __name__ == "__main__":
+    cli.run(main, "eval.py")

@@ -1,0 +1,504 @@
+"""The whole walk of an evaluation: run directory in, policy, report and plots out.
+
+Thresholds, temperatures and every other choice come from val; `choose` is given nothing else.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from early_exit import checkpoint, plots, runtime, thresholds
+from early_exit import config as configs
+from early_exit.calibration import fit_temperature
+from early_exit.config import Config
+from early_exit.cost import Cost, network_cost
+from early_exit.errors import UserError
+from early_exit.experiment import EVAL_BATCH, Data, FrontDoor, layout, plan_phases, setup
+from early_exit.inference import infer
+from early_exit.latency import Timing, measure
+from early_exit.metrics import expected_calibration_error, mean_std
+from early_exit.network import MultiExitNetwork
+from early_exit.policy import NEVER, Policy, as_thresholds
+from early_exit.records import ExitRecord, RecordInfo, Scores, disagreements, record, score_record
+from early_exit.report import (
+    CurvePoint,
+    Cuts,
+    ExitRow,
+    Live,
+    Point,
+    Report,
+    Spread,
+    finite,
+    headline,
+    table,
+    timing_table,
+    to_json,
+    to_markdown,
+)
+
+log = logging.getLogger(__name__)
+
+CURVE_POINTS = 200  # of all outcomes on val, how many the report keeps
+GALLERY_COLUMNS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What the thresholds are chosen for; exactly one of the first three is given."""
+
+    max_drop: float | None = None
+    """Fraction of accuracy given up against the final exit, on val."""
+    budget: float | None = None
+    """Share of the plain network's MACs, on val."""
+    thresholds: tuple[float, ...] | None = None
+    """One for all early exits, or one each."""
+    criterion: str = "max_prob"
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        given = [self.max_drop, self.budget, self.thresholds]
+        if sum(value is not None for value in given) != 1:
+            raise UserError("choose one of --max-drop, --budget and --thresholds")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise UserError(f"--max-drop is {100 * self.max_drop:g} points; it lies in 0 to 100")
+        if self.budget is not None and self.budget <= 0:
+            raise UserError(f"--budget is {100 * self.budget:g} %; it must be positive")
+
+    def __str__(self) -> str:
+        if self.max_drop is not None:
+            return f"max drop {100 * self.max_drop:g} points"
+        if self.budget is not None:
+            return f"budget {100 * self.budget:g} % of MACs"
+        return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
+
+
+def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
+    """The policy that reaches the goal, from val alone.
+
+    Raises UserError where the goal cannot be reached or the criterion does not fit the exits.
+    """
+    names = val.info.exit_names
+    if len(names) == 1:
+        raise UserError("this is a plain network without early exits; there is nothing to choose")
+    temperatures = (1.0,) * len(names)
+    if goal.calibrate:
+        targets = torch.from_numpy(val.targets)
+        temperatures = tuple(
+            fit_temperature(val.exit_logits(index), targets) for index in range(len(names))
+        )
+    policy = Policy(
+        exit_names=names,
+        thresholds=(NEVER,) * (len(names) - 1),
+        criterion=goal.criterion,
+        temperatures=temperatures,
+    )
+    if goal.thresholds is not None:
+        values = as_thresholds(goal.thresholds, len(names))
+        return dataclasses.replace(policy, thresholds=values)
+    curve = thresholds.shared_curve(
+        score_record(val, policy), policy.enabled, cost.cumulative(policy.enabled)
+    )
+    if goal.max_drop is not None:
+        threshold = thresholds.for_max_drop(curve, goal.max_drop)
+    else:
+        threshold = thresholds.for_budget(curve, goal.budget * cost.plain_macs)
+    return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+
+
+def outcome(scored: Scores, policy: Policy, cost: Cost) -> tuple[Point, np.ndarray]:
+    """Accuracy and mean share of MACs of a policy on a sample, and the exit each image takes."""
+    taken = scored.exit_index(policy)
+    right = scored.right[np.arange(len(taken)), taken]
+    shares = np.asarray(cost.shares(policy.enabled))
+    return Point(float(right.mean()), float(shares[taken].mean())), taken
+
+
+def drawn_by_lot(scored: Scores, taken: np.ndarray) -> float:
+    """Accuracy if as many images left at each exit, but which ones were drawn by lot."""
+    shares = np.bincount(taken, minlength=scored.scores.shape[1]) / len(taken)
+    return float(shares @ scored.right.mean(axis=0))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run, loaded: the network in eval mode on the device, the data there too."""
+
+    run_dir: Path
+    config: Config
+    network: MultiExitNetwork
+    data: Data
+    cost: Cost
+    device: torch.device
+    precision: str
+    weights: str
+    """Hash of the weights and which they are."""
+    unseen_val: str | None
+    """Hash of the val images if no weight has seen them."""
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager]:
+        """The context that the network runs in."""
+        return partial(runtime.autocast, self.precision, self.device)
+
+
+def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
+    """The newest checkpoint of a run directory, its settings changed by `overrides`."""
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run directory at {run_dir}; training prints the one it made")
+    path = checkpoint.newest(run_dir)
+    if path is None:
+        raise UserError(f"{run_dir} holds no checkpoint; train it first")
+    state = checkpoint.load(path)
+    config = configs.build(Config, configs.merge(state["config"], overrides))
+    device, precision = setup(config)
+    data = door.load_data(config.data).normalised_by(state["normalisation"])
+    if data.val_hash != state["val_hash"]:
+        raise UserError(
+            f"{path} held out other val images ({state['val_hash']}) than this data set gives"
+            f" ({data.val_hash}); check the data under --data"
+        )
+    network = door.build_network(config.model, len(state["classes"]))
+    checkpoint.load_into(network, state["network"], path)
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    position, phases = state["position"], plan_phases(config, network.num_exits)
+    where = "the last epoch"
+    if position["phase"] < len(phases):
+        phase = phases[position["phase"]]
+        where = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
+        log.warning("this run is not finished: its weights are those of %s", where)
+    network.to(device, memory_format=layout(config)).eval()
+    return Trained(
+        run_dir=run_dir,
+        config=config,
+        network=network,
+        data=data.to(device),
+        cost=network_cost(network),
+        device=device,
+        precision=precision,
+        weights=f"weights {digest.hexdigest()[:16]} of {where}",
+        unseen_val=state["unseen_val"],
+    )
+
+
+def get_record(trained: Trained, split: str) -> ExitRecord:
+    """The record of a split of the run's own data, from the run directory where it is there."""
+    data, network, cost = trained.data, trained.network, trained.cost
+    info = RecordInfo(
+        split=split,
+        split_hash=data.val_hash if split == "val" else f"{data.name} test",
+        exit_names=network.exit_names,
+        stage_macs=cost.stage_macs,
+        head_macs=cost.head_macs,
+        precision=trained.precision,
+        weights=trained.weights,
+        device=runtime.describe_device(trained.device),
+    )
+    directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
+    if directory.exists():
+        try:
+            stored = ExitRecord.load(directory)
+        except UserError as error:
+            log.warning("%s; recording anew", error)
+        else:
+            if stored.info == info:
+                return stored
+    log.info("recording every exit on %s", split)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    spill = directory.with_name(f".{directory.name}.npy")
+    made = record(
+        network,
+        data.eval_batches(split, EVAL_BATCH),
+        data.size(split),
+        info,
+        trained.device,
+        trained.autocast,
+        spill,
+    )
+    made.save(directory)
+    spill.unlink(missing_ok=True)
+    return ExitRecord.load(directory)
+
+
+def val_and_test(
+    trained: Trained, val_from: str, cut_seed: int
+) -> tuple[ExitRecord, ExitRecord, Data, str]:
+    """The records of val and test, the data they index, and where val came from, in words.
+
+    Raises UserError where the weights may have seen the images of val.
+    """
+    if val_from == "train" and trained.unseen_val != trained.data.val_hash:
+        raise UserError(
+            f"the backbone of {trained.run_dir} was trained on another or an unknown split and may"
+            " have seen the val images, so nothing can be fitted on them; pass --val-from test,"
+            " which cuts the official test set into val and test"
+        )
+    test = get_record(trained, "test")
+    if val_from == "train":
+        return get_record(trained, "val"), test, trained.data, "held out from train"
+    chosen, rest = trained.data.test_halves(cut_seed)
+    name = f"{trained.data.name} test, cut {cut_seed}"
+    return (
+        test.subset(chosen, "val", f"{name}, val half"),
+        test.subset(rest, "test", f"{name}, test half"),
+        trained.data.cut_test(cut_seed),
+        f"half of the official test set, cut by seed {cut_seed}",
+    )
+
+
+def evaluate(
+    run_dir: Path,
+    door: FrontDoor,
+    goal: Goal,
+    *,
+    overrides: dict,
+    val_from: str = "train",
+    cut_seed: int = 0,
+    cuts: int = 1,
+    name: str | None = None,
+    batch_sizes: tuple[int, ...] = (1, 256),
+    timing_images: int = 2000,
+    live: bool = True,
+    draw: bool = True,
+) -> tuple[Report, Path]:
+    """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory."""
+    if cuts > 1 and val_from != "test":
+        raise UserError("--cuts repeats the cut of the test set and goes with --val-from test")
+    trained = load_run(run_dir, door, overrides)
+    val, test, data, val_words = val_and_test(trained, val_from, cut_seed)
+    cost, network = trained.cost, trained.network
+
+    policy = choose(val, goal, cost)
+    log.info("%s: thresholds %s", goal, " ".join(f"{t:.4f}" for t in policy.thresholds))
+    val_scored, test_scored = score_record(val, policy), score_record(test, policy)
+    val_point, _ = outcome(val_scored, policy, cost)
+    test_point, taken = outcome(test_scored, policy, cost)
+
+    several = None
+    if cuts > 1:
+        several = _over_cuts(trained, goal, cut_seed, cuts)
+    if trained.config.run.compile:
+        network.compile_stages()
+        network.backbone.compile(dynamic=True)
+    live_result = _run_live(trained, data, test, policy) if live else None
+    timings = []
+    if live:
+        for batch_size in batch_sizes:
+            log.info("timing at batch %d", batch_size)
+            timing = _time(trained, data, policy, batch_size, timing_images)
+            timings += [timing] if timing else []
+
+    report = Report(
+        run=run_dir.name,
+        dataset=data.name,
+        arch=trained.config.model.arch,
+        regime=trained.config.run.regime,
+        chosen_by=str(goal),
+        criterion=goal.criterion,
+        calibrated=goal.calibrate,
+        val_from=val_words,
+        val_images=len(val),
+        test_images=len(test),
+        weights=trained.weights,
+        precision=trained.precision,
+        device=runtime.describe_device(trained.device),
+        plain_macs=cost.plain_macs,
+        val=val_point,
+        test=test_point,
+        random_accuracy=drawn_by_lot(test_scored, taken),
+        final_accuracy=float(test_scored.right[:, -1].mean()),
+        exits=_exit_rows(val, val_scored, test_scored, taken, policy, cost),
+        curve=_curve(val_scored, test_scored, policy, cost),
+        cuts=several,
+        live=live_result,
+        timing=tuple(timings),
+        versions=runtime.versions(),
+        command=shlex.join(["python", *sys.argv]),
+    )
+    directory = run_dir / "eval" / (name or _name_of(goal))
+    return report, _write(report, policy, test, test_scored, taken, data, directory, draw)
+
+
+def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
+    """The same choice over cut seeds `cut_seed` .. `cut_seed + cuts - 1`."""
+    points, finals = [], []
+    for seed in range(cut_seed, cut_seed + cuts):
+        val, test, _, _ = val_and_test(trained, "test", seed)
+        policy = choose(val, goal, trained.cost)
+        scored = score_record(test, policy)
+        points.append(outcome(scored, policy, trained.cost)[0])
+        finals.append(float(scored.right[:, -1].mean()))
+    return Cuts(
+        cuts,
+        Spread(*mean_std([point.accuracy for point in points])),
+        Spread(*mean_std([point.macs_share for point in points])),
+        Spread(*mean_std(finals)),
+    )
+
+
+def _exit_rows(val, val_scored, test_scored, taken, policy: Policy, cost: Cost):
+    shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
+    targets = torch.from_numpy(val.targets)
+    rows = []
+    for index, name in enumerate(policy.exit_names):
+        early = index < policy.num_exits - 1
+        here = taken == index
+        logits = val.exit_logits(index)
+        rows.append(
+            ExitRow(
+                name=name,
+                on=policy.is_on(index),
+                threshold=finite(policy.thresholds[index]) if early else None,
+                temperature=policy.temperatures[index],
+                macs=cost.cumulative(policy.enabled)[index],
+                macs_share=cost.shares(policy.enabled)[index],
+                head_share=cost.head_macs[index] / cost.plain_macs,
+                accuracy_val=float(val_scored.right[:, index].mean()),
+                accuracy=float(test_scored.right[:, index].mean()),
+                ece_before=expected_calibration_error(logits, targets),
+                ece_after=expected_calibration_error(logits / policy.temperatures[index], targets),
+                taken=float(shares[index]),
+                taken_accuracy=float(test_scored.right[here, index].mean()) if here.any() else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePoint, ...]:
+    """Outcomes of shared thresholds, thinned evenly in val's MACs."""
+    curve = thresholds.shared_curve(val_scored, policy.enabled, cost.cumulative(policy.enabled))
+    wanted = np.linspace(curve.macs.max(), curve.macs.min(), CURVE_POINTS)
+    nearest = np.abs(curve.macs[None] - wanted[:, None]).argmin(axis=1)
+    points = []
+    for index in dict.fromkeys(nearest.tolist()):
+        threshold = float(curve.thresholds[index])
+        shared = dataclasses.replace(policy, thresholds=(threshold,) * (policy.num_exits - 1))
+        test_point, taken = outcome(test_scored, shared, cost)
+        points.append(
+            CurvePoint(
+                threshold=finite(threshold),
+                val=Point(float(curve.accuracy[index]), float(curve.macs[index] / cost.plain_macs)),
+                test=test_point,
+                random=drawn_by_lot(test_scored, taken),
+            )
+        )
+    return tuple(points)
+
+
+def _run_live(trained: Trained, data: Data, test: ExitRecord, policy, batch_size=256) -> Live:
+    """Inference with exits taken on all of test, compared with the record."""
+    classes, exits = [], []
+    for images, _ in data.eval_batches("test", batch_size):
+        answers = infer(trained.network, images, policy, trained.autocast)
+        classes.append(answers.classes.cpu().numpy())
+        exits.append(answers.exit_index.cpu().numpy())
+    classes, exits = np.concatenate(classes), np.concatenate(exits)
+    differs, unexplained = disagreements(test, policy, classes, exits)
+    return Live(
+        images=len(classes),
+        accuracy=float((classes == test.targets).mean()),
+        differing=int(differs.sum()),
+        differing_beyond_rounding=int(unexplained.sum()),
+        batch_size=batch_size,
+    )
+
+
+def _time(trained: Trained, data: Data, policy, batch_size: int, most: int) -> Timing | None:
+    """The timing at one batch size, on whole batches of at most `most` test images."""
+    total = min(most, data.size("test"))
+    if total < batch_size:
+        log.info("test has %d images to time, fewer than a batch of %d", total, batch_size)
+        return None
+    batches = []
+    for images, _ in data.eval_batches("test", batch_size):
+        if (len(batches) + 1) * batch_size > total:
+            break
+        batches.append(images)
+    return measure(trained.network, batches, policy, autocast=trained.autocast)
+
+
+def _name_of(goal: Goal) -> str:
+    words = f"{goal} {goal.criterion}" + ("" if goal.calibrate else " uncalibrated")
+    for old, new in (("% of MACs ", ""), (" points", ""), ("  ", " "), (" ", "-")):
+        words = words.replace(old, new)
+    return words
+
+
+def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
+    """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
+    partial_dir = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    partial_dir.mkdir(parents=True)
+    policy.save(partial_dir / "policy.yaml")
+    images = {}
+    if draw:
+        plots.accuracy_vs_macs(report, partial_dir / "accuracy_vs_macs.png")
+        plots.share_per_exit(report, partial_dir / "share_per_exit.png")
+        rows = _gallery_rows(scored, taken, policy, data)
+        plots.gallery(rows, partial_dir / "gallery.png")
+        images = {
+            "accuracy_vs_macs.png": "Accuracy against multiply-adds",
+            "share_per_exit.png": "Where images leave",
+            "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
+        }
+    checkpoint.write_text(partial_dir / "report.json", to_json(report))
+    checkpoint.write_text(partial_dir / "report.md", to_markdown(report, images))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial_dir.rename(directory)
+    return directory
+
+
+def _gallery_rows(scored: Scores, taken, policy: Policy, data: Data):
+    """Per exit, the images that left there with the highest and the lowest scores."""
+    rows = []
+    for index, name in enumerate(policy.exit_names):
+        here = np.flatnonzero(taken == index)
+        order = here[np.argsort(-scored.scores[here, index], kind="stable")]
+        half = len(order) // 2
+        ends = (("easiest", order[: min(GALLERY_COLUMNS, half)]),)
+        ends += (("hardest", order[::-1][: min(GALLERY_COLUMNS, len(order) - half)]),)
+        for word, chosen in ends:
+            row = []
+            for image in chosen:
+                answer, target = scored.answers[image, index], scored.targets[image]
+                label = data.classes[answer]
+                row.append((data.picture("test", int(image)), label, bool(answer == target)))
+            rows.append((f"{name}\n{word}", row))
+    return rows
+
+
+def summary(report: Report, directory: Path) -> str:
+    """What the screen shows at the end."""
+    parts = [table(report), headline(report)]
+    if report.cuts:
+        parts.append(
+            f"over {report.cuts.count} cuts: {100 * report.cuts.accuracy.mean:.2f}"
+            f" ± {100 * report.cuts.accuracy.std:.2f} % at"
+            f" {100 * report.cuts.macs_share.mean:.2f} % of MACs"
+        )
+    if report.timing:
+        parts.append(timing_table(report))
+    if report.live:
+        parts.append(
+            f"live inference on {report.live.images:,} test images:"
+            f" {100 * report.live.accuracy:.2f} % right, {report.live.differing} unlike the record"
+        )
+    parts.append(
+        f"table and report: {directory / 'report.md'}\n"
+        f"numbers:          {directory / 'report.json'}\n"
+        f"policy:           {directory / 'policy.yaml'}\n"
+        f"plots:            {directory}/*.png"
+    )
+    return "\n\n".join(parts)

@@ -1,0 +1,165 @@
+"""The clock: inference with exits beside the plain network, in one run.
+
+Interleaved, so that a machine that slows down slows all alike; medians over repeats; warmed up;
+the device synchronised before the clock is read. Heads, decision and the dropping of rows lie
+inside the timed region.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from early_exit.inference import Rows, advance, infer
+from early_exit.network import MultiExitNetwork
+from early_exit.policy import NEVER, Policy
+from early_exit.runtime import synchronize
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds per batch over the batches of a sample, each the median of its repeats."""
+
+    p50: float
+    p95: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds at one batch size."""
+
+    batch_size: int
+    images: int
+    repeats: int
+    plain: Spread
+    """The plain backbone."""
+    live: Spread
+    """With exits taken."""
+    promise: Spread
+    """The sum of each stage's own time at the number of rows it really had."""
+    full: Spread
+    """With exits computed and nobody leaving."""
+    stage_seconds: tuple[float, ...]
+    """Each stage's own time, its head included, with all rows: medians over batches."""
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the plain network."""
+        return self.plain.total / self.live.total
+
+    @property
+    def kept(self) -> float:
+        """The share of the promise that is kept: 1 if deciding and dropping rows cost nothing."""
+        return self.promise.total / self.live.total
+
+    @property
+    def overhead(self) -> float:
+        """What exits cost on top of the plain network when nobody leaves, as a fraction."""
+        return self.full.total / self.plain.total - 1
+
+    @property
+    def stage_shares(self) -> tuple[float, ...]:
+        """Each stage's share of the seconds of all stages."""
+        total = sum(self.stage_seconds)
+        return tuple(seconds / total for seconds in self.stage_seconds)
+
+
+def stage_inputs(
+    network: MultiExitNetwork, images: Tensor, policy: Policy
+) -> list[tuple[int, Tensor]]:
+    """The features that each stage would be given under `policy`, with the stage's number."""
+    rows: Rows | None = Rows(torch.arange(len(images), device=images.device), images)
+    given = []
+    for exit_index, stage in enumerate(network.stages):
+        given.append((exit_index, rows.features))
+        rows, _ = advance(stage, rows, policy, exit_index)
+        if rows is None:
+            break
+    return given
+
+
+@torch.inference_mode()
+def measure(
+    network: MultiExitNetwork,
+    batches: list[Tensor],
+    policy: Policy,
+    *,
+    autocast: Autocast,
+    repeats: int = 5,
+    seconds: float = 15.0,
+) -> Timing:
+    """Times the batches, as many of them as about `seconds` allow and at least one.
+
+    batches: tensors (B, 3, H, W), normalised, all of the same size, on the network's device.
+    """
+    device = batches[0].device
+    network.eval()
+    never = Policy(
+        exit_names=policy.exit_names,
+        thresholds=(NEVER,) * (policy.num_exits - 1),
+        criterion=policy.criterion,
+        temperatures=policy.temperatures,
+        enabled=policy.enabled,
+    )
+    medians: dict[str, list[float]] = {"plain": [], "live": [], "promise": [], "full": []}
+    stage_medians: list[list[float]] = []
+    began = time.perf_counter()
+    done = 0
+    with autocast():
+        for images in [batches[0], *batches]:  # the first is measured twice: once to warm up
+            given = stage_inputs(network, images, policy)
+            everyone = stage_inputs(network, images, never)
+            samples: dict[str, list[float]] = {name: [] for name in medians}
+            stages: list[list[float]] = []
+            for _ in range(repeats):
+                timed = _timer(device)
+                samples["plain"].append(timed(lambda: network.backbone(images)))
+                samples["live"].append(timed(lambda: infer(network, images, policy)))
+                samples["full"].append(timed(lambda: infer(network, images, never)))
+                parts = [_time_stage(timed, network, policy, *one) for one in given]
+                samples["promise"].append(sum(parts))
+                stages.append([_time_stage(timed, network, policy, *one) for one in everyone])
+            done += 1
+            if done == 1:
+                continue
+            for name, values in samples.items():
+                medians[name].append(float(np.median(values)))
+            stage_medians.append(np.median(stages, axis=0).tolist())
+            if time.perf_counter() - began > seconds:
+                break
+    spreads = {
+        name: Spread(
+            float(np.percentile(values, 50)), float(np.percentile(values, 95)), float(sum(values))
+        )
+        for name, values in medians.items()
+    }
+    return Timing(
+        batch_size=len(batches[0]),
+        images=len(medians["plain"]) * len(batches[0]),
+        repeats=repeats,
+        stage_seconds=tuple(np.median(stage_medians, axis=0).tolist()),
+        **spreads,
+    )
+
+
+def _time_stage(timed, network, policy, exit_index: int, features: Tensor) -> float:
+    stage, on = network.stages[exit_index], policy.is_on(exit_index)
+    return timed(lambda: stage(features, on))
+
+
+def _timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    def timed(call: Callable[[], object]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - began
+
+    return timed

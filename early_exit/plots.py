@@ -1,0 +1,139 @@
+"""The pictures of an evaluation, drawn with matplotlib."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from early_exit.checkpoint import written_whole
+from early_exit.errors import UserError
+from early_exit.report import Report
+
+# Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in grey.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+    "legend.frameon": False,
+}
+
+
+def accuracy_vs_macs(report: Report, path: Path) -> None:
+    """Test accuracy against MACs: the curve of shared thresholds, the chosen point, the final exit,
+    every exit alone, and exits drawn by lot at the same shares."""
+    with _figure(path, (7, 4.6)) as (_, axes):
+        curve = report.curve
+        macs = [100 * point.test.macs_share for point in curve]
+        axes.plot(
+            macs, [100 * point.test.accuracy for point in curve], color=BLUE, lw=2,
+            label="early exit, one threshold for all exits",
+        )
+        axes.plot(
+            macs, [100 * point.random for point in curve], color=GREY, lw=1.5, ls="--",
+            label="as many at each exit, drawn by lot",
+        )
+        alone = [row for row in report.exits[:-1] if row.on]
+        axes.plot(
+            [100 * row.macs_share for row in alone], [100 * row.accuracy for row in alone],
+            "s", color=ORANGE, ms=7, label="everybody at one exit",
+        )
+        for row in alone:
+            axes.annotate(
+                row.name, (100 * row.macs_share, 100 * row.accuracy), textcoords="offset points",
+                xytext=(9, 1), fontsize=9, color=ORANGE,
+            )
+        final = report.exits[-1]
+        axes.plot(
+            100.0, 100 * final.accuracy, "D", color="black", ms=7,
+            label=f"plain network, {100 * final.accuracy:.2f} %",
+        )
+        axes.plot(
+            100 * report.test.macs_share, 100 * report.test.accuracy, "*", color=GREEN, ms=17,
+            mec="black", mew=0.7, zorder=5,
+            label=f"chosen on val: {100 * report.test.accuracy:.2f} % at"
+            f" {100 * report.test.macs_share:.1f} %",
+        )
+        axes.set_xlabel("multiply-adds, % of the plain network")
+        axes.set_ylabel("accuracy on test, %")
+        axes.set_title(f"{report.arch} on {report.dataset}, {report.regime}: {report.chosen_by}")
+        axes.legend(loc="lower right", fontsize=9)
+
+
+def share_per_exit(report: Report, path: Path) -> None:
+    """How many test images leave at each exit, how often they are right, and what that costs."""
+    with _figure(path, (7, 0.7 * len(report.exits) + 1.6)) as (_, axes):
+        names = [row.name for row in report.exits]
+        taken = [100 * row.taken for row in report.exits]
+        bars = axes.barh(names, taken, color=BLUE, height=0.62)
+        for bar, row in zip(bars, report.exits, strict=True):
+            right = (
+                "nobody"
+                if row.taken_accuracy is None
+                else f"{100 * row.taken_accuracy:.1f} % right"
+            )
+            axes.text(
+                bar.get_width() + 1, bar.get_y() + bar.get_height() / 2,
+                f"{100 * row.taken:.1f} % leave, {right}, each costs {100 * row.macs_share:.0f} %",
+                va="center", fontsize=9.5,
+            )
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, max(taken) * 1.9 + 12)
+        axes.set_xticks([tick for tick in (0, 20, 40, 60, 80, 100) if tick <= max(taken) + 10])
+        axes.set_xlabel("share of test images, %")
+        axes.set_title(f"Where images leave ({report.chosen_by})")
+
+
+def gallery(
+    pictures: Sequence[tuple[str, Sequence[tuple[np.ndarray, str, bool]]]], path: Path
+) -> None:
+    """Rows of images. pictures: a caption and, per image, its pixels (H, W, 3) uint8, a label and
+    whether the answer was right."""
+    pictures = [row for row in pictures if row[1]]
+    columns = max(len(row) for _, row in pictures)
+    with _figure(path, (1.05 * columns + 2.0, 1.3 * len(pictures)), (len(pictures), columns)) as (
+        figure, grid,
+    ):
+        for (caption, row), line in zip(pictures, np.atleast_2d(grid), strict=True):
+            for axes in line:
+                axes.axis("off")
+            line[0].text(
+                -0.15, 0.5, caption, transform=line[0].transAxes, ha="right", va="center",
+                fontsize=10,
+            )
+            for (pixels, label, right), axes in zip(row, line, strict=False):
+                axes.imshow(pixels, interpolation="nearest")
+                axes.set_title(
+                    label, fontsize=8, pad=3, color="black" if right else ORANGE,
+                    fontweight="normal" if right else "bold",
+                )
+        figure.subplots_adjust(hspace=0.45, wspace=0.08)
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float], grid: tuple[int, int] = (1, 1)) -> Iterator:
+    """Figure and axes; written to `path`, whole, when the block ends well."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(
+            "plots need matplotlib; run: pip install -r requirements.txt (or pass --no-plots)"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(*grid, figsize=size)
+        try:
+            yield figure, axes
+            with written_whole(path) as file:
+                figure.savefig(file, format="png")
+        finally:
+            pyplot.close(figure)

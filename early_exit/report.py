@@ -1,0 +1,264 @@
+"""The report of an evaluation: plain values that become JSON and a page of Markdown."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from early_exit.latency import Timing
+
+
+@dataclass(frozen=True)
+class ExitRow:
+    """One exit, on test."""
+
+    name: str
+    on: bool
+    threshold: float | None
+    temperature: float
+    macs: int
+    macs_share: float
+    """Of the plain network's MACs, everything that ran up to here."""
+    head_share: float
+    accuracy_val: float
+    """If all of val left here."""
+    accuracy: float
+    """If all of test left here."""
+    ece_before: float
+    """Calibration error on val without the temperature."""
+    ece_after: float
+    taken: float
+    """Share of test that leaves here under the policy."""
+    taken_accuracy: float | None
+    """How often those are answered rightly; nothing where nobody leaves."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy's outcome on a sample."""
+
+    accuracy: float
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One shared threshold: chosen on val, shown on test."""
+
+    threshold: float | None
+    """None: nobody leaves early."""
+    val: Point
+    test: Point
+    random: float
+    """Test accuracy if as many images left at each exit, drawn by lot."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over several cuts or seeds."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The same choice repeated over several cuts of the test set into val and test."""
+
+    count: int
+    accuracy: Spread
+    macs_share: Spread
+    final_accuracy: Spread
+
+
+@dataclass(frozen=True)
+class Live:
+    """Inference with exits taken, on all of test."""
+
+    images: int
+    accuracy: float
+    differing: int
+    """Images that took another exit or got another answer than on the record."""
+    differing_beyond_rounding: int
+    """Those of them whose score on the record is further than 1e-5 from a threshold it met."""
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything an evaluation found."""
+
+    run: str
+    dataset: str
+    arch: str
+    regime: str
+    chosen_by: str
+    criterion: str
+    calibrated: bool
+    val_from: str
+    val_images: int
+    test_images: int
+    weights: str
+    precision: str
+    device: str
+    plain_macs: int
+    val: Point
+    test: Point
+    random_accuracy: float
+    final_accuracy: float
+    exits: tuple[ExitRow, ...]
+    curve: tuple[CurvePoint, ...]
+    cuts: Cuts | None
+    live: Live | None
+    timing: tuple[Timing, ...]
+    versions: dict[str, str]
+    command: str
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON, with what follows from the timings spelt out."""
+    values: dict[str, Any] = dataclasses.asdict(report)
+    for timing, measured in zip(values["timing"], report.timing, strict=True):
+        timing |= {
+            "speedup": measured.speedup,
+            "kept": measured.kept,
+            "overhead": measured.overhead,
+            "stage_shares": measured.stage_shares,
+        }
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def table(report: Report) -> str:
+    """The main table, for the screen and for the page."""
+    lines = [
+        "| exit | MACs | alone, test | leave here | right of those | threshold | temperature |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report.exits:
+        right = "-" if row.taken_accuracy is None else f"{100 * row.taken_accuracy:.2f} %"
+        limit = "-" if row.threshold is None else f"{row.threshold:.4f}"
+        lines.append(
+            f"| {row.name}{'' if row.on else ' (off)'} | {100 * row.macs_share:.1f} %"
+            f" | {100 * row.accuracy:.2f} % | {100 * row.taken:.1f} % | {right} | {limit}"
+            f" | {row.temperature:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def headline(report: Report) -> str:
+    """The outcome in one sentence."""
+    lost = 100 * (report.final_accuracy - report.test.accuracy)
+    return (
+        f"{100 * report.test.accuracy:.2f} % on test at {100 * report.test.macs_share:.1f} % of the"
+        f" plain network's MACs; its final exit alone {100 * report.final_accuracy:.2f} %"
+        f" ({'no loss' if lost <= 0 else f'{lost:.2f} points less'}),"
+        f" exits drawn by lot {100 * report.random_accuracy:.2f} %"
+    )
+
+
+def timing_table(report: Report) -> str:
+    """Seconds, beside the plain network of the same run."""
+    lines = [
+        "| batch | images | plain p50 / p95 | with exits p50 / p95 | speed-up | promise kept"
+        " | nobody leaves |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for timing in report.timing:
+        plain, live = timing.plain, timing.live
+        lines.append(
+            f"| {timing.batch_size} | {timing.images} | {_ms(plain.p50)} / {_ms(plain.p95)} ms"
+            f" | {_ms(live.p50)} / {_ms(live.p95)} ms | {timing.speedup:.2f} x"
+            f" | {100 * timing.kept:.0f} % | {100 * timing.overhead:+.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def stage_table(report: Report) -> str:
+    """Where the MACs are and where the seconds go, a stage a column."""
+    names = [row.name for row in report.exits]
+    totals = [row.macs for row in report.exits]
+    macs = [now - before for now, before in zip(totals, [0, *totals[:-1]], strict=True)]
+    rows = [("MACs", [value / totals[-1] for value in macs])]
+    rows += [
+        (f"seconds, batch {timing.batch_size}", list(timing.stage_shares))
+        for timing in report.timing
+    ]
+    lines = [
+        "| share of the stage that ends at | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for label, shares in rows:
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines)
+
+
+def to_markdown(report: Report, images: dict[str, str]) -> str:
+    """The page. images: caption by file name, shown in that order."""
+    parts = [
+        f"# {report.arch} on {report.dataset}, {report.regime}: {report.chosen_by}",
+        headline(report) + ".",
+        table(report),
+        "MACs are those of everything that ran up to the exit, heads included, as a share of the"
+        " plain network's"
+        f" {report.plain_macs / 1e6:.2f} M. *Alone*: if every test image left there. Thresholds"
+        f" and temperatures were fitted on {report.val_images:,} images of val"
+        f" ({report.val_from}); test ({report.test_images:,} images) was only reported.",
+        f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
+        f" {100 * report.val.macs_share:.1f} %.",
+    ]
+    if report.cuts:
+        cuts = report.cuts
+        parts.append(
+            f"Over {cuts.count} cuts of the test set into val and test: {_percent(cuts.accuracy)} %"
+            f" at {_percent(cuts.macs_share)} % of the MACs, the final exit"
+            f" {_percent(cuts.final_accuracy)} % (mean and standard deviation)."
+        )
+    if report.live:
+        live = report.live
+        parts += [
+            "## Exits taken",
+            f"Live inference answered {live.images:,} test images at batch {live.batch_size} with"
+            f" {100 * live.accuracy:.2f} % right. {live.differing} of them took another exit or"
+            " got another answer than on the record of all exits,"
+            f" {live.differing_beyond_rounding} of these with a score further than 1e-5 from its"
+            " threshold.",
+        ]
+    if report.timing:
+        parts += [
+            "## Seconds",
+            timing_table(report),
+            "Times are per batch. *Promise kept*: the sum of each stage's own time at the number of"
+            " rows it really had, over the time measured; deciding and dropping rows is the rest."
+            " *Nobody leaves*: what the exits cost on top of the plain network if they never fire.",
+            stage_table(report),
+        ]
+    parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
+    parts += [
+        "## How this was made",
+        "\n".join(
+            [
+                f"- run: `{report.run}`, {report.weights}",
+                f"- criterion: {report.criterion},"
+                f" {'with' if report.calibrated else 'without'} temperature scaling",
+                f"- device: {report.device}; precision {report.precision}",
+                "- " + ", ".join(f"{name} {value}" for name, value in report.versions.items()),
+                f"- command: `{report.command}`",
+            ]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity: a threshold nobody reaches is null."""
+    return value if math.isfinite(value) else None
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"
+
+
+def _percent(spread: Spread) -> str:
+    return f"{100 * spread.mean:.2f} ± {100 * spread.std:.2f}"

@@ -1,0 +1,95 @@
+"""Choosing thresholds on val.
+
+One threshold shared by all early exits is found exactly. As it falls, an image's exit only moves
+to the front, and only where the threshold passes a score that is higher than all before it; so
+every threshold there is gives one of at most images x exits + 1 outcomes, and one sort and two
+running sums give the accuracy and the cost of all of them: O(M log M) for M = images x exits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from early_exit.errors import UserError
+from early_exit.policy import NEVER
+from early_exit.records import Scores
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Every outcome a shared threshold can have on a sample, from never leaving early to always.
+
+    thresholds: (P,) falling; accuracy: (P,) fractions; macs: (P,) mean per image.
+    """
+
+    thresholds: np.ndarray
+    accuracy: np.ndarray
+    macs: np.ndarray
+
+
+def shared_curve(scored: Scores, enabled: Sequence[bool], macs: Sequence[int]) -> Curve:
+    """The outcomes of all shared thresholds.
+
+    macs: (exits,) what an image costs that leaves at each exit.
+    """
+    count, num_exits = scored.scores.shape
+    on = [index for index in range(num_exits - 1) if enabled[index]]
+    price = np.asarray(macs, np.float64)
+    right = scored.right
+    # An image leaves at the first exit whose score reaches the threshold: as that falls, exit i
+    # takes the image at score[i] if no exit before i reached as much, from the next exit that had.
+    best_before = np.full(count, -np.inf, np.float32)
+    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # threshold, d right, d price
+    takers = {index: scored.scores[:, index] for index in on}
+    for index in on:
+        scores = takers[index]
+        takes = scores > best_before
+        # who holds the image just before: the first later exit with a higher score, else the last
+        holder = np.full(count, num_exits - 1)
+        for later in reversed([other for other in on if other > index]):
+            holder = np.where(takers[later] > scores, later, holder)
+        rows = np.flatnonzero(takes)
+        gained = right[rows, index].astype(np.float64) - right[rows, holder[rows]]
+        saved = price[index] - price[holder[rows]]
+        steps.append((scores[rows], gained, saved))
+        best_before = np.maximum(best_before, scores)
+    start_right, start_price = right[:, -1].sum(), price[-1] * count
+    if not steps:
+        only = np.array([NEVER])
+        return Curve(only, np.array([start_right / count]), np.array([price[-1]]))
+    at, gained, saved = (np.concatenate(part) for part in zip(*steps, strict=True))
+    order = np.argsort(-at, kind="stable")
+    at, gained, saved = at[order], gained[order], saved[order]
+    last_of_value = np.append(at[1:] != at[:-1], True)  # equal scores leave together
+    accuracy = (start_right + np.cumsum(gained))[last_of_value] / count
+    mean_price = (start_price + np.cumsum(saved))[last_of_value] / count
+    return Curve(
+        np.concatenate([[NEVER], at[last_of_value].astype(np.float64)]),
+        np.concatenate([[start_right / count], accuracy]),
+        np.concatenate([[price[-1]], mean_price]),
+    )
+
+
+def for_max_drop(curve: Curve, drop: float) -> float:
+    """The threshold of the cheapest outcome that is at most `drop` (a fraction) less accurate than
+    the final exit on its own; the first point of a curve is that exit."""
+    good = curve.accuracy >= curve.accuracy[0] - drop - 1e-12
+    candidates = np.flatnonzero(good)
+    return float(curve.thresholds[candidates[np.argmin(curve.macs[candidates])]])
+
+
+def for_budget(curve: Curve, macs: float) -> float:
+    """The threshold of the most accurate outcome of at most `macs` multiply-adds an image.
+
+    Raises UserError where even leaving at once costs more, naming the least it can cost.
+    """
+    candidates = np.flatnonzero(curve.macs <= macs * (1 + 1e-12))
+    if not len(candidates):
+        raise UserError(
+            f"a budget of {macs / 1e6:.2f} M MACs cannot be kept: the least this network's exits"
+            f" cost is {curve.macs.min() / 1e6:.2f} M; ask for more, or put an exit further up"
+        )
+    best = curve.accuracy[candidates].max()
+    equal = candidates[curve.accuracy[candidates] == best]
+    return float(curve.thresholds[equal[np.argmin(curve.macs[equal])]])

@@ -1,0 +1,437 @@
+"""The whole walk of a training: configuration in, run directory out."""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from early_exit import checkpoint, runtime
+from early_exit import config as configs
+from early_exit.config import Config
+from early_exit.cost import Cost, network_cost
+from early_exit.engine import (
+    Tally,
+    lr_at,
+    make_optimizer,
+    score_batches,
+    set_training_mode,
+    train_steps,
+)
+from early_exit.errors import UserError
+from early_exit.experiment import (
+    EVAL_BATCH,
+    Data,
+    FrontDoor,
+    Phase,
+    layout,
+    load_backbone,
+    plan_phases,
+    setup,
+)
+from early_exit.journal import Journal, percents
+from early_exit.losses import joint_loss
+from early_exit.network import MultiExitNetwork
+
+log = logging.getLogger(__name__)
+
+# Settings that a resumed run cannot change without being another run.
+FIXED = ("data.", "model.", "run.regime", "run.seed", "optim.batch_size")
+MOVABLE = ("data.root", "model.backbone")
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite, so nothing more can be learned from here."""
+
+
+@dataclass
+class Position:
+    """How far a run is: the next step of the epoch of the phase."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Run:
+    """What one training works on."""
+
+    config: Config
+    data: Data
+    network: MultiExitNetwork
+    cost: Cost
+    phases: list[Phase]
+    directory: Path
+    device: torch.device
+    precision: str
+    unseen_val: str | None
+    """Hash of the val images if no weight has seen them."""
+    last_good: str = "none was saved"
+    """Where the newest whole checkpoint lies."""
+
+
+@dataclass
+class Trainee:
+    """What a phase changes, and where it stands: all that a checkpoint needs beside the run."""
+
+    position: Position
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    sums: Tally
+
+
+def default_run_dir(runs: Path, config: Config, exit_names: tuple[str, ...]) -> Path:
+    """runs/NAME, where the name says data set, network, exits, regime and seed."""
+    parts = [config.data.dataset, config.model.arch]
+    parts += [*exit_names[:-1], config.run.regime] if len(exit_names) > 1 else ["plain"]
+    return runs / "-".join([*parts, f"seed{config.run.seed}"])
+
+
+def find_resumed(resume: str | None, run_dir: Path | None) -> tuple[Path | None, dict | None]:
+    """The checkpoint to go on from: its path and content, or nothing for a fresh start.
+
+    `auto` looks in the run directory and may find none; a path must exist.
+    """
+    if resume is None:
+        return None, None
+    if resume == "auto":
+        path = checkpoint.newest(run_dir) if run_dir and run_dir.is_dir() else None
+    else:
+        path = Path(resume)
+        if not path.exists():
+            raise UserError(f"there is no checkpoint at {path}; check --resume")
+        if path.is_dir():
+            path = checkpoint.newest(path)
+            if path is None:
+                raise UserError(
+                    f"{resume} holds no checkpoint to go on from; --resume auto starts afresh there"
+                )
+    return (path, checkpoint.load(path)) if path else (None, None)
+
+
+def train(
+    config: Config,
+    door: FrontDoor,
+    *,
+    runs: Path,
+    run_dir: Path | None = None,
+    resume: str | None = None,
+    start_epoch: int = 0,
+) -> Path:
+    """Trains what `config` says and returns the run directory.
+
+    run_dir: where to; None: a name made from the configuration under `runs`. An existing one is
+    refused without `resume`, which is `auto` or a checkpoint's path. start_epoch: begin a fresh
+    run at this epoch of its schedule.
+
+    Raises UserError for what the user can mend, Diverged where the loss is not finite, and
+    runtime.Stopped once a signal came and everything is saved.
+    """
+    device, precision = setup(config)
+    data = door.load_data(config.data)
+    network = door.build_network(config.model, len(data.classes))
+    cost = network_cost(network)
+    phases = plan_phases(config, network.num_exits)
+    directory = run_dir or default_run_dir(runs, config, network.exit_names)
+    exists = directory.exists() and any(directory.iterdir())
+    elsewhere = resume not in (None, "auto") and not Path(resume).is_relative_to(directory)
+    if exists and (resume is None or elsewhere):
+        raise UserError(
+            f"{directory} exists; pass --resume auto to go on with it, or another --save-dir"
+        )
+    with runtime.locked(directory):
+        path, state = find_resumed(resume, directory)
+        if state and start_epoch:
+            raise UserError(
+                f"--start-epoch is for a fresh run; this one goes on where {path} stands"
+            )
+        meta, unseen_val = {}, data.val_hash
+        if state:
+            meta = state
+        elif config.model.backbone:
+            meta = load_backbone(network, Path(config.model.backbone))
+            unseen_val = data.val_hash if meta.get("unseen_val") == data.val_hash else None
+        data = data.normalised_by(meta.get("normalisation")).to(device)
+        network.to(device=device, memory_format=layout(config))
+        run = Run(config, data, network, cost, phases, directory, device, precision, unseen_val)
+        position = restore(run, path, state) if state else nth_epoch(phases, start_epoch)
+        describe(run)
+        walk(run, position, state)
+    return directory
+
+
+def nth_epoch(phases: list[Phase], epoch: int) -> Position:
+    """The start of the epoch'th epoch, counted through all phases."""
+    total = sum(phase.optim.epochs for phase in phases)
+    if not 0 <= epoch < total:
+        raise UserError(f"--start-epoch is {epoch}, the run has epochs 0 to {total - 1}")
+    index = 0
+    while epoch >= phases[index].optim.epochs:
+        epoch -= phases[index].optim.epochs
+        index += 1
+    return Position(index, epoch)
+
+
+def describe(run: Run) -> None:
+    """Writes config.yaml and versions.json, and logs the network's exits and their price."""
+    for stray in run.directory.glob(f".{checkpoint.NAME}*"):
+        stray.unlink()  # half a file of a killed process
+    written = yaml.safe_dump(configs.to_dict(run.config), sort_keys=False)
+    checkpoint.write_text(run.directory / "config.yaml", written)
+    versions = {
+        **runtime.versions(),
+        "device": runtime.describe_device(run.device),
+        "precision": run.precision,
+        "command": sys.argv,
+    }
+    checkpoint.write_text(run.directory / "versions.json", json.dumps(versions, indent=2) + "\n")
+    log.info("run directory %s", run.directory)
+    log.info(
+        "%s on %s: %.2f M MACs, %.3f M parameters; %s; amp %s",
+        run.config.model.arch, run.data.name, run.cost.plain_macs / 1e6,
+        run.cost.backbone_params / 1e6, runtime.describe_device(run.device), run.precision,
+    )
+    for name, share, head in zip(
+        run.cost.exit_names, run.cost.shares(), run.cost.head_macs, strict=True
+    ):
+        log.info(
+            "exit %-9s costs %5.1f %% of the plain network, its head %.1f %%",
+            name, 100 * share, 100 * head / run.cost.plain_macs,
+        )
+
+
+def save(run: Run, trainee: Trainee, following: Position | None = None) -> None:
+    """Writes the newest checkpoint: in the middle of an epoch, or before the `following` one."""
+    state = {
+        "network": run.network.state_dict(),
+        "optimizer": trainee.optimizer.state_dict(),
+        "scaler": trainee.scaler.state_dict(),
+        "rng": runtime.rng_state(),
+        "position": dataclasses.asdict(following or trainee.position),
+        "tally": None if following else trainee.sums.state_dict(),
+        "config": configs.to_dict(run.config),
+        "exit_names": list(run.network.exit_names),
+        "classes": list(run.data.classes),
+        "normalisation": {"mean": list(run.data.mean), "std": list(run.data.std)},
+        "val_hash": run.data.val_hash,
+        "unseen_val": run.unseen_val,
+        "versions": runtime.versions(),
+    }
+    try:
+        checkpoint.save(run.directory, state)
+    except OSError as error:
+        raise UserError(
+            f"no checkpoint could be written to {run.directory} ({error.strerror});"
+            f" the last good one is whole: {run.last_good}"
+        ) from None
+    run.last_good = str(run.directory / checkpoint.NAME)
+
+
+def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
+    """Puts a checkpoint's weights in and returns where it stood.
+
+    Raises UserError where the checkpoint belongs to another run than the configuration's.
+    """
+    changed = list(configs.differences(state["config"], configs.to_dict(run.config)))
+    for name, before, after in changed:
+        if name.startswith(FIXED) and name not in MOVABLE:
+            raise UserError(
+                f"{path} was trained with {name} = {_shown(before)}, this run asks for"
+                f" {_shown(after)}; resume with the former, or start another --save-dir"
+            )
+    if state["val_hash"] != run.data.val_hash:
+        raise UserError(
+            f"{path} held out other val images ({state['val_hash']}) than this data set gives"
+            f" ({run.data.val_hash}); check the data under --data"
+        )
+    checkpoint.load_into(run.network, state["network"], path)
+    run.unseen_val, run.last_good = state["unseen_val"], str(path)
+    position = Position(**state["position"])
+    if position.phase < len(run.phases):
+        epochs = run.phases[position.phase].optim.epochs
+        if position.epoch >= epochs:
+            raise UserError(f"{path} has done {position.epoch} epochs, --epochs asks for {epochs}")
+    log.info(
+        "going on from %s: phase %d, epoch %d, step %d%s",
+        path, position.phase, position.epoch, position.step,
+        "".join(f"; {name} was {_shown(a)}, now {_shown(b)}" for name, a, b in changed),
+    )
+    return position
+
+
+def walk(run: Run, position: Position, state: dict[str, Any] | None) -> None:
+    """Every phase from `position` on, a checkpoint's `state` put back into the first."""
+    before = (position.phase, position.epoch)
+    with (
+        runtime.StopSignals() as stop,
+        Journal(run.directory, before, run.config.run.tensorboard) as journal,
+    ):
+        if state:
+            runtime.set_rng_state(state["rng"])
+        for index in range(position.phase, len(run.phases)):
+            if index > position.phase:
+                position, state = Position(index), None
+            walk_phase(run, position, state, stop, journal)
+
+
+def walk_phase(
+    run: Run,
+    position: Position,
+    state: dict[str, Any] | None,
+    stop: runtime.StopSignals,
+    journal: Journal,
+) -> None:
+    """The epochs of one phase from `position` on."""
+    phase, config = run.phases[position.phase], run.config
+    network = run.network.backbone if phase.backbone_only else run.network
+    if config.run.compile:
+        network.compile()
+    forward = (lambda images: [network(images)]) if phase.backbone_only else network
+    set_training_mode(run.network, phase.backbone_frozen)
+    sums = Tally(len(phase.weights), run.device)
+    trainee = Trainee(
+        position,
+        make_optimizer(network, phase.optim),
+        torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
+        sums,
+    )
+    if state:
+        put_back(trainee, state)
+    names = run.network.exit_names[-len(phase.weights) :]
+    while position.epoch < phase.optim.epochs:
+        set_training_mode(run.network, phase.backbone_frozen)
+        line = train_epoch(run, phase, trainee, forward, names, stop)
+        run.network.eval()
+        held_out = Tally(len(phase.weights), run.device)
+        for _ in score_batches(
+            forward,
+            run.data.eval_batches("val", EVAL_BATCH),
+            partial(joint_loss, weights=phase.weights),
+            partial(runtime.autocast, run.precision, run.device),
+            held_out,
+        ):
+            leave_if_asked(run, trainee, stop)
+        val_loss, val_top1 = held_out.read()
+        line |= {"val_loss": val_loss, "val_top1": dict(zip(names, val_top1, strict=True))}
+        journal.write(line)
+        last = position.epoch + 1 == phase.optim.epochs
+        if last or (position.epoch + 1) % config.run.save_every == 0:
+            following = Position(position.phase, position.epoch + 1)
+            save(run, trainee, Position(position.phase + 1) if last else following)
+        position.epoch, position.step = position.epoch + 1, 0
+        trainee.sums = Tally(len(phase.weights), run.device)
+
+
+def train_epoch(
+    run: Run,
+    phase: Phase,
+    trainee: Trainee,
+    forward: Callable,
+    names: tuple[str, ...],
+    stop: runtime.StopSignals,
+) -> dict[str, Any]:
+    """The steps of one epoch from the trainee's position on; returns its line of the journal."""
+    config, optim, here, sums = run.config, phase.optim, trainee.position, trainee.sums
+    total = run.data.steps_per_epoch(optim.batch_size)
+    order = 1000 * here.phase + here.epoch  # a seed of its own for every epoch of every phase
+    steps = train_steps(
+        forward,
+        run.data.train_batches(optim.batch_size, config.run.seed, order, here.step),
+        partial(
+            joint_loss,
+            weights=phase.weights,
+            label_smoothing=optim.label_smoothing,
+            distill=config.loss.distill,
+            distill_temperature=config.loss.distill_temperature,
+        ),
+        trainee.optimizer,
+        trainee.scaler,
+        partial(runtime.autocast, run.precision, run.device),
+        (lr_at(optim, here.epoch + step / total) for step in range(here.step, total)),
+        sums,
+    )
+    terminal = sys.stderr.isatty()
+    every = config.run.print_freq or (20 if terminal else None)
+    bar = tqdm(
+        total=total * optim.batch_size, initial=here.step * optim.batch_size, unit="img",
+        desc=f"{phase.name} {here.epoch + 1}/{optim.epochs}", leave=False, disable=not terminal,
+        dynamic_ncols=True,
+    )
+    runtime.synchronize(run.device)
+    began, first = time.perf_counter(), here.step
+    with bar:
+        for _ in steps:
+            here.step += 1
+            bar.update(optim.batch_size)
+            if every and here.step % every == 0:
+                stop_if_diverged(run, trainee)
+                loss, accuracy = sums.read()
+                text = f"loss {loss:.4f}, {percents(dict(zip(names, accuracy, strict=True)))}"
+                bar.set_postfix_str(text, refresh=False)
+                if not terminal:
+                    log.info("epoch %d: step %d/%d, %s", here.epoch + 1, here.step, total, text)
+            leave_if_asked(run, trainee, stop)
+    stop_if_diverged(run, trainee)
+    seconds = time.perf_counter() - began
+    loss, accuracy = sums.read()
+    return {
+        "phase": phase.name,
+        "phase_index": here.phase,
+        "epoch": here.epoch,
+        "epochs": optim.epochs,
+        "lr": trainee.optimizer.param_groups[0]["lr"],
+        "train_loss": loss,
+        "train_top1": dict(zip(names, accuracy, strict=True)),
+        "seconds": seconds,
+        "images_per_second": (here.step - first) * optim.batch_size / seconds,
+    }
+
+
+def put_back(trainee: Trainee, state: dict[str, Any]) -> None:
+    """A checkpoint's momenta, scale and sums; rates and decay are those of the configuration."""
+    optimizer = trainee.optimizer
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    trainee.scaler.load_state_dict(state["scaler"])
+    if state["tally"]:
+        trainee.sums.load_state_dict(state["tally"])
+
+
+def stop_if_diverged(run: Run, trainee: Trainee) -> None:
+    """Raises Diverged once a loss was not finite."""
+    bad = int(trainee.sums.bad_step)
+    if bad >= 0:
+        raise Diverged(
+            f"the loss is not finite at step {bad} of epoch {trainee.position.epoch} of the phase"
+            f" {run.phases[trainee.position.phase].name}; the last good checkpoint:"
+            f" {run.last_good}; try a lower --lr or a longer warm-up"
+        )
+
+
+def leave_if_asked(run: Run, trainee: Trainee, stop: runtime.StopSignals) -> None:
+    """Once a signal came: saves and raises runtime.Stopped."""
+    if stop.signum is None:
+        return
+    stop_if_diverged(run, trainee)
+    save(run, trainee)
+    raise runtime.Stopped(
+        f"stopped by signal {stop.signum} and saved at epoch {trainee.position.epoch}, step"
+        f" {trainee.position.step}; go on with --resume {run.directory}",
+        stop.signum,
+    )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
