@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
             features = features[:, :, :: self.stride, :: self.stride]
         if self.pad:
             features = F.pad(features, (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + features, inplace=True)
+        return F.relu(out.add_(features), inplace=True)
 
 
 class ResNet(nn.Module):

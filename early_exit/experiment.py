@@ -114,6 +114,8 @@ def setup(config: Config) -> tuple[torch.device, str]:
         torch.set_num_threads(config.run.threads)
     runtime.seed_everything(config.run.seed, config.run.deterministic)
     device = runtime.choose_device(config.run.device)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic
     return device, runtime.choose_precision(config.run.amp, device)
 

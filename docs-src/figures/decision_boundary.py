@@ -8,12 +8,17 @@ straight line, its final exit any curve. The threshold is chosen on val; test is
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from early_exit.cost import count_macs
@@ -23,12 +28,6 @@ from early_exit.policy import NEVER, Policy
 from early_exit.records import Scores
 from early_exit.thresholds import for_max_drop, shared_curve
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-
 OUT = Path(__file__).resolve().parents[2] / "docs-src/docs/imgs/decision_boundary.png"
 SIZES = {"train": 600, "val": 2000, "test": 1000}
 NOISE = 0.17  # standard deviation; a moon's radius is 1
@@ -36,8 +35,8 @@ STEPS = 600
 MAX_DROP = 0.005  # accuracy the early exit may cost on val, a fraction
 COLOURS = ("#0072B2", "#E69F00")  # blue and orange of Okabe and Ito, apart in grey too
 MARKERS = ("o", "^")
-SHADE = "#D9D9D9"
-SPAN = ((-1.65, 2.65), (-1.35, 1.85))  # of the drawn axes, x and y
+SHADE = "#E4E4E4"
+SPAN = ((-1.65, 2.65), (-1.25, 1.75))  # of the drawn axes, x and y
 
 
 class MoonNet(nn.Module):
@@ -126,12 +125,10 @@ def score(net: MoonNet, points: Tensor, target: Tensor, policy: Policy) -> Score
         answer, sure, _ = policy.score(exit_index, logits)
         scores.append(sure)
         answers.append(answer.argmax(dim=-1))
-    return Scores(
-        torch.stack(scores, 1).numpy(), torch.stack(answers, 1).numpy(), target.numpy()
-    )
+    return Scores(torch.stack(scores, 1).numpy(), torch.stack(answers, 1).numpy(), target.numpy())
 
 
-def judge(scored: Scores, policy: Policy, macs: tuple[int, ...]) -> Result:
+def judge(scored: Scores, policy: Policy, macs: Sequence[int]) -> Result:
     """Accuracies, the share that leaves early and the cost on one split."""
     exit_index, right = scored.exit_index(policy), scored.right
     return Result(
@@ -159,58 +156,75 @@ def draw_points(
     for label, (colour, marker) in enumerate(zip(COLOURS, MARKERS, strict=True)):
         rows = chosen & (target.numpy() == label)
         axes.scatter(
-            *points.numpy()[rows].T, s=size, marker=marker, edgecolors=colour,
-            facecolors=colour if filled else "white", linewidths=0.9,
-        )  # fmt: skip
+            *points.numpy()[rows].T,
+            s=size,
+            marker=marker,
+            edgecolors=colour,
+            facecolors=colour if filled else "white",
+            linewidths=0.9,
+        )
 
 
 def draw(
-    net: MoonNet, policy: Policy, splits: dict[str, tuple[Tensor, Tensor]],
-    result: Result, macs: tuple[int, ...], out: Path,
-) -> None:  # fmt: skip
+    net: MoonNet,
+    policy: Policy,
+    splits: dict[str, tuple[Tensor, Tensor]],
+    titles: Sequence[str],
+    captions: Sequence[str],
+) -> Figure:
     """Three panels: the early exit, the final exit, and which test points leave where."""
     x, y, (early_score, early_class, final_class) = evaluate_grid(net, policy)
     unsure = early_score < policy.thresholds[0]
-    plt.rcParams.update({"font.size": 15, "axes.titlesize": 16, "axes.linewidth": 0.8})
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5.5), sharex=True, sharey=True)
-    for axes in (panels[0], panels[2]):
-        axes.contourf(x, y, unsure, levels=[0.5, 1.5], colors=[SHADE], zorder=0)
+    figure = Figure(figsize=(15, 5.05), facecolor="white")
+    panels = figure.subplots(1, 3)
     points, target = splits["train"]
     everyone = np.ones(len(target), bool)
-    for axes, answers in zip(panels[:2], (early_class, final_class), strict=True):
-        draw_points(axes, points, target, everyone, filled=True, size=11)
-        axes.contour(x, y, answers, levels=[0.5], colors="black", linewidths=3)
+    for axes in panels[:2]:
+        draw_points(axes, points, target, everyone, filled=True, size=13)
     points, target = splits["test"]
     leaves = score(net, points, target, policy).exit_index(policy) == 0
-    draw_points(panels[2], points, target, leaves, filled=False, size=24)
-    draw_points(panels[2], points, target, ~leaves, filled=True, size=24)
-    titles = (
-        f"1. Early exit: a straight line\n{macs[0]:,} MACs, {result.early:.1%} right",
-        f"2. Final exit: a curve\n{macs[1]:,} MACs, {result.final:.1%} right",
-        f"3. Together: {result.leaving:.0%} leave early\n"
-        f"{result.macs:,.0f} MACs on average, {result.both:.1%} right",
-    )
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set(title=title, xticks=[], yticks=[], xlim=SPAN[0], ylim=SPAN[1], aspect="equal")
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, label=f"class {name}")
-        for marker, colour, name in zip(MARKERS, COLOURS, "AB", strict=True)
-    ]
-    handles.append(Line2D([], [], color="black", linewidth=3, label="boundary"))
-    handles.append(Patch(color=SHADE, label="hard: early exit is unsure"))
-    hollow = Line2D([], [], linestyle="", marker="o", color="black", label="left early")
-    hollow.set_markerfacecolor("white")
-    handles.append(hollow)
-    handles.append(Line2D([], [], linestyle="", marker="o", color="black", label="went on"))
+    draw_points(panels[2], points, target, leaves, filled=False, size=36)
+    draw_points(panels[2], points, target, ~leaves, filled=True, size=36)
+    for axes in (panels[0], panels[2]):
+        axes.contourf(x, y, early_score, levels=[0, policy.thresholds[0]], colors=[SHADE], zorder=0)
+    together = np.where(unsure, final_class, early_class)
+    for axes, answers in zip(panels, (early_class, final_class, together), strict=True):
+        axes.contour(x, y, answers, levels=[0.5], colors="black", linewidths=3)
+    for axes, name in zip(panels, ("train", "train", "test"), strict=True):
+        corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+        axes.text(0.98, 0.03, f"{name} points", color="#555555", **corner)
+    for axes, title, caption in zip(panels, titles, captions, strict=True):
+        axes.set_title(title, fontweight="bold", pad=9)
+        axes.set_xlabel(caption, labelpad=9)
+        axes.set(xticks=[], yticks=[], xlim=SPAN[0], ylim=SPAN[1], aspect="equal")
     figure.legend(
-        handles=handles, loc="lower center", ncols=6, frameon=False, markerscale=1.4,
-        columnspacing=1.4, handletextpad=0.4,
-    )  # fmt: skip
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.11, wspace=0.04)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # no software version in the file: the same picture is then the same bytes
-    figure.savefig(out, dpi=120, facecolor="white", metadata={"Software": None})
-    plt.close(figure)
+        handles=legend_handles(),
+        loc="lower center",
+        ncols=6,
+        frameon=False,
+        markerscale=1.4,
+        columnspacing=1.5,
+        handletextpad=0.5,
+    )
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.915, bottom=0.175, wspace=0.04)
+    return figure
+
+
+def legend_handles() -> list[Line2D | Patch]:
+    """What the markers, the line and the shade mean."""
+    dots = [
+        ("class A", MARKERS[0], COLOURS[0], COLOURS[0]),
+        ("class B", MARKERS[1], COLOURS[1], COLOURS[1]),
+        ("left early", "o", "black", "white"),
+        ("went on", "o", "black", "black"),
+    ]
+    handles = [
+        Line2D([], [], ls="", marker=marker, mec=edge, mfc=face, label=label)
+        for label, marker, edge, face in dots
+    ]
+    handles.insert(2, Line2D([], [], color="black", linewidth=3, label="boundary"))
+    handles.insert(3, Patch(color=SHADE, label="hard: early exit unsure"))
+    return handles
 
 
 def main() -> None:
@@ -230,15 +244,34 @@ def main() -> None:
     threshold = for_max_drop(curve, MAX_DROP)
     policy = dataclasses.replace(undecided, thresholds=(threshold,))
     print(f"seed {args.seed}: threshold {threshold:.3f}, at most {MAX_DROP:.1%} lost on val")
-    print(f"MACs a point: early {macs[0]}, final {macs[1]}, without an early exit {plain}")
+    print(
+        f"MACs of a point: leaving early {macs[0]}, going on {macs[1]},"
+        f" without an early exit {plain}"
+    )
     for name in ("val", "test"):
         result = judge(score(net, *splits[name], policy), policy, macs)
         print(
-            f"{name} ({SIZES[name]} points): early {result.early:.1%}, final {result.final:.1%},"
-            f" together {result.both:.1%}, leaving early {result.leaving:.1%},"
-            f" MACs on average {result.macs:.0f} ({result.macs / plain:.0%})"
+            f"{name} ({SIZES[name]} points): right at early exit {result.early:.2%},"
+            f" final exit {result.final:.2%}, together {result.both:.2%};"
+            f" leaving early {result.leaving:.2%}, MACs on average {result.macs:.0f}"
+            f" ({result.macs / plain:.1%} of {plain})"
         )
-    draw(net, policy, splits, result, tuple(macs), args.out)
+    titles = (
+        "1. Early exit: a straight line",
+        "2. Final exit: a curve",
+        f"3. Together: {result.leaving:.0%} leave early",
+    )
+    captions = (
+        f"{macs[0]} multiply-adds, {result.early:.1%} right on test",
+        f"{plain} multiply-adds, {result.final:.1%} right on test",
+        f"{result.macs:.0f} on average, {result.both:.1%} right on test",
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"font.size": 16, "axes.titlesize": 17, "axes.labelsize": 16}):
+        # no software version in the file: the same picture is then the same bytes
+        draw(net, policy, splits, titles, captions).savefig(
+            args.out, dpi=120, metadata={"Software": None}
+        )
 
 
 if __name__ == "__main__":

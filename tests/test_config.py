@@ -1,0 +1,435 @@
+"""Configuration: defaults < preset < flags, converted by type, checked when built."""
+
+import dataclasses
+import inspect
+import re
+import typing
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cifar10 import trainer
+from early_exit import cli
+from early_exit import config as configs
+from early_exit.config import (
+    BackbonePhaseConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from early_exit.errors import UserError
+
+
+def from_yaml(text: str) -> Config:
+    """The configuration of a preset's text."""
+    return configs.build(Config, yaml.safe_load(text))
+
+
+def from_flags(*flags: object, saved: dict | None = None, own: dict | None = None) -> Config:
+    """The configuration that the trainer's flags give."""
+    args = trainer.parser().parse_args([str(flag) for flag in flags])
+    return cli.resolve_config(args, saved, own)
+
+
+def refusal(call, *arguments, **options) -> str:
+    """The message of the UserError that a call ends in: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """A function that writes a preset and gives its path."""
+
+    def write(text: str):
+        path = tmp_path / "preset.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class TestPrecedence:
+    def test_without_preset_and_flags_all_is_default(self):
+        assert from_flags() == Config()
+
+    def test_preset_wins_over_defaults(self, preset):
+        config = from_flags("--config", preset("optim: {lr: 0.3}"))
+        assert config.optim == OptimConfig(lr=0.3)
+
+    def test_flags_win_over_the_preset(self, preset):
+        path = preset("optim: {lr: 0.3, momentum: 0.5}")
+        config = from_flags("--config", path, "--lr", "0.7")
+        assert (config.optim.lr, config.optim.momentum) == (0.7, 0.5)
+
+    def test_preset_wins_over_a_resumed_run(self, preset):
+        saved = {"optim": {"lr": 0.2, "epochs": 7}}
+        config = from_flags("--config", preset("optim: {lr: 0.3}"), saved=saved)
+        assert (config.optim.lr, config.optim.epochs) == (0.3, 7)
+
+    def test_a_resumed_run_wins_over_the_scripts_own_values(self):
+        config = from_flags(saved={"optim": {"lr": 0.2}}, own={"optim": {"lr": 0.4, "epochs": 3}})
+        assert (config.optim.lr, config.optim.epochs) == (0.2, 3)
+
+    def test_exits_without_names_undo_the_presets(self, preset):
+        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits")
+        assert config.model.exits is None
+
+    def test_exits_none_is_the_plain_network(self, preset):
+        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits", "none")
+        assert config.model.exits == ()
+
+    def test_exits_replace_the_presets_and_are_not_added(self, preset):
+        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits", "layer1")
+        assert config.model.exits == ("layer1",)
+
+    def test_merging_changes_neither_side(self):
+        base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
+        assert configs.merge(base, over) == {"a": {"b": 1, "c": 2}}
+        assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+    def test_an_empty_preset_is_no_preset(self, preset):
+        assert from_flags("--config", preset("# nothing yet\n")) == Config()
+
+
+class TestConversion:
+    def test_yaml_string_1e_4_becomes_a_float(self):
+        assert yaml.safe_load("1e-4") == "1e-4"  # what makes this necessary
+        assert from_yaml("optim: {weight_decay: 1e-4}").optim.weight_decay == 0.0001
+
+    def test_whole_number_becomes_a_float(self):
+        lr = from_yaml("optim: {lr: 1}").optim.lr
+        assert lr == 1.0 and isinstance(lr, float)
+
+    def test_whole_float_becomes_an_int(self):
+        epochs = from_yaml("optim: {epochs: 30.0}").optim.epochs
+        assert epochs == 30 and isinstance(epochs, int)
+
+    def test_bare_off_is_the_word_off(self):
+        assert from_yaml("run: {amp: off}").run.amp == "off"
+
+    @pytest.mark.parametrize(
+        ("word", "value"), [("true", True), ("on", True), ("'no'", False), ("'off'", False)]
+    )
+    def test_words_for_true_and_false(self, word, value):
+        assert from_yaml(f"optim: {{nesterov: {word}}}").optim.nesterov is value
+
+    def test_null_leaves_an_optional_setting_absent(self):
+        assert from_yaml("run: {threads: null}").run.threads is None
+
+    def test_list_becomes_a_tuple_of_the_right_type(self):
+        weights = from_yaml("loss: {weights: [1, '2e-1']}").loss.weights
+        assert weights == (1.0, 0.2)
+
+    def test_a_single_value_stands_for_a_list_of_one(self):
+        assert from_yaml("model: {exits: layer2}").model.exits == ("layer2",)
+
+    def test_an_empty_list_is_not_absent(self):
+        assert from_yaml("model: {exits: []}").model.exits == ()
+
+    @pytest.mark.parametrize(
+        ("text", "name", "kind"),
+        [
+            ("optim: {epochs: 1.5}", "optim.epochs", "a whole number"),
+            ("optim: {epochs: many}", "optim.epochs", "a whole number"),
+            ("optim: {epochs: null}", "optim.epochs", "a whole number"),
+            ("optim: {epochs: true}", "optim.epochs", "a whole number"),
+            ("optim: {lr: fast}", "optim.lr", "a number"),
+            ("optim: {lr: [0.1]}", "optim.lr", "a number"),
+            ("optim: {milestones: [early]}", "optim.milestones", "a number"),
+            ("optim: {nesterov: 2}", "optim.nesterov", "true or false"),
+            ("optim: {nesterov: maybe}", "optim.nesterov", "true or false"),
+            ("model: {arch: [resnet20]}", "model.arch", "text"),
+            ("model: {arch: {name: resnet20}}", "model.arch", "text"),
+        ],
+    )
+    def test_a_value_of_the_wrong_kind_is_named(self, text, name, kind):
+        assert refusal(from_yaml, text).startswith(f"{name} must be {kind}, got ")
+
+    @pytest.mark.parametrize("value", [".inf", "2020-01-01"])
+    def test_an_odd_yaml_value_is_named(self, value):
+        message = refusal(from_yaml, f"optim: {{epochs: {value}}}")
+        assert message.startswith("optim.epochs must be a whole number, got ")
+
+    @pytest.mark.parametrize(
+        ("text", "choices"),
+        [
+            ("optim: {schedule: linear}", ("step", "cosine")),
+            ("run: {amp: fp8}", ("auto", "bf16", "fp16", "off")),
+            ("run: {regime: both}", ("joint", "mixed", "frozen")),
+            ("model: {head: big}", ("conv", "linear", "mixed_pool")),
+        ],
+    )
+    def test_a_choice_that_is_not_there_lists_those_that_are(self, text, choices):
+        assert refusal(from_yaml, text).endswith(f"choose one of {', '.join(choices)}")
+
+    def test_a_section_that_is_no_mapping_is_named(self):
+        assert refusal(from_yaml, "optim: 3") == "optim must be a mapping, got 3"
+
+
+class TestUnknownKeys:
+    def test_nearest_setting_of_the_section(self):
+        message = refusal(from_yaml, "optim: {momentun: 0.9}")
+        assert message == "there is no setting 'optim.momentun'; did you mean optim.momentum?"
+
+    def test_nearest_section(self):
+        message = refusal(from_yaml, "optimm: {lr: 0.1}")
+        assert message == "there is no setting 'optimm'; did you mean optim?"
+
+    def test_a_setting_without_its_section(self):
+        message = refusal(from_yaml, "batch_size: 128")
+        assert message == "there is no setting 'batch_size'; did you mean optim.batch_size?"
+
+    def test_nothing_near_lists_what_is_known(self):
+        message = refusal(from_yaml, "loss: {zzzz: 1}")
+        known = "loss.weights, loss.distill, loss.distill_temperature"
+        assert message == f"there is no setting 'loss.zzzz'; known are {known}"
+
+    def test_a_key_that_is_no_text(self):
+        assert "there is no setting '7'" in refusal(from_yaml, "7: x")
+
+
+class TestPresetFile:
+    def test_missing(self, tmp_path):
+        path = tmp_path / "no.yaml"
+        assert refusal(configs.load_preset, path) == (
+            f"there is no preset at {path}; check --config"
+        )
+
+    def test_a_directory(self, tmp_path):
+        assert f"{tmp_path} cannot be read" in refusal(configs.load_preset, tmp_path)
+
+    def test_not_yaml(self, preset):
+        path = preset("a: [1,\nb: }")
+        assert refusal(configs.load_preset, path).startswith(f"{path} is not YAML: ")
+
+    def test_not_text(self, tmp_path):
+        path = tmp_path / "preset.yaml"
+        path.write_bytes(b"\xff\xfe\x00\x81")
+        assert refusal(configs.load_preset, path).startswith(f"{path} is not YAML: ")
+
+    def test_a_list(self, preset):
+        path = preset("- optim\n- run\n")
+        assert refusal(configs.load_preset, path) == f"{path} holds a list, a preset is a mapping"
+
+    def test_a_mistake_is_found_though_a_flag_would_hide_it(self, preset):
+        path = preset("optim: {lr: -1}")
+        assert "optim.lr must be positive" in refusal(
+            from_flags, "--config", path, "--lr", "0.1"
+        )
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("cls", "setting", "bad", "least"),
+        [
+            (OptimConfig, "epochs", 0, 1),
+            (OptimConfig, "batch_size", 1, 2),
+            (OptimConfig, "weight_decay", -1e-9, 0.0),
+            (OptimConfig, "warmup_epochs", -0.5, 0.0),
+            (OptimConfig, "label_smoothing", -0.1, 0.0),
+            (OptimConfig, "momentum", -0.1, 0.0),
+            (BackbonePhaseConfig, "epochs", 0, 1),
+            (LossConfig, "distill", -0.1, 0.0),
+            (RunConfig, "save_every", 0, 1),
+            (RunConfig, "print_freq", 0, 1),
+            (RunConfig, "threads", 0, 1),
+        ],
+    )
+    def test_least_value(self, cls, setting, bad, least):
+        assert getattr(cls(**{setting: least}), setting) == least
+        assert setting in refusal(cls, **{setting: bad})
+
+    @pytest.mark.parametrize(
+        ("cls", "setting"),
+        [
+            (OptimConfig, "lr"),
+            (BackbonePhaseConfig, "lr"),
+            (LossConfig, "distill_temperature"),
+        ],
+    )
+    @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+    def test_positive(self, cls, setting, bad):
+        assert f"{setting} must be positive" in refusal(cls, **{setting: bad})
+
+    @pytest.mark.parametrize("setting", ["momentum", "label_smoothing"])
+    def test_below_one(self, setting):
+        assert f"optim.{setting} must be in [0, 1)" in refusal(OptimConfig, **{setting: 1.0})
+
+    def test_nesterov_needs_a_momentum(self):
+        assert "needs a momentum" in refusal(OptimConfig, nesterov=True, momentum=0.0)
+
+    @pytest.mark.parametrize(
+        "milestones", [(0.75, 0.5), (100.0, 150.0), (0.0, 0.5), (0.5, 1.0), (float("nan"),)]
+    )
+    def test_milestones_are_rising_fractions(self, milestones):
+        assert "rising fractions" in refusal(OptimConfig, milestones=milestones)
+
+    @pytest.mark.parametrize(
+        "flags", [("--seed", "-1"), ("--split-seed", "-1"), ("--seed", str(2**70))]
+    )
+    def test_a_seed_no_generator_takes_is_refused(self, flags):
+        assert "seed" in refusal(from_flags, *flags)
+
+    def test_nothing_can_be_changed_afterwards(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            OptimConfig().lr = 1.0
+
+    def test_every_setting_says_what_it_is(self):
+        source = inspect.getsource(configs)
+        for section in dataclasses.fields(Config):
+            for item in dataclasses.fields(typing.get_type_hints(Config)[section.name]):
+                said = rf'^    {item.name}: .*\n    """.+"""$'
+                assert re.search(said, source, re.MULTILINE), f"{section.name}.{item.name}"
+
+
+class TestSet:
+    @pytest.mark.parametrize(
+        ("pair", "section", "name", "value"),
+        [
+            ("optim.nesterov=true", "optim", "nesterov", True),
+            ("optim.label_smoothing=1e-1", "optim", "label_smoothing", 0.1),
+            ("optim.milestones=0.3,0.6", "optim", "milestones", (0.3, 0.6)),
+            ("run.channels_last=off", "run", "channels_last", False),
+            ("model.exits=layer1,layer2", "model", "exits", ("layer1", "layer2")),
+            ("model.exits=none", "model", "exits", ()),
+            ("data.root=/a=b", "data", "root", "/a=b"),
+        ],
+    )
+    def test_sets_any_setting(self, pair, section, name, value):
+        assert getattr(getattr(from_flags("--set", pair), section), name) == value
+
+    def test_several_after_one_flag(self):
+        config = from_flags("--set", "optim.nesterov=true", "optim.momentum=0.8")
+        assert (config.optim.nesterov, config.optim.momentum) == (True, 0.8)
+
+    def test_several_flags_add_up(self):
+        config = from_flags("--set", "optim.nesterov=true", "--set", "optim.momentum=0.8")
+        assert (config.optim.nesterov, config.optim.momentum) == (True, 0.8)
+
+    def test_wins_over_the_preset(self, preset):
+        path = preset("optim: {warmup_epochs: 3}")
+        config = from_flags("--config", path, "--set", "optim.warmup_epochs=0")
+        assert config.optim.warmup_epochs == 0.0
+
+    @pytest.mark.parametrize("pair", ["optim.lr", "lr=0.1", "optim.lr:0.1"])
+    def test_what_is_no_pair(self, pair):
+        message = refusal(from_flags, "--set", pair)
+        assert message == f"--set takes SECTION.NAME=VALUE, got {pair!r}"
+
+    def test_unknown_setting(self):
+        message = refusal(from_flags, "--set", "optim.momentun=0.9")
+        assert message == "there is no setting 'optim.momentun'; did you mean optim.momentum?"
+
+    def test_unknown_section(self):
+        assert "did you mean optim?" in refusal(from_flags, "--set", "optm.lr=0.9")
+
+    def test_wrong_kind(self):
+        assert refusal(from_flags, "--set", "optim.nesterov=maybe") == (
+            "optim.nesterov must be true or false, got 'maybe'"
+        )
+
+
+unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
+names = st.text("abcdefgh.0123456789-/", min_size=1, max_size=12)
+positive = st.floats(1e-6, 1e6)
+optims = st.builds(
+    OptimConfig,
+    epochs=st.integers(1, 10**6),
+    batch_size=st.integers(2, 10**6),
+    lr=positive,
+    momentum=st.floats(0.01, 0.999),
+    nesterov=st.booleans(),
+    weight_decay=st.floats(0, 1),
+    decay_norm=st.booleans(),
+    schedule=st.sampled_from(["step", "cosine"]),
+    milestones=st.lists(st.floats(0.01, 0.99), max_size=4).map(lambda marks: (*sorted(marks),)),
+    warmup_epochs=st.floats(0, 100),
+    label_smoothing=st.floats(0, 0.99),
+)
+whole_configs = st.builds(
+    Config,
+    data=st.builds(
+        DataConfig, dataset=names, root=st.none() | names, split_seed=st.integers(0, 2**31)
+    ),
+    model=st.builds(
+        ModelConfig,
+        arch=names,
+        exits=st.none() | st.lists(names, max_size=3).map(tuple),
+        head=st.sampled_from(["conv", "linear", "mixed_pool"]),
+        backbone=st.none() | names,
+    ),
+    optim=optims,
+    backbone_phase=st.builds(
+        BackbonePhaseConfig,
+        epochs=st.none() | st.integers(1, 500),
+        lr=st.none() | positive,
+    ),
+    loss=st.builds(
+        LossConfig,
+        weights=st.none() | st.lists(st.floats(0, 10), max_size=4).map(tuple),
+        distill=st.floats(0, 10),
+        distill_temperature=positive,
+    ),
+    run=st.builds(
+        RunConfig,
+        regime=st.sampled_from(["joint", "mixed", "frozen"]),
+        seed=st.integers(0, 2**31),
+        device=names,
+        threads=st.none() | st.integers(1, 64),
+        amp=st.sampled_from(["auto", "bf16", "fp16", "off"]),
+        channels_last=st.booleans(),
+        compile=st.booleans(),
+        deterministic=st.booleans(),
+        save_every=st.integers(1, 100),
+        print_freq=st.none() | st.integers(1, 100),
+        tensorboard=st.booleans(),
+    ),
+)
+
+
+class TestRoundTrips:
+    @unhurried
+    @given(whole_configs)
+    def test_build_undoes_to_dict(self, config):
+        assert configs.build(Config, configs.to_dict(config)) == config
+
+    @unhurried
+    @given(whole_configs)
+    def test_also_through_a_file(self, config):
+        written = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
+        assert configs.build(Config, yaml.safe_load(written)) == config
+
+    @unhurried
+    @given(whole_configs, whole_configs)
+    def test_differences_are_none_only_between_equals(self, one, other):
+        found = list(configs.differences(configs.to_dict(one), configs.to_dict(other)))
+        assert (not found) == (one == other)
+
+    @unhurried
+    @given(optims)
+    def test_set_takes_what_to_dict_gives(self, optim):
+        pairs = []
+        for name, value in configs.to_dict(optim).items():
+            if isinstance(value, list):
+                if len(value) < 2:  # a comma makes the list
+                    continue
+                value = ",".join(map(repr, value))
+            pairs.append(f"optim.{name}={value}")
+        config = from_flags("--set", *pairs)
+        if len(optim.milestones) < 2:
+            optim = dataclasses.replace(optim, milestones=OptimConfig().milestones)
+        assert config.optim == optim
+
+    def test_differences_name_what_changed(self):
+        one = configs.to_dict(Config())
+        other = configs.to_dict(Config(optim=OptimConfig(lr=0.5)))
+        assert list(configs.differences(one, other)) == [("optim.lr", 0.1, 0.5)]

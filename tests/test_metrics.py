@@ -1,0 +1,73 @@
+"""Numbers about answers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from early_exit.metrics import expected_calibration_error, mean_std, top1
+
+
+def confident(confidences):
+    """Logits (B, 2) that are this sure of class 0."""
+    return torch.tensor([[math.log(c / (1 - c)), 0.0] for c in confidences])
+
+
+def test_top1_counts_right_answers_without_leaving_the_device():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])  # says 1, 0, 1
+    count = top1(logits, torch.tensor([1, 1, 1]))
+    assert isinstance(count, torch.Tensor)
+    assert count.item() == 2
+
+
+def test_mean_and_sample_deviation_by_hand():
+    mean, std = mean_std([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert std == pytest.approx(math.sqrt(5 / 3))  # (2.25 + 0.25 + 0.25 + 2.25) / 3
+
+
+def test_one_value_has_no_deviation():
+    assert mean_std([0.9]) == (0.9, 0.0)
+
+
+def test_calibration_error_by_hand():
+    # ten bins, one image each: 0.55 right, 0.65 wrong, 0.95 right: gaps 0.45, 0.65 and 0.05
+    error = expected_calibration_error(
+        confident([0.55, 0.65, 0.95]), torch.tensor([0, 1, 0]), bins=10
+    )
+    assert error == pytest.approx((0.45 + 0.65 + 0.05) / 3, abs=1e-6)
+
+
+def test_gaps_within_a_bin_are_averaged_before_they_count():
+    # one bin: mean confidence 0.75, one of two right: a gap of 0.25, not (0.28 + 0.78) / 2
+    error = expected_calibration_error(confident([0.72, 0.78]), torch.tensor([0, 1]), bins=5)
+    assert error == pytest.approx(0.25, abs=1e-6)
+
+
+def test_calibration_error_of_certain_and_right_answers_is_zero():
+    logits = torch.tensor([[100.0, 0.0]] * 3)  # confidence 1 belongs to the last bin
+    assert expected_calibration_error(logits, torch.tensor([0, 0, 0])) == 0
+
+
+def test_calibration_error_of_certain_and_wrong_answers_is_one():
+    logits = torch.tensor([[100.0, 0.0]] * 3)
+    assert expected_calibration_error(logits, torch.tensor([1, 1, 1])) == 1
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 0.999), st.booleans()), min_size=1, max_size=30))
+def test_calibration_error_equals_a_slow_sum_over_bins(cases):
+    logits = confident([confidence for confidence, _ in cases])
+    target = torch.tensor([0 if right else 1 for _, right in cases])
+    confidences = logits.softmax(dim=-1)[:, 0].tolist()
+    # at even odds class 0 is still the answer: it comes first
+    bins = {}
+    for confidence, (_, right) in zip(confidences, cases, strict=True):
+        bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, right))
+    slow = sum(
+        len(inside) / len(cases)
+        * abs(sum(c for c, _ in inside) / len(inside) - sum(r for _, r in inside) / len(inside))
+        for inside in bins.values()
+    )
+    assert expected_calibration_error(logits, target) == pytest.approx(slow, abs=1e-6)

@@ -1,0 +1,222 @@
+"""The multi-exit network: a backbone, untouched, with heads between its blocks."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cifar10.resnet import build_backbone, build_network
+from early_exit.errors import UserError
+from early_exit.network import MultiExitNetwork, resolve_places
+
+BLOCKS = [f"layer{layer}.{block}" for layer in (1, 2, 3) for block in range(3)]  # of a ResNet-20
+UNITS = ["stem", *BLOCKS, "classifier"]
+
+
+@pytest.fixture(scope="module")
+def resnet20():
+    """A plain ResNet-20 in eval mode, whose BatchNorms do something."""
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet20")
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return backbone.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Four images, (4, 3, 32, 32)."""
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def with_exits(backbone, places, head="linear"):
+    """`backbone` with exits at `places`."""
+    return MultiExitNetwork(
+        backbone, backbone.units(), places, num_classes=10, example=torch.zeros(1, 3, 32, 32),
+        head=head,
+    ).eval()
+
+
+def test_every_exit_says_something_about_every_image(make_net):
+    net = make_net(("stem", "layer1", "layer2"), num_classes=5)
+    logits = net(torch.randn(6, 3, 16, 16))
+    assert net.exit_names == ("stem", "layer1", "layer2", "final")
+    assert net.num_exits == 4
+    assert [tuple(said.shape) for said in logits] == [(6, 5)] * 4
+
+
+@settings(max_examples=25)
+@given(places=st.sets(st.sampled_from(["stem", *BLOCKS])))
+def test_exits_go_after_any_blocks_and_leave_the_final_answer_alone(resnet20, pictures, places):
+    network = with_exits(resnet20, sorted(places, reverse=True))
+    with torch.no_grad():
+        logits = network(pictures)
+        assert network.exit_names == (*(name for name in UNITS if name in places), "final")
+        assert len(logits) == len(network.stages) == len(places) + 1
+        assert torch.equal(logits[-1], resnet20(pictures))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_final_logits_equal_the_plain_networks(tiny_net, images, memory_format, batch):
+    net = tiny_net.to(memory_format=memory_format)
+    some = images[:batch].to(memory_format=memory_format)
+    with torch.no_grad():
+        assert torch.equal(net(some)[-1], net.backbone(some))
+
+
+def test_final_logits_equal_the_plain_networks_in_training_mode(tiny_net, images):
+    plain = copy.deepcopy(tiny_net.backbone).train()
+    assert torch.equal(tiny_net.train()(images[:8])[-1], plain(images[:8]))
+
+
+def test_early_logits_are_the_head_on_the_features_of_its_block(resnet20, pictures):
+    network = with_exits(resnet20, ["layer2.0"], head="conv")
+    with torch.no_grad():
+        features = torch.relu(resnet20.bn1(resnet20.conv1(pictures)))
+        features = resnet20.layer2[0](resnet20.layer1(features))
+        assert torch.equal(network(pictures)[0], network.heads["layer2_0"](features))
+
+
+def test_an_exit_that_is_off_leaves_the_features_alone(tiny_net, images):
+    with torch.no_grad():
+        with_head, logits = tiny_net.stages[0](images[:2])
+        without_head, nothing = tiny_net.stages[0](images[:2], False)
+    assert nothing is None
+    assert logits.shape == (2, 4)
+    assert torch.equal(with_head, without_head)
+
+
+def test_state_dict_holds_the_plain_names_and_the_heads_alone(resnet20):
+    network = with_exits(resnet20, ["layer1", "layer2.1"])
+    names = list(network.state_dict())
+    plain = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
+    assert plain == list(resnet20.state_dict())
+    assert {name.split(".")[1] for name in names if not name.startswith("backbone.")} == {
+        "layer1", "layer2_1"
+    }
+    assert all(name.startswith(("backbone.", "heads.")) for name in names)
+
+
+def test_plain_weights_load_strictly_into_the_backbone(resnet20):
+    network = build_network("resnet20", ("layer1", "layer2"))
+    network.backbone.load_state_dict(resnet20.state_dict(), strict=True)
+    assert torch.equal(network.backbone.layer3[2].conv2.weight, resnet20.layer3[2].conv2.weight)
+
+
+def test_every_parameter_is_counted_once(resnet20):
+    network = with_exits(resnet20, ["layer1"])
+    # a linear head on 16 channels has 16 * 10 + 10 parameters
+    assert sum(p.numel() for p in network.parameters()) == 170 + sum(
+        p.numel() for p in resnet20.parameters()
+    )
+
+
+def test_no_exits_make_the_plain_network(resnet20, pictures):
+    network = with_exits(resnet20, [])
+    assert network.exit_names == ("final",)
+    with torch.no_grad():
+        (logits,) = network(pictures)
+        assert torch.equal(logits, resnet20(pictures))
+
+
+def test_a_stage_name_stands_for_its_last_block():
+    # units are the stem, nine blocks and the classifier; layer1.2 is number 3, layer3.2 number 9
+    assert resolve_places(["layer1", "layer3"], UNITS) == {"layer1": 3, "layer3": 9}
+
+
+def test_places_are_sorted_into_network_order():
+    places = resolve_places(["layer3.0", "stem", "layer2", "layer1.1"], UNITS)
+    assert list(places.items()) == [("stem", 0), ("layer1.1", 2), ("layer2", 6), ("layer3.0", 7)]
+
+
+def test_a_blocks_name_does_not_stand_for_longer_ones():
+    assert resolve_places(["layer1.1"], ["stem", "layer1.1", "layer1.10", "end"]) == {"layer1.1": 1}
+
+
+@pytest.mark.parametrize("order", [("layer1", "layer1.2"), ("layer1.2", "layer1")])
+def test_one_place_under_two_names_is_refused_in_one_line(order):
+    with pytest.raises(UserError, match=f"{order[0]} and {order[1]} both follow layer1.2") as error:
+        resolve_places(order, UNITS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_named_twice_is_refused():
+    with pytest.raises(UserError, match="both follow layer2.2"):
+        resolve_places(["layer2", "layer2"], UNITS)
+
+
+@pytest.mark.parametrize(
+    "place, nearest", [("layr1", "layer1"), ("layer2.1.0", "layer2.1"), ("Stem", "stem")]
+)
+def test_an_unknown_place_names_the_nearest_in_one_line(place, nearest):
+    with pytest.raises(UserError, match=f"no place '{place}'.* did you mean {nearest}\\?") as error:
+        resolve_places([place], UNITS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_like_no_other_lists_them_all():
+    with pytest.raises(UserError, match="no place 'xyz' for an exit; places are stem, layer1,"):
+        resolve_places(["xyz"], UNITS)
+
+
+@pytest.mark.parametrize("place", ["classifier", "", "layer1."])
+def test_what_no_exit_can_follow_is_refused(place):
+    with pytest.raises(UserError, match="there is no place"):
+        resolve_places([place], UNITS)
+
+
+def test_the_dry_run_moves_no_buffer_and_puts_modes_back(resnet20):
+    backbone = copy.deepcopy(resnet20).train()
+    backbone.layer2.eval()  # a mixture, as of a partly frozen network
+    modes = [module.training for module in backbone.modules()]
+    before = copy.deepcopy(backbone.state_dict())
+    MultiExitNetwork(
+        backbone, backbone.units(), ["layer3.1"], num_classes=10, example=torch.ones(1, 3, 32, 32)
+    )
+    assert [module.training for module in backbone.modules()] == modes
+    assert True in modes and False in modes
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_heads_get_the_width_of_their_block(make_net):
+    net = make_net(("stem", "layer2", "layer3"))
+    widths = [head[-1].in_features for head in net.heads.values()]
+    assert widths == [16, 32, 64]
+
+
+def test_a_copys_stages_are_made_of_the_copys_modules(tiny_net, images):
+    twin = copy.deepcopy(tiny_net)
+    assert twin.stages[0].body[0][0] is twin.backbone.conv1
+    assert twin.stages[1].head is twin.heads["layer1"]
+    with torch.no_grad():
+        before = tiny_net(images[:2])
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert all(not said.any() for said in twin(images[:2]))
+        assert all(map(torch.equal, tiny_net(images[:2]), before))
+
+
+def test_a_change_of_dtype_reaches_the_stages(tiny_net, images):
+    net = tiny_net.to(torch.float64)
+    with torch.no_grad():
+        logits = net(images[:2].double())
+    assert {said.dtype for said in logits} == {torch.float64}
+
+
+def test_loaded_weights_reach_the_stages(tiny_net, make_net, images):
+    net = make_net(seed=5).eval()
+    net.load_state_dict(tiny_net.state_dict())
+    with torch.no_grad():
+        assert all(map(torch.equal, net(images[:2]), tiny_net(images[:2])))
+
+
+def test_compiling_changes_no_name(tiny_net):
+    names = list(tiny_net.state_dict())
+    tiny_net.compile_stages()
+    assert list(tiny_net.state_dict()) == names

@@ -1,0 +1,65 @@
+"""Every preset parses, builds its network, and opens with the command that runs it."""
+
+import shlex
+
+import pytest
+import torch
+from scripts import ROOT
+
+from cifar10 import trainer
+from early_exit import cli
+from early_exit import config as configs
+from early_exit.config import Config
+from early_exit.cost import network_cost
+from early_exit.experiment import plan_phases
+
+PRESETS = sorted((ROOT / "cifar10" / "configs").glob("*.yaml"))
+pytestmark = pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+
+
+def configured(path) -> Config:
+    """The configuration that the preset's first line asks for, run in the repository."""
+    marker, *words = shlex.split(path.read_text().splitlines()[0])
+    assert [marker, *words[:2]] == ["#", "python", "cifar10/trainer.py"]
+    args = trainer.parser().parse_args(words[2:])
+    assert ROOT / args.config == path
+    args.config = ROOT / args.config
+    given = cli.settings_of(args)
+    digits = given.get("data", {}).get("dataset") == "digits"
+    return cli.resolve_config(args, None, trainer.DIGITS if digits else None)
+
+
+def test_it_is_a_configuration_without_flags(path):
+    assert isinstance(configs.build(Config, configs.load_preset(path)), Config)
+
+
+def test_its_first_line_is_a_command_that_the_trainer_accepts(path):
+    assert isinstance(configured(path), Config)
+
+
+def test_its_values_survive_its_own_command(path):
+    """What the preset sets and its command does not is what the run gets."""
+    config = configs.to_dict(configured(path))
+    for section, values in configs.load_preset(path).items():
+        expected = configs.to_dict(configs.build(Config, {section: values}))[section]
+        for name in values:
+            assert config[section][name] == expected[name], f"{section}.{name}"
+
+
+def test_its_second_line_says_what_it_is(path):
+    assert path.read_text().splitlines()[1].startswith("# ")
+
+
+def test_its_network_builds_and_its_exits_save_work(path):
+    with torch.device("meta"):
+        network = trainer.build_network(configured(path).model, 10)
+    shares = network_cost(network).shares()
+    assert all(share < 0.98 for share in shares[:-1])
+
+
+def test_its_phases_can_be_planned(path):
+    config = configured(path)
+    with torch.device("meta"):
+        network = trainer.build_network(config.model, 10)
+    phases = plan_phases(config, network.num_exits)
+    assert phases[-1].optim == config.optim

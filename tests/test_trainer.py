@@ -1,0 +1,667 @@
+"""The CIFAR trainer: flags, mistakes, regimes, and what a run leaves behind."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from scripts import DOOR, TINY, few_digits, finish, run_main, start, tiny_network
+
+from cifar10 import trainer
+from early_exit import checkpoint, training
+from early_exit import config as configs
+from early_exit.config import (
+    BackbonePhaseConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from early_exit.errors import UserError
+from early_exit.experiment import Phase, plan_phases
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    """The trainer with the tiny network and data; runs/ lies in a temporary directory."""
+    monkeypatch.setattr(trainer, "DOOR", DOOR)
+    monkeypatch.setattr(trainer, "RUNS", tmp_path / "runs")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs the trainer as its command line does: exit code, stdout, stderr."""
+
+    def call(*flags):
+        return run_main(trainer.main, "trainer.py", monkeypatch, capsys, *flags)
+
+    return call
+
+
+@pytest.fixture
+def refusal(run):
+    """A function that gives the one line in which a mistake ends, with exit code 2."""
+
+    def call(*flags) -> str:
+        code, _, err = run(*flags)
+        assert code == 2
+        assert err.startswith("trainer.py: ")
+        assert err.count("\n") == 1 and err.endswith("\n")
+        return err.removeprefix("trainer.py: ").rstrip("\n")
+
+    return call
+
+
+def train(directory: Path, *flags: object) -> Path:
+    """A tiny run in `directory`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "DOOR", DOOR)
+        trainer.main([*TINY, "--save-dir", str(directory), *map(str, flags)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory) -> Path:
+    """A finished joint run of two epochs, exits after layer1 and layer2. Not to be changed."""
+    return train(tmp_path_factory.mktemp("joint") / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A finished run of the plain network, two epochs. Not to be changed."""
+    return train(tmp_path_factory.mktemp("plain") / "run", "--exits", "none")
+
+
+def journal(directory: Path) -> list[dict]:
+    """The records of metrics.jsonl, which are strict JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def slow_accuracy(directory: Path, split: str) -> dict[str, float]:
+    """Accuracy of every exit, one image after the other, of the checkpoint in `directory`."""
+    saved = checkpoint.load(directory)
+    config = configs.build(Config, saved["config"])
+    network = tiny_network(config.model, 10).eval()
+    network.load_state_dict(saved["network"])
+    part = few_digits(config.data.split_seed).splits[split]
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    right = dict.fromkeys(network.exit_names, 0)
+    with torch.no_grad():
+        for image, target in zip(part.images, part.targets.tolist(), strict=True):
+            logits = network(((image / 255 - mean) / std)[None])
+            for name, said in zip(network.exit_names, logits, strict=True):
+                right[name] += said[0].tolist().index(max(said[0].tolist())) == target
+    return {name: count / len(part) for name, count in right.items()}
+
+
+class TestFlagsOfOthers:
+    @pytest.mark.parametrize(
+        ("flags", "hint"),
+        [
+            (["-j", "4"], "-j: the whole data set lies in memory"),
+            (["-j4"], "-j: the whole data set lies in memory"),
+            (["--workers", "4"], "--workers: the whole data set lies in memory"),
+            (["--half"], "--half: use --amp fp16"),
+            (["--pretrained"], "--pretrained: use --backbone FILE"),
+        ],
+    )
+    def test_they_are_told_ours(self, refusal, flags, hint):
+        assert refusal(*flags).startswith(hint)
+
+
+class TestMistakes:
+    def test_an_unknown_flag(self, refusal):
+        assert refusal("--leraning-rate", "1").startswith(
+            "unrecognized arguments: --leraning-rate 1"
+        )
+
+    def test_an_unknown_network(self, refusal, monkeypatch):
+        monkeypatch.undo()
+        message = refusal("--dataset", "digits", "--arch", "resnet21")
+        assert message.startswith("there is no network 'resnet21'; choose one of resnet20, ")
+
+    def test_an_unknown_data_set(self, refusal, monkeypatch):
+        monkeypatch.undo()
+        message = refusal("--dataset", "mnist")
+        assert message == "there is no data set 'mnist'; choose one of cifar10, digits"
+
+    def test_an_unknown_place(self, refusal):
+        message = refusal(*TINY, "--exits", "layer1", "layr2")
+        assert message.startswith("there is no place 'layr2' for an exit; did you mean layer2? ")
+
+    def test_an_exit_that_saves_nothing(self, refusal):
+        message = refusal(*TINY, "--exits", "layer3")
+        assert message.startswith("an exit after layer3 costs ")
+        assert "saves nothing" in message
+
+    def test_exits_none_with_others(self, refusal):
+        message = refusal(*TINY, "--exits", "layer1", "none")
+        assert message == "--exits none stands alone: it asks for the plain network"
+
+    def test_a_value_of_the_wrong_kind(self, refusal):
+        assert refusal("--epochs", "ten") == "optim.epochs must be a whole number, got 'ten'"
+
+    def test_loss_weights_that_do_not_fit_the_exits(self, refusal):
+        message = refusal(*TINY, "--loss-weights", "1", "1", "1", "1")
+        assert message.startswith("got 4 loss weights for 3 exits; give 3, or 2 for ")
+
+    def test_an_existing_run_directory(self, refusal, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        message = refusal(*TINY, "--save-dir", tmp_path)
+        assert message.startswith(f"{tmp_path} exists; pass --resume auto to go on with it, or")
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_a_finished_run_directory(self, refusal, joint):
+        before = {path: path.stat().st_mtime_ns for path in joint.iterdir()}
+        assert f"{joint} exists" in refusal(*TINY, "--save-dir", joint)
+        assert {path: path.stat().st_mtime_ns for path in joint.iterdir()} == before
+
+    def test_a_run_directory_that_is_a_file(self, refusal, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert str(tmp_path / "file") in refusal(*TINY, "--save-dir", tmp_path / "file")
+
+    def test_resume_from_a_path_that_is_missing(self, refusal, tmp_path):
+        message = refusal(*TINY, "--resume", tmp_path / "none.pt")
+        assert message == f"there is no checkpoint at {tmp_path / 'none.pt'}; check --resume"
+        assert not (tmp_path / "runs").exists()
+
+    def test_resume_from_a_directory_without_a_checkpoint(self, refusal, tmp_path):
+        (tmp_path / "old").mkdir()
+        message = refusal(*TINY, "--resume", tmp_path / "old")
+        assert message.startswith(f"{tmp_path / 'old'} holds no checkpoint to go on from")
+
+    def test_resume_of_another_run_into_an_existing_one(self, refusal, joint, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").write_text("mine")
+        message = refusal("--resume", joint, "--save-dir", tmp_path / "mine")
+        assert message.startswith(f"{tmp_path / 'mine'} exists")
+
+    def test_start_epoch_with_resume(self, refusal, joint):
+        message = refusal("--resume", joint, "--start-epoch", "1")
+        assert message.startswith("--start-epoch is for a fresh run; this one goes on where ")
+
+    @pytest.mark.parametrize("epoch", [2, -1])
+    def test_start_epoch_out_of_range(self, refusal, epoch):
+        message = refusal(*TINY, f"--start-epoch={epoch}")
+        assert message == f"--start-epoch is {epoch}, the run has epochs 0 to 1"
+
+    def test_evaluate_without_weights(self, refusal):
+        assert refusal(*TINY, "-e") == (
+            "-e scores trained weights; name them with --resume or --backbone"
+        )
+
+    def test_evaluate_a_backbone_whose_heads_are_untrained(self, refusal, plain):
+        message = refusal(*TINY, "-e", "--backbone", plain)
+        assert message == "--backbone alone brings no heads to score; add --exits none"
+
+    def test_split_without_evaluate(self, refusal):
+        assert refusal(*TINY, "--split", "test") == "--split goes with -e"
+
+    def test_backbone_in_a_joint_run(self, refusal, plain):
+        message = refusal(*TINY, "--backbone", plain)
+        assert message.startswith("--backbone brings trained weights, but this run would train ")
+
+    def test_backbone_for_a_plain_network(self, refusal, plain):
+        message = refusal(*TINY, "--exits", "none", "--regime", "mixed", "--backbone", plain)
+        assert message.startswith("--backbone brings trained weights, but this run would train ")
+
+    def test_a_backbone_that_is_missing(self, refusal, tmp_path):
+        message = refusal(*TINY, "--regime", "mixed", "--backbone", tmp_path / "none.pt")
+        assert message == f"there is no checkpoint at {tmp_path / 'none.pt'}; check the path"
+
+    def test_a_mistake_leaves_no_directory_that_stops_the_next_try(self, run, refusal, tmp_path):
+        refusal(*TINY, "--save-dir", tmp_path / "run", "--start-epoch", "7")
+        code, _, err = run(*TINY, "--save-dir", tmp_path / "run", "--start-epoch", "1")
+        assert (code, err) == (0, "")
+
+    def test_a_device_that_is_not_there(self, refusal):
+        assert refusal(*TINY, "--device", "gpu").startswith("there is no device 'gpu'; try cpu")
+
+    def test_a_preset_that_is_missing(self, refusal, tmp_path):
+        message = refusal("--config", tmp_path / "no.yaml")
+        assert message == f"there is no preset at {tmp_path / 'no.yaml'}; check --config"
+
+    def test_a_file_that_can_no_longer_be_written(self, refusal, monkeypatch, tmp_path):
+        def full(directory, state):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "save", full)
+        assert refusal(*TINY, "--save-dir", tmp_path / "run") == (
+            f"no checkpoint could be written to {tmp_path / 'run'} (No space left on device);"
+            " the last good one is whole: none was saved"
+        )
+
+
+class TestDivergence:
+    @pytest.fixture
+    def break_loss(self, monkeypatch):
+        """A function that makes the k'th loss of the run, training and val alike, not a number."""
+
+        def arm(k: int) -> None:
+            calls, joint_loss = iter(range(1000)), training.joint_loss
+
+            def broken(*arguments, **options):
+                loss = joint_loss(*arguments, **options)
+                return loss * math.nan if next(calls) == k else loss
+
+            monkeypatch.setattr(training, "joint_loss", broken)
+
+        return arm
+
+    def test_a_rate_far_too_high_ends_with_code_1_and_one_line(self, run, tmp_path):
+        code, _, err = run(*TINY, "--save-dir", tmp_path / "run", "--lr", "1e30")
+        assert code == 1
+        assert err.count("\n") == 1
+        assert err.startswith("trainer.py: the loss is not finite at step ")
+        assert "of epoch 0 of the phase joint" in err
+        assert "the last good checkpoint: none was saved" in err
+        assert not (tmp_path / "run" / checkpoint.NAME).exists()
+
+    def test_step_epoch_and_last_checkpoint_are_named(self, run, break_loss, tmp_path):
+        break_loss(6 + 1 + 2)  # six steps and one batch of val an epoch
+        code, _, err = run(*TINY, "--save-dir", tmp_path / "run")
+        newest = tmp_path / "run" / checkpoint.NAME
+        assert code == 1
+        assert "at step 2 of epoch 1 of the phase joint" in err
+        assert f"the last good checkpoint: {newest};" in err
+        assert checkpoint.load(newest)["position"] == {"phase": 0, "epoch": 1, "step": 0}
+
+    def test_the_last_good_checkpoint_holds_finite_weights(self, run, tmp_path):
+        """One step an epoch: its loss is finite, the weights after it are not."""
+        flags = (*TINY, "-b", "96", "--lr", "1e30", "--save-dir", tmp_path / "run")
+        code, _, _ = run(*flags)
+        assert code == 1
+        assert not (tmp_path / "run" / checkpoint.NAME).exists()
+
+    def test_a_loss_on_val_that_is_not_finite_ends_the_run_too(self, run, break_loss, tmp_path):
+        break_loss(6)
+        code, _, err = run(*TINY, "--save-dir", tmp_path / "run")
+        assert code == 1
+        assert "not finite" in err
+        assert journal(tmp_path / "run") == []
+
+
+class TestHelp:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def text(cls) -> str:
+        return trainer.parser().format_help()
+
+    def test_it_is_printed_with_code_0(self, run, text):
+        assert run("--help") == (0, text, "")
+
+    @pytest.mark.parametrize(
+        ("flag", "setting"),
+        [
+            ("--arch", "model.arch"),
+            ("--head", "model.head"),
+            ("--regime", "run.regime"),
+            ("--epochs", "optim.epochs"),
+            ("--batch-size", "optim.batch_size"),
+            ("--learning-rate", "optim.lr"),
+            ("--schedule", "optim.schedule"),
+            ("--momentum", "optim.momentum"),
+            ("--weight-decay", "optim.weight_decay"),
+            ("--distill", "loss.distill"),
+            ("--save-every", "run.save_every"),
+            ("--amp", "run.amp"),
+            ("--seed", "run.seed"),
+            ("--split-seed", "data.split_seed"),
+            ("--dataset", "data.dataset"),
+        ],
+    )
+    def test_it_says_the_default(self, flag, setting):
+        section, name = setting.split(".")
+        (action,) = (a for a in trainer.parser()._actions if flag in a.option_strings)
+        default = getattr(getattr(Config(), section), name)
+        assert action.dest == setting
+        shown = action.help.rpartition("(default ")[2].rstrip(")")
+        assert shown == (f"{default:g}" if isinstance(default, float) else str(default))
+
+    def test_every_flag_that_takes_a_value_says_what_happens_without_it(self):
+        silent = {"--config", "--set", "--resume", "--backbone"}  # absent: there is none
+        for action in trainer.parser()._actions:
+            shown = action.help != "==SUPPRESS==" and action.nargs != 0
+            if shown and not silent & {*action.option_strings}:
+                assert "default" in action.help, action.option_strings
+
+    def test_it_shows_the_examples_of_the_script(self, text):
+        assert "python cifar10/trainer.py --dataset digits" in text
+
+
+class TestProcess:
+    """The script itself, run from another working directory."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def done(cls, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "full").mkdir()
+        (elsewhere / "full" / "notes.txt").write_text("mine")
+        started = {
+            "help": start("cifar10/trainer.py", "--help", cwd=elsewhere),
+            "full": start(
+                "cifar10/trainer.py", "--dataset", "digits", "--save-dir", "full", cwd=elsewhere
+            ),
+            "eval": start("cifar10/eval.py", "nowhere", cwd=elsewhere),
+        }
+        return {name: finish(process) for name, process in started.items()}
+
+    def test_help_is_code_0(self, done):
+        assert done["help"].returncode == 0
+        assert done["help"].stdout == trainer.parser().format_help()
+        assert done["help"].stderr == ""
+
+    def test_a_mistake_is_one_line_and_code_2(self, done):
+        assert done["full"].returncode == 2
+        assert done["full"].stderr == (
+            "trainer.py: full exists; pass --resume auto to go on with it, or another --save-dir\n"
+        )
+
+    def test_a_mistake_of_an_evaluation_is_one_line_and_code_2(self, done):
+        assert done["eval"].returncode == 2
+        assert done["eval"].stderr == (
+            "eval.py: there is no run directory at nowhere; training prints the one it made\n"
+        )
+
+
+class TestRunDirectory:
+    def test_its_files(self, joint):
+        assert {path.name for path in joint.iterdir()} == {
+            ".lock", "checkpoint.pt", "checkpoint-previous.pt", "config.yaml", "metrics.jsonl",
+            "versions.json",
+        }
+
+    def test_it_is_named_after_the_settings(self, run, tmp_path):
+        code, out, _ = run(*TINY, "--epochs", "1", "--seed", "3")
+        directory = tmp_path / "runs" / "digits-resnet20-layer1-layer2-joint-seed3"
+        assert code == 0
+        assert out.splitlines()[-2] == f"trained: {directory}"
+        assert (directory / checkpoint.NAME).exists()
+
+    def test_a_plain_network_is_named_plain(self):
+        config = Config(model=ModelConfig(exits=()))
+        path = training.default_run_dir(Path("runs"), config, ("final",))
+        assert path == Path("runs/cifar10-resnet32-plain-seed0")
+
+    def test_config_yaml_rebuilds_the_configuration(self, joint):
+        written = yaml.safe_load((joint / "config.yaml").read_text())
+        assert configs.build(Config, written) == Config(
+            data=configs.DataConfig(dataset="digits"),
+            model=ModelConfig(arch="resnet20", exits=("layer1", "layer2")),
+            optim=OptimConfig(epochs=2, batch_size=16, lr=0.05, schedule="cosine"),
+            run=RunConfig(amp="off", device="cpu", threads=1),
+        )
+
+    def test_versions_json_says_what_ran(self, joint):
+        versions = json.loads((joint / "versions.json").read_text())
+        assert versions["torch"] == torch.__version__.partition("+")[0] or versions["torch"]
+        assert {"python", "torch", "torchvision", "numpy", "git", "device", "precision",
+                "command"} == set(versions)
+        assert versions["precision"] == "off"
+
+    def test_journal_has_a_record_an_epoch_with_every_exit(self, joint):
+        records = journal(joint)
+        assert [(r["phase"], r["epoch"]) for r in records] == [("joint", 0), ("joint", 1)]
+        for record in records:
+            assert list(record["val_top1"]) == ["layer1", "layer2", "final"]
+            assert list(record["train_top1"]) == ["layer1", "layer2", "final"]
+            assert math.isfinite(record["train_loss"]) and math.isfinite(record["val_loss"])
+            assert record["images_per_second"] > 0
+
+    def test_journals_last_accuracy_is_the_checkpoints(self, joint):
+        assert journal(joint)[-1]["val_top1"] == pytest.approx(slow_accuracy(joint, "val"))
+
+    def test_training_learns(self, joint):
+        first, last = journal(joint)
+        assert last["train_loss"] < first["train_loss"]
+
+    def test_checkpoint_says_what_evaluation_needs(self, joint):
+        saved = checkpoint.load(joint)
+        assert saved["exit_names"] == ["layer1", "layer2", "final"]
+        assert saved["classes"] == list("0123456789")
+        assert saved["val_hash"] == saved["unseen_val"] == few_digits(0).val_hash
+        assert saved["normalisation"] == {
+            "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]
+        }
+        assert saved["position"] == {"phase": 1, "epoch": 0, "step": 0}
+
+    def test_save_every_keeps_to_its_epochs_and_the_last(self, monkeypatch, tmp_path):
+        positions, save = [], checkpoint.save
+
+        def noted(directory, state):
+            positions.append((state["position"]["phase"], state["position"]["epoch"]))
+            save(directory, state)
+
+        monkeypatch.setattr(checkpoint, "save", noted)
+        train(tmp_path / "run", "--epochs", "5", "-b", "96", "--save-every", "2")
+        assert positions == [(0, 2), (0, 4), (1, 0)]
+
+    def test_tensorboard_files_hold_every_exit(self, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        train(tmp_path / "run", "--epochs", "1", "--tensorboard")
+        found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        found.Reload()
+        (event,) = found.Scalars("val_top1/layer2")
+        assert event.value == pytest.approx(journal(tmp_path / "run")[0]["val_top1"]["layer2"])
+
+    def test_without_the_flag_there_is_no_tensorboard(self, joint):
+        assert not (joint / "tensorboard").exists()
+
+    def test_start_epoch_begins_there(self, tmp_path):
+        train(tmp_path / "run", "--start-epoch", "1")
+        assert [record["epoch"] for record in journal(tmp_path / "run")] == [1]
+
+    def test_the_same_seed_trains_the_same_weights(self, joint, tmp_path):
+        again = checkpoint.load(train(tmp_path / "run"))["network"]
+        for name, value in checkpoint.load(joint)["network"].items():
+            assert torch.equal(value, again[name]), name
+
+    def test_another_seed_trains_others(self, joint, tmp_path):
+        other = checkpoint.load(train(tmp_path / "run", "--seed", "1"))["network"]
+        name = "backbone.conv1.weight"
+        assert not torch.equal(checkpoint.load(joint)["network"][name], other[name])
+
+    def test_digits_of_a_preset_are_the_digits_of_the_flag(self, joint, tmp_path):
+        preset = tmp_path / "preset.yaml"
+        preset.write_text("data: {dataset: digits}\n")
+        train(tmp_path / "run", "--config", preset)
+        flags = TINY[2:]  # without --dataset digits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "DOOR", DOOR)
+            trainer.main([*flags, "--config", str(preset), "--save-dir", str(tmp_path / "other")])
+        texts = [(tmp_path / name / "config.yaml").read_text() for name in ("run", "other")]
+        assert texts[0] == texts[1]
+
+
+class TestReadings:
+    def lines(self, caplog, directory, *flags) -> list[str]:
+        """What a tiny run logs about its steps."""
+        with caplog.at_level(logging.INFO):
+            train(directory, "--epochs", "1", *flags)
+        return [line for line in caplog.messages if ": step " in line]
+
+    def test_print_freq_logs_lines_when_there_is_no_terminal(self, caplog, tmp_path):
+        lines = self.lines(caplog, tmp_path / "run", "-p", "2")
+        assert [line.partition(",")[0] for line in lines] == [
+            "epoch 1: step 2/6", "epoch 1: step 4/6", "epoch 1: step 6/6"
+        ]
+        assert all("loss " in line and "layer2 " in line for line in lines)
+
+    def test_without_it_an_epoch_is_one_line(self, caplog, tmp_path):
+        assert self.lines(caplog, tmp_path / "run") == []
+        assert len([line for line in caplog.messages if line.startswith("joint 1/1: ")]) == 1
+
+
+class TestPlan:
+    """Which phases a regime has; the loss weights of each."""
+
+    optim = OptimConfig(epochs=7, lr=0.3)
+
+    def plan(self, regime, num_exits=3, backbone=None, weights=None, **phase) -> list[Phase]:
+        config = Config(
+            model=ModelConfig(backbone=backbone),
+            optim=self.optim,
+            backbone_phase=BackbonePhaseConfig(**phase),
+            loss=LossConfig(weights=weights),
+            run=RunConfig(regime=regime),
+        )
+        return plan_phases(config, num_exits)
+
+    def test_joint(self):
+        assert self.plan("joint") == [Phase("joint", self.optim, (1.0, 1.0, 1.0))]
+
+    def test_a_plain_network_has_one_phase_whatever_the_regime(self):
+        for regime in ("joint", "mixed", "frozen"):
+            assert self.plan(regime, num_exits=1) == [Phase("plain", self.optim, (1.0,))]
+
+    def test_mixed_trains_the_backbone_first_with_its_own_epochs_and_rate(self):
+        first, second = self.plan("mixed", epochs=2, lr=0.01)
+        assert (first.name, first.optim.epochs, first.optim.lr) == ("backbone", 2, 0.01)
+        assert first.weights == (1.0,) and first.backbone_only
+        assert second == Phase("joint", self.optim, (1.0, 1.0, 1.0))
+
+    def test_the_first_phase_is_like_the_second_where_nothing_else_is_said(self):
+        first, second = self.plan("mixed")
+        assert first.optim == second.optim
+
+    def test_frozen_trains_the_heads_last(self):
+        first, second = self.plan("frozen")
+        assert (first.name, second.name) == ("backbone", "heads")
+        assert second.backbone_frozen and not first.backbone_frozen
+        assert second.weights == (1.0, 1.0, 0.0)
+
+    @pytest.mark.parametrize(("regime", "name"), [("mixed", "joint"), ("frozen", "heads")])
+    def test_a_given_backbone_skips_the_first_phase(self, regime, name):
+        (phase,) = self.plan(regime, backbone="file.pt")
+        assert phase.name == name
+
+    def test_one_weight_per_exit(self):
+        (phase,) = self.plan("joint", weights=(0.2, 0.3, 2.0))
+        assert phase.weights == (0.2, 0.3, 2.0)
+
+    def test_one_weight_per_early_exit_leaves_the_rest_to_the_final(self):
+        (phase,) = self.plan("joint", weights=(0.25, 0.25))
+        assert phase.weights == (0.25, 0.25, 0.5)
+
+    def test_frozen_with_heads_of_no_weight_is_refused(self):
+        with pytest.raises(UserError, match="their loss weights are 0"):
+            self.plan("frozen", weights=(0.0, 0.0, 1.0))
+
+
+class TestRegimes:
+    def test_two_phases_with_their_own_epochs_and_rates(self, tmp_path):
+        train(
+            tmp_path / "run", "--regime", "mixed", "--epochs", "2", "--backbone-epochs", "1",
+            "--lr", "0.01", "--backbone-lr", "0.02", "--schedule", "step",
+        )
+        records = journal(tmp_path / "run")
+        assert [(r["phase"], r["phase_index"], r["epoch"], r["epochs"]) for r in records] == [
+            ("backbone", 0, 0, 1), ("joint", 1, 0, 2), ("joint", 1, 1, 2)
+        ]
+        # at the last step of each epoch: both milestones passed, none, both
+        assert [r["lr"] for r in records] == pytest.approx([0.0002, 0.01, 0.0001])
+        assert [list(r["val_top1"]) for r in records] == [
+            ["final"], ["layer1", "layer2", "final"], ["layer1", "layer2", "final"]
+        ]
+
+    def test_the_first_phase_leaves_the_heads_alone(self, tmp_path):
+        train(tmp_path / "run", "--regime", "mixed", "--epochs", "1", "--backbone-epochs", "1")
+        before = checkpoint.load(tmp_path / "run" / checkpoint.PREVIOUS)["network"]
+        after = checkpoint.load(tmp_path / "run")["network"]
+        torch.manual_seed(0)
+        untrained = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).state_dict()
+        heads = [name for name in after if name.startswith("heads.")]
+        assert all(torch.equal(before[name], untrained[name]) for name in heads)
+        assert not all(torch.equal(after[name], untrained[name]) for name in heads)
+
+    def test_a_given_backbone_skips_the_first_phase(self, plain, tmp_path):
+        train(tmp_path / "run", "--regime", "mixed", "--epochs", "1", "--backbone", plain)
+        assert [record["phase"] for record in journal(tmp_path / "run")] == ["joint"]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def frozen(cls, plain, tmp_path_factory) -> Path:
+        """A frozen run of two epochs on the plain run's backbone."""
+        flags = ("--regime", "frozen", "--backbone", plain)
+        return train(tmp_path_factory.mktemp("frozen") / "run", *flags)
+
+    def test_frozen_moves_no_number_of_the_backbone(self, plain, frozen):
+        before = checkpoint.load(plain)["network"]
+        after = checkpoint.load(frozen)["network"]
+        names = [name for name in after if name.startswith("backbone.")]
+        assert sorted(names) == sorted(before)
+        assert any(name.endswith("running_mean") for name in names)
+        for name in names:
+            assert torch.equal(before[name], after[name]), name
+
+    def test_frozen_trains_the_heads(self, frozen):
+        torch.manual_seed(0)
+        untrained = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).state_dict()
+        trained = checkpoint.load(frozen)["network"]
+        weights = [n for n in trained if n.startswith("heads.") and n.endswith("weight")]
+        assert not any(torch.equal(trained[name], untrained[name]) for name in weights)
+
+    def test_frozen_keeps_the_final_exits_accuracy(self, plain, frozen):
+        assert journal(frozen)[-1]["val_top1"]["final"] == journal(plain)[-1]["val_top1"]["final"]
+
+    def test_a_backbone_of_the_same_split_leaves_val_unseen(self, frozen):
+        assert checkpoint.load(frozen)["unseen_val"] == few_digits(0).val_hash
+
+    def test_a_backbone_of_another_split_has_seen_val(self, plain, tmp_path):
+        flags = ("--regime", "frozen", "--epochs", "1", "--backbone", plain, "--split-seed", "1")
+        train(tmp_path / "run", *flags)
+        saved = checkpoint.load(tmp_path / "run")
+        assert saved["unseen_val"] is None
+        assert saved["val_hash"] == few_digits(1).val_hash
+
+    def test_a_backbone_from_elsewhere_may_have_seen_val(self, plain, tmp_path):
+        weights, _ = checkpoint.load_backbone(plain)
+        torch.save({"state_dict": {f"module.{n}": v for n, v in weights.items()}},
+                   tmp_path / "public.th")
+        flags = ("--regime", "mixed", "--epochs", "1", "--backbone", tmp_path / "public.th")
+        train(tmp_path / "run", *flags)
+        assert checkpoint.load(tmp_path / "run")["unseen_val"] is None
+
+
+class TestEvaluate:
+    def shown(self, out: str) -> dict[str, float]:
+        """The accuracies printed, by exit, and that they name `split`."""
+        rows = [line.split() for line in out.splitlines() if line.endswith(" %")]
+        return {name: float(value) for _, name, value, _ in rows}
+
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_every_exit_of_a_run(self, run, joint, split):
+        code, out, _ = run("-e", "--resume", joint, "--split", split)
+        expected = slow_accuracy(joint, split)
+        assert code == 0
+        assert all(line.startswith(f"{split} ") for line in out.splitlines())
+        assert self.shown(out) == {n: round(100 * v, 2) for n, v in expected.items()}
+
+    def test_val_is_the_default(self, run, joint):
+        assert run("-e", "--resume", joint) == run("-e", "--resume", joint, "--split", "val")
+
+    def test_a_backbone_alone(self, run, plain):
+        code, out, _ = run(*TINY, "-e", "--backbone", plain, "--exits", "none", "--split", "test")
+        assert code == 0
+        assert self.shown(out) == {"final": round(100 * slow_accuracy(plain, "test")["final"], 2)}
+
+    def test_it_trains_nothing_and_writes_nothing(self, run, joint):
+        before = {path: path.stat().st_mtime_ns for path in joint.rglob("*")}
+        run("-e", "--resume", joint)
+        assert {path: path.stat().st_mtime_ns for path in joint.rglob("*")} == before
+
+    def test_other_exits_than_the_runs_are_refused(self, refusal, joint):
+        message = refusal("-e", "--resume", joint, "--exits", "layer1")
+        assert "which this network does not have" in message
