@@ -15,6 +15,11 @@ from early_exit.runtime import Stopped, check_torchvision
 from early_exit.training import Diverged
 
 
+# How an evaluation uses the machine, whatever training did. Float32 unless asked: the reference,
+# and at batch 1 also the fastest on a CPU.
+EVALUATION = {"amp": "off", "compile": False, "device": "auto", "threads": None}
+
+
 class Formatter(argparse.HelpFormatter):
     """Help with room for the names, and lines as wide as a page."""
 
@@ -258,8 +263,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         if number < 1:
             raise UserError(f"{flag} must be at least 1, got {number}")
     return {
-        # float32 unless asked: the reference, and at batch 1 also the fastest on a CPU
-        "overrides": configs.merge({"run": {"amp": "off", "compile": False}}, settings_of(args)),
+        "overrides": configs.merge({"run": EVALUATION}, settings_of(args)),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,

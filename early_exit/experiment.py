@@ -1,6 +1,7 @@
 """What training and evaluation share: the front door, the phases, the set-up of a run."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from early_exit.losses import joint_loss, resolve_weights
 from early_exit.network import MultiExitNetwork
 
 EVAL_BATCH = 500
+
+log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
@@ -136,6 +139,8 @@ def score(
         raise UserError("--backbone alone brings no heads to score; add --exits none")
     else:
         meta = load_backbone(network, Path(config.model.backbone))
+    if split == "val" and meta.get("unseen_val") != data.val_hash:
+        log.warning("these weights may have been trained on images of val; --split test is fair")
     data = data.normalised_by(meta.get("normalisation")).to(device)
     network.to(device, memory_format=layout(config)).eval()
     tally = Tally(network.num_exits, device)
