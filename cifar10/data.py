@@ -6,6 +6,7 @@ function of its position: resuming in the middle of an epoch needs nothing but t
 
 import dataclasses
 import hashlib
+import http.client
 import logging
 import pickle
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ class Data:
         order = order.to(train.images.device)
         for step in range(first_step, self.steps_per_epoch(batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
-            images = augment(train.images[rows], _generator(seed, epoch, step), self.flip)
+            # from 1 on: a seed sequence of (seed, epoch, 0) is the order's (seed, epoch)
+            images = augment(train.images[rows], _generator(seed, epoch, step + 1), self.flip)
             yield self.normalise(images), train.targets[rows]
 
     def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,7 +203,9 @@ def _cifar10(root: Path, split_seed: int) -> Data:
         try:
             CIFAR10(root, train=True, download=True)
             sets = [read(True), read(False)]
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError, OSError, EOFError, pickle.UnpicklingError, http.client.HTTPException
+        ) as error:
             raise UserError(
                 f"CIFAR-10 is not under {root} and downloading {CIFAR10.url} failed"
                 f" ({' '.join(str(error).split())}); put the original cifar-10-batches-py folder"

@@ -18,6 +18,7 @@ from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
+CIFAR10 = {"data": {"dataset": "cifar10"}}
 # What the digits differ in: 1,257 images are seen in a second, and a small network is enough.
 DIGITS = {
     "model": {"arch": "resnet20", "exits": ["layer1", "layer2"]},
@@ -70,10 +71,10 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    given = cli.settings_of(args)
     _, saved = training.find_resumed(args.resume, args.save_dir)
-    digits = given.get("data", {}).get("dataset") == "digits"
-    config = cli.resolve_config(args, saved and saved["config"], DIGITS if digits else None)
+    config = cli.resolve_config(args, saved and saved["config"], CIFAR10)
+    if config.data.dataset == "digits":
+        config = cli.resolve_config(args, saved and saved["config"], DIGITS)
     if args.evaluate:
         split = args.split or "val"
         if saved is None and config.model.backbone is None:

@@ -6,6 +6,8 @@ The modules, from tensors to whole runs, each importing only from lines above it
     heads  losses  criteria  calibration  metrics  config  checkpoint  runtime
     network  policy  cost
     records  thresholds  inference
-    engine  latency  report  plots
-    experiment  cli
+    engine  journal  latency  report  plots
+    experiment
+    training  evaluation
+    cli
 """

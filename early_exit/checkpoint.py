@@ -63,7 +63,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError, one line, where it is missing, torn, or not one of ours.
     """
-    path = path / NAME if path.is_dir() else path
+    path = (newest(path) or path / NAME) if path.is_dir() else path
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
@@ -104,7 +104,7 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint of ours the `backbone.` part is taken) and, of a checkpoint of ours, what it says
     of itself (else an empty dictionary).
     """
-    path = path / NAME if path.is_dir() else path
+    path = (newest(path) or path / NAME) if path.is_dir() else path
     state = _load(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         prefix = "backbone."
@@ -116,7 +116,9 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return weights, {key: value for key, value in state.items() if key != "network"}
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path} holds no state dict, which --backbone expects")
     return {name.removeprefix("module."): value for name, value in state.items()}, {}
 
@@ -162,7 +164,9 @@ def _load(path: Path) -> Any:
             f"{path} is not a file of weights alone (it is damaged, no checkpoint, or holds"
             " other objects, which are not loaded)"
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception:  # what bytes of another kind make of torch's reader has no bounds
         raise UserError(f"{path} cannot be read as a checkpoint: it is torn or damaged") from None

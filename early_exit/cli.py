@@ -132,7 +132,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="preset (YAML); defaults < preset < flags",
     )
     group.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE",
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="any other setting by its name in a preset, such as optim.nesterov=true",
     )
     group.add_argument(
@@ -262,6 +262,11 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     ):
         if number < 1:
             raise UserError(f"{flag} must be at least 1, got {number}")
+    if args.cut_seed < 0:
+        raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
+    name = args.name
+    if name is not None and (name in ("", "..") or Path(name).name != name):
+        raise UserError(f"--name is {name!r}; it names one directory, without a path")
     return {
         "overrides": configs.merge({"run": EVALUATION}, settings_of(args)),
         "val_from": args.val_from,

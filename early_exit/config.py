@@ -31,12 +31,18 @@ def _require(holds: bool, message: str) -> None:
 class DataConfig:
     """Which images."""
 
-    dataset: str = "cifar10"
-    """Name of the data set."""
+    dataset: str = ""
+    """Name of the data set, as the front door knows it."""
     root: str | None = None
     """Directory of the data set; absent: data/ under the repository root."""
     split_seed: int = 0
     """Seed of the cut of train into train and val, apart from the run's seed."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.split_seed < 2**63,
+            f"data.split_seed must be in 0 to 2**63 - 1, got {self.split_seed}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +179,7 @@ class RunConfig:
     """Whether TensorBoard files are written."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"run.seed must be in 0 to 2**63 - 1, got {self.seed}")
         _require(self.save_every >= 1, f"run.save_every must be at least 1, got {self.save_every}")
         _require(
             self.print_freq is None or self.print_freq >= 1,
@@ -298,7 +305,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if hint is int and isinstance(value, float) and number != value:
             raise ValueError
         return number
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):  # a date; infinity as a whole number
         raise UserError(f"{name} must be {_kind(hint)}, got {value!r}") from None
 
 

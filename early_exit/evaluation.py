@@ -498,7 +498,7 @@ def summary(report: Report, directory: Path) -> str:
     parts.append(
         f"table and report: {directory / 'report.md'}\n"
         f"numbers:          {directory / 'report.json'}\n"
-        f"policy:           {directory / 'policy.yaml'}\n"
-        f"plots:            {directory}/*.png"
+        f"policy:           {directory / 'policy.yaml'}"
+        + (f"\nplots:            {directory}/*.png" if list(directory.glob("*.png")) else "")
     )
     return "\n\n".join(parts)

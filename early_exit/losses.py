@@ -22,8 +22,8 @@ def resolve_weights(weights: Sequence[float] | None, num_exits: int) -> tuple[fl
     if any(not math.isfinite(weight) or weight < 0 for weight in weights):
         raise UserError(f"loss weights must be finite and not negative, got {_listed(weights)}")
     if len(weights) == num_exits - 1:
-        rest = 1.0 - sum(weights)
-        if rest <= 0:
+        rest = 1.0 - math.fsum(weights)
+        if rest <= 1e-9:
             raise UserError(
                 f"{len(weights)} loss weights for {num_exits} exits leave the final exit 1 minus"
                 f" their sum, which is {rest:g}; give smaller ones, or one weight per exit"

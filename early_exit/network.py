@@ -97,6 +97,10 @@ class MultiExitNetwork(nn.Module):
 
     def compile_stages(self) -> None:
         """Compiles every stage on its own, for any number of rows; no name changes."""
+        # All stages share one code object and so one limit of graphs; each needs about three (one
+        # row, a few, many), and past the limit they would run uncompiled without a word.
+        limit = max(torch.compiler.config.recompile_limit, 8 * len(self.stages))
+        torch.compiler.config.recompile_limit = limit
         for stage in self.stages:
             stage.compile(dynamic=True)
 
@@ -137,15 +141,16 @@ def _channels_after(
 ) -> dict[int, int]:
     """Channels of the features after each unit that is cut behind."""
     modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     wanted, channels, features = set(cuts), {}, example
-    with torch.no_grad():
-        for index, unit in enumerate(units.values()):
-            if len(channels) == len(wanted):
-                break
-            features = unit.eval()(features)
-            if index in wanted:
-                channels[index] = features.shape[1]
-    for module, mode in modes.items():
-        module.training = mode
+    try:
+        with torch.no_grad():
+            for index, unit in enumerate(units.values()):
+                if len(channels) == len(wanted):
+                    break
+                features = unit.eval()(features)
+                if index in wanted:
+                    channels[index] = features.shape[1]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return channels

@@ -102,6 +102,8 @@ class Policy:
             return cls(**values)
         except FileNotFoundError:
             raise UserError(f"there is no policy at {path}; eval.py writes one") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError):
             raise UserError(f"{path} is not a policy that eval.py wrote") from None
 

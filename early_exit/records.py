@@ -81,7 +81,7 @@ class ExitRecord:
             large = (directory / "logits.npy").stat().st_size > MAPPED_BYTES
             logits = np.load(directory / "logits.npy", mmap_mode="r" if large else None)
             return cls(logits, np.load(directory / "targets.npy"), RecordInfo(**info))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{directory} is not a whole exit record ({error})") from None
 
 
@@ -109,6 +109,8 @@ def record(
     with torch.inference_mode(), autocast():
         for images, target in batches:
             rows = slice(start, start + len(target))
+            if rows.stop > count:
+                raise RuntimeError(f"the split gave {rows.stop} images, {count} were announced")
             said = network(images.to(device, non_blocking=True))
             logits[rows] = torch.stack(said, dim=1).float().cpu().numpy()
             targets[rows] = target.cpu().numpy()
@@ -194,6 +196,8 @@ def disagreements(
         met = [i for i in range(max(taken[row], exit_index[row]) + 1) if policy.is_on(i)]
         second, best = np.sort(record.logits[row, met], axis=-1)[:, -2:].T
         early = [i for i in met if i < policy.num_exits - 1]
+        if policy.criterion == "patience":
+            early = []  # its scores are counts: exact, but for a tie
         slack = [abs(scored.scores[row, i] - policy.thresholds[i]) for i in early]
         unexplained[row] = min([*slack, *(best - second)]) > 1e-5
     return differs, unexplained

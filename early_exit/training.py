@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 # Settings that a resumed run cannot change without being another run.
 FIXED = ("data.", "model.", "run.regime", "run.seed", "optim.batch_size")
-MOVABLE = ("data.root", "model.backbone")
+MOVABLE = ("data.root",)
 
 
 class Diverged(RuntimeError):
@@ -143,8 +143,13 @@ def train(
     cost = network_cost(network)
     phases = plan_phases(config, network.num_exits)
     directory = run_dir or default_run_dir(runs, config, network.exit_names)
-    exists = directory.exists() and any(directory.iterdir())
-    elsewhere = resume not in (None, "auto") and not Path(resume).is_relative_to(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; choose another --save-dir")
+    # a lock alone was left by a run that a mistake in its flags ended
+    exists = directory.is_dir() and any(path.name != ".lock" for path in directory.iterdir())
+    elsewhere = resume not in (None, "auto") and not (
+        Path(resume).resolve().is_relative_to(directory.resolve())
+    )
     if exists and (resume is None or elsewhere):
         raise UserError(
             f"{directory} exists; pass --resume auto to go on with it, or another --save-dir"
@@ -244,7 +249,9 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
     """
     changed = list(configs.differences(state["config"], configs.to_dict(run.config)))
     for name, before, after in changed:
-        if name.startswith(FIXED) and name not in MOVABLE:
+        # another file may bring the backbone; whether one does decides which phases there are
+        moved = name in MOVABLE or (name == "model.backbone" and before and after)
+        if name.startswith(FIXED) and not moved:
             raise UserError(
                 f"{path} was trained with {name} = {_shown(before)}, this run asks for"
                 f" {_shown(after)}; resume with the former, or start another --save-dir"
@@ -261,6 +268,11 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
         epochs = run.phases[position.phase].optim.epochs
         if position.epoch >= epochs:
             raise UserError(f"{path} has done {position.epoch} epochs, --epochs asks for {epochs}")
+    elif state["config"]["optim"]["epochs"] != run.config.optim.epochs:
+        raise UserError(
+            f"{path} has finished its {state['config']['optim']['epochs']} epochs, --epochs asks"
+            f" for {run.config.optim.epochs}; start another --save-dir"
+        )
     log.info(
         "going on from %s: phase %d, epoch %d, step %d%s",
         path, position.phase, position.epoch, position.step,
@@ -305,7 +317,7 @@ def walk_phase(
         torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         sums,
     )
-    if state:
+    if state and (position.epoch or position.step):  # at the start of a phase all is new
         put_back(trainee, state)
     names = run.network.exit_names[-len(phase.weights) :]
     while position.epoch < phase.optim.epochs:
@@ -321,6 +333,7 @@ def walk_phase(
             held_out,
         ):
             leave_if_asked(run, trainee, stop)
+        stop_if_diverged(run, trainee, held_out)
         val_loss, val_top1 = held_out.read()
         line |= {"val_loss": val_loss, "val_top1": dict(zip(names, val_top1, strict=True))}
         journal.write(line)
@@ -389,7 +402,7 @@ def train_epoch(
         "phase_index": here.phase,
         "epoch": here.epoch,
         "epochs": optim.epochs,
-        "lr": trainee.optimizer.param_groups[0]["lr"],
+        "lr": lr_at(optim, here.epoch + (total - 1) / total),
         "train_loss": loss,
         "train_top1": dict(zip(names, accuracy, strict=True)),
         "seconds": seconds,
@@ -409,12 +422,13 @@ def put_back(trainee: Trainee, state: dict[str, Any]) -> None:
         trainee.sums.load_state_dict(state["tally"])
 
 
-def stop_if_diverged(run: Run, trainee: Trainee) -> None:
-    """Raises Diverged once a loss was not finite."""
-    bad = int(trainee.sums.bad_step)
+def stop_if_diverged(run: Run, trainee: Trainee, held_out: Tally | None = None) -> None:
+    """Raises Diverged once a loss was not finite, on train or (held_out) on val."""
+    bad = int((held_out or trainee.sums).bad_step)
     if bad >= 0:
+        where = "on val after" if held_out else f"at step {bad} of"
         raise Diverged(
-            f"the loss is not finite at step {bad} of epoch {trainee.position.epoch} of the phase"
+            f"the loss is not finite {where} epoch {trainee.position.epoch} of the phase"
             f" {run.phases[trainee.position.phase].name}; the last good checkpoint:"
             f" {run.last_good}; try a lower --lr or a longer warm-up"
         )

@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from cifar10.resnet import ResNet
 from early_exit.network import MultiExitNetwork
@@ -80,11 +81,10 @@ def trained_net(make_net, one_thread):
     """A net of three early exits, trained for a few steps: its scores are really spread. Shared
     by all tests, so not to be changed."""
     net = make_net().train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    inputs, target = _draw(64 * 20, seed=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    inputs, target = _draw(64 * 30, seed=2)
     for rows in torch.arange(len(target)).split(64):
-        loss = sum(torch.nn.functional.cross_entropy(said, target[rows])
-                   for said in net(inputs[rows]))
+        loss = sum(cross_entropy(said, target[rows]) for said in net(inputs[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,17 +1,23 @@
 """Running the scripts: as processes of their own, and on a network and data that take no time.
 
-    python tests/scripts.py FLAGS        cifar10/trainer.py with that network and that data
+    python tests/scripts.py SIGTERM 8 FLAGS      cifar10/trainer.py with that network and that data,
+                                                 sent a signal before its ninth batch
+    python tests/scripts.py none 0 FLAGS         the same, left alone
 """
 
 import dataclasses
 import functools
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from cifar10 import data, resnet, trainer
@@ -21,9 +27,10 @@ from early_exit.experiment import FrontDoor
 from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
+SIDE = 16
 # two epochs of six steps on one CPU thread, in float32
 TINY = (
-    "--dataset", "digits", "--epochs", "2", "-b", "16", "--lr", "0.05", "--amp", "off",
+    "--dataset", "digits", "--epochs", "2", "-b", "8", "--lr", "0.05", "--amp", "off",
     "--device", "cpu", "--threads", "1",
 )
 
@@ -34,16 +41,17 @@ def tiny_network(model: ModelConfig, num_classes: int) -> MultiExitNetwork:
     places = resnet.DEFAULT_EXITS if model.exits is None else model.exits
     return MultiExitNetwork(
         backbone, backbone.units(), places, head=model.head, num_classes=num_classes,
-        example=torch.zeros(1, 3, 32, 32),
+        example=torch.zeros(1, 3, SIDE, SIDE),
     )
 
 
 @functools.cache
-def few_digits(split_seed: int) -> data.Data:
-    """The digits with 96 train, 60 val and 100 test images."""
-    whole = data.load("digits", split_seed=split_seed)
-    sizes = {"train": 96, "val": 60, "test": 100}
-    splits = {name: whole.splits[name].subset(np.arange(size)) for name, size in sizes.items()}
+def few_digits(split_seed: int, train: int = 48, val: int = 40, test: int = 60) -> data.Data:
+    """The first digits of every split, 16x16."""
+    whole, splits = data.load("digits", split_seed=split_seed), {}
+    for name, size in (("train", train), ("val", val), ("test", test)):
+        part = whole.splits[name].subset(np.arange(size))
+        splits[name] = data.ImageSet(part.images[:, :, ::2, ::2].contiguous(), part.targets)
     return dataclasses.replace(whole, splits=splits)
 
 
@@ -66,7 +74,10 @@ def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Waits for a started script and gives what it wrote."""
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()  # which a finished one does not mind
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -85,6 +96,28 @@ def run_main(
     return code or 0, *capsys.readouterr()
 
 
-if __name__ == "__main__":
+def at_batch(patch: Any, k: int, act: Callable[[], None], batches: str = "train_batches") -> None:
+    """Calls `act` before the k'th batch from now on of training, or of `eval_batches`."""
+    original, count = getattr(data.Data, batches), itertools.count()
+
+    def counted(self, *arguments, **options):
+        for batch in original(self, *arguments, **options):
+            if next(count) == k:
+                act()
+            yield batch
+
+    patch.setattr(data.Data, batches, counted)
+
+
+def main() -> None:
+    """The trainer on the tiny network, with a signal sent to itself."""
+    _, name, step, *sys.argv[1:] = sys.argv
+    if name != "none":
+        signum = getattr(signal, name)
+        at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum))
     trainer.DOOR = DOOR
     cli.run(trainer.main, "trainer.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -164,6 +164,17 @@ class TestSave:
         newest = checkpoint.newest(tmp_path)
         assert (newest and stored(newest)) == found
 
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_after_a_crash_a_run_directory_stands_for_its_newest(
+        self, tmp_path, interrupt_replace, k
+    ):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        interrupt_replace(k)
+        with pytest.raises(Interrupted):
+            checkpoint.save(tmp_path, state(3))
+        assert stored(tmp_path) == 3
+
     @pytest.mark.parametrize("k", [0, 1, 2])
     def test_saving_after_a_crash_puts_all_in_order(self, tmp_path, interrupt_replace, k):
         checkpoint.save(tmp_path, state(1))

@@ -98,8 +98,8 @@ def test_parameters_by_hand(cost20):
 @pytest.mark.parametrize(
     "kind, macs, params",
     [
-        ("linear", 16 * 10, 16 * 10 + 10),
-        # 16 channels of 4x4 cells, and the mixture's one number
+        # 16 channels of 4x4 cells; and the mixture's one number
+        ("linear", 16 * 16 * 10, 16 * 16 * 10 + 10),
         ("mixed_pool", 16 * 16 * 10, 16 * 16 * 10 + 10 + 1),
     ],
 )

@@ -15,12 +15,18 @@ def test_head_maps_features_to_logits(kind, batch):
 
 
 def test_linear_head_by_hand():
-    head = LinearHead(channels=2, num_classes=2)
+    head = LinearHead(channels=2, num_classes=1)
     with torch.no_grad():
-        head[-1].weight.copy_(torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
-        head[-1].bias.copy_(torch.tensor([0.0, 1.0]))
-    features = torch.tensor([[[[1.0, 3.0]], [[2.0, 6.0]]]])  # channel means 2 and 4
-    assert head(features).tolist() == [[2.0, 6.0]]  # 2, and 0.5 * 2 + 4 + 1
+        head[-1].weight.zero_()
+        head[-1].weight[0, 1] = 3.0  # of the first channel's 16 cells the second
+        head[-1].weight[0, 16] = 0.5  # of the second channel's the first
+        head[-1].bias.fill_(1.0)
+    # 8x8 features pooled to 4x4 cells of 2x2
+    features = torch.zeros(1, 2, 8, 8)
+    features[0, 0, :2, 2:4] = torch.tensor([[1.0, 2.0], [2.0, 3.0]])  # mean 2
+    features[0, 1, 1, 1] = 8.0  # mean 2
+    features[0, 1, 7, 7] = 100.0  # in a cell of weight 0
+    assert head(features).item() == 3 * 2 + 0.5 * 2 + 1
 
 
 def test_conv_head_by_hand():
@@ -48,18 +54,8 @@ def test_mixed_pool_head_by_hand(mix, logit):
     assert head(features).item() == pytest.approx(logit)
 
 
-SMALL = pytest.mark.xfail(strict=True, reason="the head's linear layer is made for 4x4 cells")
-
-
-@pytest.mark.parametrize(
-    "kind, side",
-    [
-        *(("conv", side) for side in (1, 2, 3, 5)),
-        *(("linear", side) for side in (1, 2, 3, 5)),
-        *(pytest.param("mixed_pool", side, marks=SMALL) for side in (1, 2, 3)),
-        ("mixed_pool", 5),
-    ],
-)
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
 def test_head_takes_features_of_any_size(kind, side):
     head = build_head(kind, channels=3, num_classes=2).eval()
     assert head(torch.rand(2, 3, side, side)).shape == (2, 2)

@@ -62,7 +62,6 @@ def test_weights_that_mean_nothing_are_refused_in_one_line(weights, match):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the rest is compared with 0 exactly")
 def test_early_weights_that_sum_to_one_are_refused_whatever_their_rounding():
     # 0.7 + 0.2 + 0.1 is 1 - 2 ** -53 in binary: no rest that anybody asked for
     with pytest.raises(UserError):

@@ -111,8 +111,8 @@ def test_plain_weights_load_strictly_into_the_backbone(resnet20):
 
 def test_every_parameter_is_counted_once(resnet20):
     network = with_exits(resnet20, ["layer1"])
-    # a linear head on 16 channels has 16 * 10 + 10 parameters
-    assert sum(p.numel() for p in network.parameters()) == 170 + sum(
+    # a linear head on 4x4 cells of 16 channels has 16 * 16 * 10 + 10 parameters
+    assert sum(p.numel() for p in network.parameters()) == 2570 + sum(
         p.numel() for p in resnet20.parameters()
     )
 
@@ -185,7 +185,7 @@ def test_the_dry_run_moves_no_buffer_and_puts_modes_back(resnet20):
 
 
 def test_heads_get_the_width_of_their_block(make_net):
-    net = make_net(("stem", "layer2", "layer3"))
+    net = make_net(("stem", "layer2", "layer3"), head="conv")
     widths = [head[-1].in_features for head in net.heads.values()]
     assert widths == [16, 32, 64]
 
@@ -220,3 +220,47 @@ def test_compiling_changes_no_name(tiny_net):
     names = list(tiny_net.state_dict())
     tiny_net.compile_stages()
     assert list(tiny_net.state_dict()) == names
+
+
+@pytest.fixture
+def compiled_net(tiny_net, monkeypatch):
+    """`tiny_net` with its stages compiled, traced and guarded as ever but run by eager kernels:
+    what is looked at here is when torch compiles anew, and that takes minutes for real."""
+    compile_for_real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compile_for_real(*args, **kwargs, backend="eager")
+    )
+    torch.compiler.reset()
+    tiny_net.compile_stages()
+    yield tiny_net
+    torch.compiler.reset()
+
+
+def in_all_sizes(net, images, counts):
+    """What the net says about the first `count` images, for each count, as `infer` runs it."""
+    with torch.inference_mode():
+        return [net(images[:count]) for count in counts]
+
+
+@pytest.mark.slow
+def test_every_stage_stays_compiled(compiled_net, images):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        in_all_sizes(compiled_net, images, [1, 5, 100, 256])
+
+
+@pytest.mark.slow
+def test_the_number_of_survivors_causes_no_recompilation(compiled_net, images):
+    with torch._dynamo.config.patch(recompile_limit=64):
+        in_all_sizes(compiled_net, images, [1, 5, 100])  # one, few, many
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            in_all_sizes(compiled_net, images, range(1, 120, 3))
+
+
+@pytest.mark.slow
+def test_compiled_stages_say_the_same(compiled_net, trained_net, images):
+    counts = [1, 5, 100]
+    plain = in_all_sizes(trained_net, images, counts)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        compiled = in_all_sizes(compiled_net, images, counts)
+    for said, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(said, expected)

@@ -159,7 +159,6 @@ def test_a_file_that_is_no_policy_is_told_in_one_line(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="IsADirectoryError is not caught")
 def test_a_directory_in_the_policys_place_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError):
         Policy.load(tmp_path)

@@ -1,0 +1,763 @@
+"""Evaluation: what is chosen on val, what is reported on test, and what is refused."""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scripts import few_digits, run_main, tiny_network
+
+from cifar10 import data
+from cifar10 import eval as script
+from early_exit import checkpoint, evaluation, plots
+from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.criteria import CRITERIA
+from early_exit.errors import UserError
+from early_exit.evaluation import Goal, evaluate
+from early_exit.experiment import FrontDoor
+from early_exit.inference import infer
+from early_exit.policy import Policy
+from early_exit.training import train
+
+CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
+FLAGS = ("--device", "cpu", "--threads", "1", "--no-live", "--no-plots")
+NAMES = ("layer1", "layer2", "final")
+
+
+def some_digits(settings: DataConfig) -> data.Data:
+    """320 train, 100 val and 120 test images."""
+    return few_digits(settings.split_seed, 320, 100, 120)
+
+
+DOOR = FrontDoor(tiny_network, some_digits)
+
+
+def trained(directory: Path, split_seed: int = 0, epochs: int = 8, **settings) -> Path:
+    """A run in `directory`; settings: exits, backbone, regime."""
+    model = {name: settings[name] for name in ("exits", "backbone") if name in settings}
+    config = Config(
+        data=DataConfig(dataset="digits", split_seed=split_seed),
+        model=ModelConfig(**{"arch": "resnet20", "exits": ("layer1", "layer2"), **model}),
+        optim=OptimConfig(epochs=epochs, batch_size=16, lr=0.05, schedule="cosine"),
+        run=RunConfig(
+            regime=settings.get("regime", "joint"), amp="off", device="cpu", threads=1
+        ),
+    )
+    return train(config, DOOR, runs=directory, run_dir=directory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A joint run with two early exits, already recorded. Not to be changed."""
+    directory = trained(tmp_path_factory.mktemp("finished") / "run")
+    evaluate(directory, DOOR, Goal(max_drop=0.0), overrides=CPU, live=False, draw=False)
+    shutil.rmtree(directory / "eval")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one_exit(tmp_path_factory) -> Path:
+    """A joint run with one early exit. Not to be changed."""
+    return trained(tmp_path_factory.mktemp("one") / "run", epochs=1, exits=("layer1",))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run of the plain network. Not to be changed."""
+    return trained(tmp_path_factory.mktemp("plain") / "run", epochs=1, exits=())
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of `finished`, to be evaluated and changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def quickly(directory: Path, goal: Goal, **options) -> tuple[dict, dict]:
+    """The report and the policy of an evaluation without clock and pictures, as written."""
+    options = {"overrides": CPU, "live": False, "draw": False, **options}
+    _, written = evaluate(directory, DOOR, goal, **options)
+    report = json.loads((written / "report.json").read_text())
+    return report, yaml.safe_load((written / "policy.yaml").read_text())
+
+
+# The obvious way to do it, image after image, in plain Python.
+
+
+def stored(directory: Path, split: str) -> tuple[list, list]:
+    """Logits (images, exits, classes) and targets of a record, as lists."""
+    where = directory / "records" / f"{split}-off"
+    return np.load(where / "logits.npy").tolist(), np.load(where / "targets.npy").tolist()
+
+
+def probabilities(logits: list[float], temperature: float) -> list[float]:
+    """Softmax of one image's logits at one exit."""
+    powers = [math.exp((value - max(logits)) / temperature) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def slow_scores(exits: list[list[float]], criterion: str, temperatures: list[float]) -> list[float]:
+    """The score of one image at each exit."""
+    scores, answers = [], []
+    for logits, temperature in zip(exits, temperatures, strict=True):
+        probs = probabilities(logits, temperature)
+        ranked = sorted(probs, reverse=True)
+        answers.append(logits.index(max(logits)))
+        if criterion == "max_prob":
+            scores.append(ranked[0])
+        elif criterion == "margin":
+            scores.append(ranked[0] - ranked[1])
+        elif criterion == "entropy":
+            scores.append(sum(p * math.log(p) for p in probs if p > 0))
+        else:
+            agree = 0
+            while agree + 1 < len(answers) and answers[-1] == answers[-2 - agree]:
+                agree += 1
+            scores.append(agree)
+    return scores
+
+
+def slow_exit(scores: list[float], thresholds: list[float]) -> int:
+    """The exit that one image takes."""
+    for index, threshold in enumerate(thresholds):
+        if scores[index] >= threshold:
+            return index
+    return len(thresholds)
+
+
+# 16x16 images, one block a stage of widths 16, 32, 64; heads: a 3x3 convolution of stride 2
+STEM_AND_LAYER1 = 3 * 16 * 9 * 16**2 + 2 * 16 * 16 * 9 * 16**2
+LAYER2 = 16 * 32 * 9 * 8**2 + 32 * 32 * 9 * 8**2
+LAYER3 = 32 * 64 * 9 * 4**2 + 64 * 64 * 9 * 4**2 + 64 * 10
+HEADS = (16 * 16 * 9 * 8**2 + 16 * 10, 32 * 32 * 9 * 4**2 + 32 * 10)
+PLAIN = STEM_AND_LAYER1 + LAYER2 + LAYER3
+MACS = (
+    STEM_AND_LAYER1 + HEADS[0],
+    STEM_AND_LAYER1 + LAYER2 + sum(HEADS),
+    PLAIN + sum(HEADS),
+)
+
+
+def slow_outcome(directory: Path, split: str, policy: dict) -> dict:
+    """Accuracy, mean share of MACs, and the exit and rightness of every image."""
+    taken, right = [], []
+    for exits, target in zip(*stored(directory, split), strict=True):
+        scores = slow_scores(exits, policy["criterion"], policy["temperatures"])
+        index = slow_exit(scores, policy["thresholds"])
+        taken.append(index)
+        right.append(exits[index].index(max(exits[index])) == target)
+    return {
+        "taken": taken,
+        "right": right,
+        "accuracy": sum(right) / len(right),
+        "macs_share": sum(MACS[index] for index in taken) / len(taken) / PLAIN,
+    }
+
+
+GOALS = {
+    "drop 0": Goal(max_drop=0.0),
+    "drop 5": Goal(max_drop=0.05),
+    "budget 70": Goal(budget=0.7),
+    "one threshold": Goal(thresholds=(0.6,)),
+    "a threshold each": Goal(thresholds=(0.9, 0.3)),
+    "uncalibrated": Goal(max_drop=0.02, calibrate=False),
+    "entropy": Goal(max_drop=0.02, criterion="entropy"),
+    "margin": Goal(budget=0.8, criterion="margin"),
+    "patience": Goal(thresholds=(1,), criterion="patience"),
+}
+
+
+class TestNumbers:
+    """The report against a slow recomputation from the records."""
+
+    @pytest.fixture(scope="class", params=GOALS)
+    @classmethod
+    def found(cls, request, finished, tmp_path_factory):
+        """Report, policy, and what the policy does on test, slowly."""
+        directory = shutil.copytree(finished, tmp_path_factory.mktemp("numbers") / "run")
+        report, policy = quickly(directory, GOALS[request.param])
+        return report, policy, slow_outcome(directory, "test", policy)
+
+    def test_accuracy_on_test(self, found):
+        report, _, slow = found
+        assert report["test"]["accuracy"] == pytest.approx(slow["accuracy"])
+
+    def test_multiply_adds_on_test(self, found):
+        report, _, slow = found
+        assert report["test"]["macs_share"] == pytest.approx(slow["macs_share"])
+
+    def test_shares_of_the_exits(self, found):
+        report, _, slow = found
+        taken = [row["taken"] for row in report["exits"]]
+        assert sum(taken) == pytest.approx(1)
+        assert taken == pytest.approx([slow["taken"].count(index) / 120 for index in range(3)])
+
+    def test_accuracy_of_those_who_leave_at_each_exit(self, found):
+        report, _, slow = found
+        for index, row in enumerate(report["exits"]):
+            here = [r for r, t in zip(slow["right"], slow["taken"], strict=True) if t == index]
+            expected = sum(here) / len(here) if here else None
+            assert row["taken_accuracy"] == pytest.approx(expected)
+
+    def test_lot_of_as_many_at_each_exit(self, found):
+        report, _, slow = found
+        alone = [row["accuracy"] for row in report["exits"]]
+        expected = sum(slow["taken"].count(i) / 120 * value for i, value in enumerate(alone))
+        assert report["random_accuracy"] == pytest.approx(expected)
+
+    def test_thresholds_and_temperatures_are_the_policys(self, found):
+        report, policy, _ = found
+        thresholds = [row["threshold"] for row in report["exits"]]
+        assert thresholds[-1] is None
+        assert [math.inf if t is None else t for t in thresholds[:-1]] == policy["thresholds"]
+        assert [row["temperature"] for row in report["exits"]] == policy["temperatures"]
+
+
+class TestRows:
+    """What the report says of each exit, whatever the goal."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rows(cls, finished, tmp_path_factory) -> tuple[Path, list[dict], dict]:
+        directory = shutil.copytree(finished, tmp_path_factory.mktemp("rows") / "run")
+        report, _ = quickly(directory, Goal(max_drop=0.0))
+        return directory, report["exits"], report
+
+    def test_names(self, rows):
+        assert [row["name"] for row in rows[1]] == list(NAMES)
+
+    def test_multiply_adds_of_each_exit_are_those_counted_by_hand(self, rows):
+        assert [row["macs"] for row in rows[1]] == list(MACS)
+        assert rows[2]["plain_macs"] == PLAIN
+        assert [row["macs_share"] for row in rows[1]] == pytest.approx([m / PLAIN for m in MACS])
+        assert [row["head_share"] for row in rows[1]] == pytest.approx(
+            [HEADS[0] / PLAIN, HEADS[1] / PLAIN, 0.0]
+        )
+
+    @pytest.mark.parametrize(("split", "key"), [("val", "accuracy_val"), ("test", "accuracy")])
+    def test_accuracy_of_each_exit_alone(self, rows, split, key):
+        directory, exits, _ = rows
+        logits, targets = stored(directory, split)
+        for index, row in enumerate(exits):
+            right = sum(
+                image[index].index(max(image[index])) == target
+                for image, target in zip(logits, targets, strict=True)
+            )
+            assert row[key] == pytest.approx(right / len(targets))
+
+    def test_final_accuracy_is_the_last_exits(self, rows):
+        assert rows[2]["final_accuracy"] == rows[1][-1]["accuracy"]
+
+    def test_the_network_is_good_enough_to_test_with(self, rows):
+        accuracy = [row["accuracy"] for row in rows[1]]
+        assert accuracy[0] < accuracy[-1]
+        assert accuracy[-1] > 0.5
+
+    def test_the_curve_ends_at_the_final_exit_and_at_the_first(self, rows):
+        _, exits, report = rows
+        first, last = report["curve"][0], report["curve"][-1]
+        assert first["threshold"] is None
+        assert first["test"]["accuracy"] == pytest.approx(exits[-1]["accuracy"])
+        assert last["test"]["macs_share"] < first["test"]["macs_share"]
+
+
+class TestChoice:
+    def outcomes(self, directory: Path, policy: dict) -> list[tuple[float, float, float]]:
+        """Threshold, accuracy and mean MACs on val of every shared threshold there is."""
+        logits, targets = stored(directory, "val")
+        scores = [slow_scores(e, policy["criterion"], policy["temperatures"]) for e in logits]
+        found = []
+        # between two neighbouring scores every threshold does the same
+        early = sorted({score for row in scores for score in row[:-1]})
+        gaps = [(a + b) / 2 for a, b in zip(early, early[1:], strict=False) if b - a > 1e-6]
+        for threshold in [early[0] - 1, *gaps, early[-1] + 1]:
+            taken = [slow_exit(row, [threshold] * 2) for row in scores]
+            right = sum(
+                exits[index].index(max(exits[index])) == target
+                for exits, index, target in zip(logits, taken, targets, strict=True)
+            )
+            found.append((threshold, right / 100, sum(MACS[i] for i in taken) / 100))
+        return found
+
+    @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "margin"])
+    @pytest.mark.parametrize("drop", [0.0, 0.03])
+    def test_max_drop_is_the_cheapest_that_keeps_the_accuracy_on_val(self, copy, drop, criterion):
+        report, policy = quickly(copy, Goal(max_drop=drop, criterion=criterion))
+        outcomes = self.outcomes(copy, policy)
+        least = report["exits"][-1]["accuracy_val"] - drop - 1e-9
+        cheapest = min(macs for _, accuracy, macs in outcomes if accuracy >= least)
+        assert report["val"]["accuracy"] >= least
+        assert report["val"]["macs_share"] == pytest.approx(cheapest / PLAIN)
+
+    @pytest.mark.parametrize("share", [0.75, 0.9])
+    def test_budget_is_the_most_accurate_within_it_on_val(self, copy, share):
+        report, policy = quickly(copy, Goal(budget=share))
+        outcomes = self.outcomes(copy, policy)
+        best = max(accuracy for _, accuracy, macs in outcomes if macs <= share * PLAIN)
+        assert report["val"]["macs_share"] <= share
+        assert report["val"]["accuracy"] == pytest.approx(best)
+
+    def test_one_threshold_is_for_all_early_exits(self, copy):
+        assert quickly(copy, Goal(thresholds=(0.7,)))[1]["thresholds"] == [0.7, 0.7]
+
+    def test_one_threshold_each(self, copy):
+        assert quickly(copy, Goal(thresholds=(0.7, 0.2)))[1]["thresholds"] == [0.7, 0.2]
+
+    def test_temperatures_are_the_best_on_val(self, copy):
+        _, policy = quickly(copy, Goal(max_drop=0.0))
+        logits, targets = stored(copy, "val")
+
+        def surprise(index: int, temperature: float) -> float:
+            return -sum(
+                math.log(probabilities(image[index], temperature)[target])
+                for image, target in zip(logits, targets, strict=True)
+            )
+
+        for index, temperature in enumerate(policy["temperatures"]):
+            assert temperature != 1.0
+            for other in (0.98 * temperature, 1.02 * temperature):
+                assert surprise(index, temperature) < surprise(index, other)
+
+    def test_without_calibration_temperatures_are_one(self, copy):
+        _, policy = quickly(copy, Goal(max_drop=0.0, calibrate=False))
+        assert policy["temperatures"] == [1.0, 1.0, 1.0]
+
+    @pytest.mark.parametrize("given", [{}, {"max_drop": 0.1, "budget": 0.5}])
+    def test_a_goal_is_exactly_one_thing(self, given):
+        with pytest.raises(UserError, match="choose one of --max-drop, --budget and --thresholds"):
+            Goal(**given)
+
+
+class TestHonesty:
+    """Nothing that is chosen depends on test."""
+
+    @pytest.fixture
+    def with_other_test(self, monkeypatch):
+        """A door whose test images are turned upside down and their targets permuted."""
+        whole = few_digits(0, 320, 100, 120)
+        test = whole.splits["test"]
+        order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+        other = data.ImageSet(test.images.flip(2), test.targets[order])
+        changed = dataclasses.replace(whole, splits={**whole.splits, "test": other})
+        return FrontDoor(tiny_network, lambda settings: changed)
+
+    @pytest.mark.parametrize("goal", ["drop 5", "budget 70", "entropy", "patience"])
+    def test_the_policy_is_the_same_whatever_test_holds(self, finished, tmp_path, with_other_test,
+                                                        goal):
+        written = []
+        for name, door in (("one", DOOR), ("other", with_other_test)):
+            directory = shutil.copytree(finished, tmp_path / name)
+            shutil.rmtree(directory / "records")
+            report, where = evaluate(
+                directory, door, GOALS[goal], overrides=CPU, live=False, draw=False
+            )
+            written.append((where / "policy.yaml").read_bytes())
+            final = report.final_accuracy
+        assert written[0] == written[1]
+        assert final < 0.5  # the other test is really another
+
+    def test_val_and_test_of_a_cut_are_halves_of_test(self, copy):
+        report, _ = quickly(copy, Goal(max_drop=0.0), val_from="test", cut_seed=3)
+        assert (report["val_images"], report["test_images"]) == (60, 60)
+        assert report["val_from"] == "half of the official test set, cut by seed 3"
+
+    def test_a_cut_reports_its_own_half_alone(self, copy):
+        report, policy = quickly(copy, Goal(max_drop=0.05), val_from="test", cut_seed=3)
+        slow = slow_outcome(copy, "test", policy)
+        _, rest = some_digits(DataConfig()).test_halves(3)
+        right = [slow["right"][index] for index in rest]
+        assert report["test"]["accuracy"] == pytest.approx(sum(right) / 60)
+
+    def test_several_cuts_are_mean_and_deviation_of_each(self, copy):
+        goal = Goal(max_drop=0.02)
+        each = [quickly(copy, goal, val_from="test", cut_seed=seed)[0] for seed in (5, 6, 7)]
+        report, _ = quickly(copy, goal, val_from="test", cut_seed=5, cuts=3)
+        accuracy = [one["test"]["accuracy"] for one in each]
+        assert report["cuts"]["count"] == 3
+        assert report["cuts"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracy))
+        assert report["cuts"]["accuracy"]["std"] == pytest.approx(np.std(accuracy, ddof=1))
+        assert report["cuts"]["macs_share"]["mean"] == pytest.approx(
+            np.mean([one["test"]["macs_share"] for one in each])
+        )
+        assert report["test"] == each[0]["test"]
+
+
+class TestBackbonesSplit:
+    """Val must be unseen by every weight, the backbone's included."""
+
+    refused = "may have seen the val images"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def elsewhere(cls, plain, tmp_path_factory) -> Path:
+        """A frozen run on a backbone of which nothing is known."""
+        root = tmp_path_factory.mktemp("elsewhere")
+        torch.save(checkpoint.load_backbone(plain)[0], root / "public.th")
+        return trained(
+            root / "run", epochs=1, backbone=str(root / "public.th"), regime="frozen"
+        )
+
+    def test_an_unknown_split_is_refused(self, elsewhere):
+        with pytest.raises(UserError, match=self.refused) as caught:
+            quickly(elsewhere, Goal(max_drop=0.0))
+        assert "--val-from test" in str(caught.value)
+        assert not (elsewhere / "eval").exists()
+
+    def test_it_is_accepted_with_val_from_test_and_the_report_says_so(self, elsewhere, tmp_path):
+        directory = shutil.copytree(elsewhere, tmp_path / "run")
+        report, _ = quickly(directory, Goal(max_drop=0.0), val_from="test")
+        assert report["val_from"].startswith("half of the official test set")
+
+    @pytest.mark.parametrize("regime", ["frozen", "mixed"])
+    def test_a_backbone_of_another_split_is_refused(self, plain, tmp_path, regime):
+        run = trained(
+            tmp_path / "run", split_seed=1, epochs=1, backbone=str(plain), regime=regime
+        )
+        with pytest.raises(UserError, match=self.refused):
+            quickly(run, Goal(max_drop=0.0))
+        assert quickly(run, Goal(max_drop=0.0), val_from="test")
+
+    def test_a_backbone_of_the_same_split_is_accepted(self, plain, tmp_path):
+        run = trained(tmp_path / "run", epochs=1, backbone=str(plain), regime="frozen")
+        report, _ = quickly(run, Goal(max_drop=0.0))
+        assert report["val_from"] == "held out from train"
+
+    def test_a_backbone_of_a_backbone_of_another_split_is_refused(self, plain, tmp_path):
+        """What the first backbone has seen is not forgotten on the way."""
+        first = trained(tmp_path / "a", split_seed=1, epochs=1, backbone=str(plain), regime="mixed")
+        run = trained(
+            tmp_path / "b", split_seed=1, epochs=1, backbone=str(first), regime="frozen"
+        )
+        with pytest.raises(UserError, match=self.refused):
+            quickly(run, Goal(max_drop=0.0))
+
+    def test_the_command_line_refuses_with_one_line(self, elsewhere, monkeypatch, capsys):
+        monkeypatch.setattr(script, "DOOR", DOOR)
+        code, _, err = run_main(
+            script.main, "eval.py", monkeypatch, capsys, elsewhere, *FLAGS
+        )
+        assert code == 2
+        assert err.count("\n") == 1
+
+
+class TestMistakes:
+    @pytest.fixture
+    def refusal(self, monkeypatch, capsys):
+        """A function that runs eval.py and gives the one line in which it ends."""
+        monkeypatch.setattr(script, "DOOR", DOOR)
+
+        def call(*arguments) -> str:
+            code, _, err = run_main(script.main, "eval.py", monkeypatch, capsys, *arguments, *FLAGS)
+            assert code == 2
+            assert err.startswith("eval.py: ")
+            assert err.count("\n") == 1
+            return err.removeprefix("eval.py: ").rstrip("\n")
+
+        return call
+
+    @pytest.mark.parametrize(
+        "goals", [("--max-drop", "1", "--budget", "50"), ("--budget", "50", "--thresholds", "0.5")]
+    )
+    def test_two_goals(self, refusal, copy, goals):
+        assert "not allowed with argument" in refusal(copy, *goals)
+
+    def test_a_budget_that_cannot_be_kept(self, refusal, copy):
+        message = refusal(copy, "--budget", "10")
+        least = f"{MACS[0] / 1e6:.2f} M"
+        assert f"the least this network's exits cost is {least}" in message
+        assert not (copy / "eval").exists()
+
+    def test_a_plain_network(self, refusal, plain):
+        assert refusal(plain) == (
+            "this is a plain network without early exits; there is nothing to choose"
+        )
+
+    def test_patience_with_one_early_exit(self, refusal, one_exit):
+        message = refusal(one_exit, "--criterion", "patience")
+        assert message.startswith("patience counts agreements between early exits and needs two")
+
+    def test_cuts_of_a_val_that_is_not_from_test(self, refusal, copy):
+        assert refusal(copy, "--cuts", "3") == (
+            "--cuts repeats the cut of the test set and goes with --val-from test"
+        )
+
+    def test_thresholds_that_do_not_fit_the_exits(self, refusal, copy):
+        assert refusal(copy, "--thresholds", "0.1", "0.2", "0.3") == (
+            "got 3 thresholds for 2 early exits; give one, or one each"
+        )
+
+    def test_a_criterion_that_is_not_there(self, refusal, copy):
+        message = refusal(copy, "--criterion", "oracle")
+        assert all(name in message for name in CRITERIA)
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--max-drop", "101"), "--max-drop is 101 points; it lies in 0 to 100"),
+            (("--max-drop=-1",), "--max-drop is -1 points; it lies in 0 to 100"),
+            (("--budget", "0"), "--budget is 0 %; it must be positive"),
+            (("--cuts", "0"), "--cuts must be at least 1, got 0"),
+            (("--batch-sizes", "4", "0"), "--batch-sizes must be at least 1, got 0"),
+            (("--timing-images", "0"), "--timing-images must be at least 1, got 0"),
+            (("--thresholds", "nan"), "a threshold is not a number"),
+        ],
+    )
+    def test_numbers_out_of_range(self, refusal, copy, flags, said):
+        assert refusal(copy, *flags) == said
+
+    def test_a_seed_no_generator_takes(self, refusal, copy):
+        assert "seed" in refusal(copy, "--val-from", "test", "--cut-seed=-1")
+
+    def test_a_run_that_is_missing(self, refusal, tmp_path):
+        message = refusal(tmp_path / "none")
+        assert message.startswith(f"there is no run directory at {tmp_path / 'none'}")
+
+    def test_a_run_without_a_checkpoint(self, refusal, tmp_path):
+        assert refusal(tmp_path) == f"{tmp_path} holds no checkpoint; train it first"
+
+    def test_data_that_hold_out_other_images(self, refusal, copy, monkeypatch):
+        other = FrontDoor(tiny_network, lambda settings: few_digits(1, 320, 100, 120))
+        monkeypatch.setattr(script, "DOOR", other)
+        assert "held out other val images" in refusal(copy)
+
+    @pytest.mark.parametrize("name", [".", "..", "../../precious", "a/b", "/precious"])
+    def test_a_name_that_is_no_plain_name_is_refused_and_nothing_is_lost(
+        self, refusal, copy, tmp_path, name
+    ):
+        precious = tmp_path / "precious"
+        precious.mkdir()
+        (precious / "file").write_text("mine")
+        name = str(precious) if name.startswith("/") else name
+        assert "--name" in refusal(copy, "--name", name)
+        assert (precious / "file").exists()
+        assert (copy / checkpoint.NAME).exists()
+
+
+class TestFiles:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def written(cls, finished, tmp_path_factory) -> Path:
+        """A whole evaluation, exits taken and timed, with pictures. Not to be changed."""
+        directory = shutil.copytree(finished, tmp_path_factory.mktemp("files") / "run")
+        _, where = evaluate(
+            directory, DOOR, Goal(max_drop=0.02), overrides=CPU, batch_sizes=(1, 8, 500),
+            timing_images=20,
+        )
+        return where
+
+    def test_their_names(self, written):
+        assert {path.name for path in written.iterdir()} == {
+            "policy.yaml", "report.json", "report.md", "accuracy_vs_macs.png",
+            "share_per_exit.png", "gallery.png",
+        }
+
+    def test_the_directory_is_named_after_the_goal(self, written):
+        assert written.name == "max-drop-2-max_prob"
+        assert written.parent.name == "eval"
+
+    def test_pictures_are_pictures(self, written):
+        from matplotlib import image
+
+        for path in written.glob("*.png"):
+            pixels = image.imread(path)
+            assert min(pixels.shape[:2]) > 100
+            assert pixels[..., :3].std() > 0.01  # something is drawn
+
+    def test_policy_yaml_is_the_policy(self, written):
+        policy = Policy.load(written / "policy.yaml")
+        assert policy.exit_names == NAMES
+        assert policy.criterion == "max_prob"
+
+    def test_policy_yaml_gives_the_reports_accuracy_live(self, written):
+        policy = Policy.load(written / "policy.yaml")
+        report = json.loads((written / "report.json").read_text())
+        network = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).eval()
+        network.load_state_dict(checkpoint.load(written.parent.parent)["network"])
+        whole = some_digits(DataConfig())
+        ((images, targets),) = whole.eval_batches("test", 120)
+        answers = infer(network, images, policy)
+        right = (answers.classes == targets).float().mean()
+        assert float(right) == pytest.approx(report["test"]["accuracy"])
+
+    def test_report_json_is_strict_json(self, written):
+        def refuse(constant):
+            raise AssertionError(f"{constant} is no JSON")
+
+        json.loads((written / "report.json").read_text(), parse_constant=refuse)
+
+    def test_report_md_shows_every_exit_and_every_picture(self, written):
+        page = (written / "report.md").read_text()
+        for name in NAMES:
+            assert f"| {name} | " in page
+        for path in written.glob("*.png"):
+            assert f"]({path.name})" in page
+
+    def test_report_names_what_was_measured_on_what(self, written):
+        report = json.loads((written / "report.json").read_text())
+        assert (report["dataset"], report["val_from"]) == ("digits", "held out from train")
+        assert (report["val_images"], report["test_images"]) == (100, 120)
+        assert report["weights"].endswith("of the last epoch")
+        assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+    def test_live_inference_agrees_with_the_record(self, written):
+        report = json.loads((written / "report.json").read_text())
+        assert report["live"]["images"] == 120
+        assert report["live"]["differing_beyond_rounding"] == 0
+        differing = report["live"]["differing"] / 120
+        assert abs(report["live"]["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
+
+    def test_whole_batches_of_no_more_than_the_asked_images_are_timed(self, written):
+        timing = json.loads((written / "report.json").read_text())["timing"]
+        assert [one["batch_size"] for one in timing] == [1, 8]  # 500 is more than there are
+        for one in timing:
+            assert 0 < one["images"] <= 20
+            assert one["images"] % one["batch_size"] == 0
+            assert one["live"]["total"] > 0
+            assert sum(one["stage_shares"]) == pytest.approx(1)
+
+    def test_without_live_and_plots_there_are_none(self, copy):
+        report, _ = quickly(copy, Goal(max_drop=0.02))
+        assert report["live"] is None and report["timing"] == []
+        assert not list((copy / "eval").rglob("*.png"))
+        assert "![" not in (copy / "eval" / "max-drop-2-max_prob" / "report.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("goal", "name"),
+        [
+            (Goal(budget=0.9), "budget-90-max_prob"),
+            (Goal(thresholds=(0.5, 0.25), criterion="margin"), "thresholds-0.5-0.25-margin"),
+            (Goal(max_drop=0.0, calibrate=False), "max-drop-0-max_prob-uncalibrated"),
+        ],
+    )
+    def test_other_goals_have_other_names(self, copy, goal, name):
+        quickly(copy, goal)
+        assert [path.name for path in (copy / "eval").iterdir()] == [name]
+
+    def test_a_given_name_is_taken(self, copy):
+        quickly(copy, Goal(max_drop=0.0), name="mine")
+        assert [path.name for path in (copy / "eval").iterdir()] == ["mine"]
+
+    def test_an_earlier_one_of_the_name_is_replaced(self, copy):
+        quickly(copy, Goal(max_drop=0.0), name="mine")
+        (copy / "eval" / "mine" / "stray").write_text("old")
+        report, _ = quickly(copy, Goal(budget=0.9), name="mine")
+        assert report["chosen_by"] == "budget 90 % of MACs"
+        assert not (copy / "eval" / "mine" / "stray").exists()
+
+    def test_evaluations_of_other_names_are_left_alone(self, copy):
+        quickly(copy, Goal(max_drop=0.0), name="mine")
+        before = (copy / "eval" / "mine" / "report.json").read_bytes()
+        quickly(copy, Goal(budget=0.9), name="other")
+        assert (copy / "eval" / "mine" / "report.json").read_bytes() == before
+
+    def test_it_is_in_float32_whatever_training_was(self, copy, monkeypatch, capsys):
+        monkeypatch.setattr(script, "DOOR", DOOR)
+        state = checkpoint.load(copy)
+        state["config"]["run"]["amp"] = "bf16"
+        checkpoint.save(copy, state)
+        run_main(script.main, "eval.py", monkeypatch, capsys, copy, "--name", "mine", *FLAGS)
+        report = json.loads((copy / "eval" / "mine" / "report.json").read_text())
+        assert report["precision"] == "off"
+
+    def test_the_screen_shows_the_table_and_where_the_files_are(self, copy, monkeypatch, capsys):
+        monkeypatch.setattr(script, "DOOR", DOOR)
+        code, out, _ = run_main(script.main, "eval.py", monkeypatch, capsys, copy, *FLAGS)
+        assert code == 0
+        assert "| layer1 | " in out and "| final | " in out
+        assert str(copy / "eval" / "max-drop-0.5-max_prob" / "report.md") in out
+
+
+class TestNothingHalfWritten:
+    @pytest.fixture
+    def failing_plot(self, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("no such font")
+
+        monkeypatch.setattr(plots, "gallery", fail)
+
+    def visible(self, directory: Path) -> list[str]:
+        """The evaluations that a user sees."""
+        return [path.name for path in directory.glob("eval/[!.]*")]
+
+    def test_a_failing_plot_leaves_no_evaluation(self, copy, failing_plot):
+        with pytest.raises(RuntimeError, match="no such font"):
+            quickly(copy, Goal(max_drop=0.0), name="mine", draw=True)
+        assert self.visible(copy) == []
+
+    def test_a_failing_plot_leaves_the_previous_one_whole(self, copy, failing_plot):
+        quickly(copy, Goal(max_drop=0.0), name="mine")
+        before = {path.name: path.read_bytes() for path in (copy / "eval/mine").iterdir()}
+        with pytest.raises(RuntimeError, match="no such font"):
+            quickly(copy, Goal(budget=0.9), name="mine", draw=True)
+        after = {path.name: path.read_bytes() for path in (copy / "eval/mine").iterdir()}
+        assert after == before
+        assert self.visible(copy) == ["mine"]
+
+    def test_what_a_failure_left_is_gone_after_the_next(self, copy, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "accuracy_vs_macs", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                quickly(copy, Goal(max_drop=0.0), name="mine", draw=True)
+        quickly(copy, Goal(max_drop=0.0), name="mine")
+        assert [path.name for path in (copy / "eval").iterdir()] == ["mine"]
+
+
+class TestRecords:
+    @pytest.fixture
+    def recorded(self, monkeypatch) -> list[str]:
+        """The splits that were recorded, one after the other."""
+        splits, record = [], evaluation.record
+
+        def noted(network, batches, count, info, *rest):
+            splits.append(info.split)
+            return record(network, batches, count, info, *rest)
+
+        monkeypatch.setattr(evaluation, "record", noted)
+        return splits
+
+    def test_they_are_reused_where_weights_and_images_are_the_same(self, copy, recorded):
+        quickly(copy, Goal(max_drop=0.0))
+        quickly(copy, Goal(budget=0.9, criterion="entropy"))
+        assert recorded == []
+
+    def test_they_are_made_anew_where_the_weights_changed(self, copy, recorded):
+        before, _ = quickly(copy, Goal(max_drop=0.0))
+        state = checkpoint.load(copy)
+        state["network"]["backbone.linear.weight"].zero_()
+        checkpoint.save(copy, state)
+        after, _ = quickly(copy, Goal(max_drop=0.0))
+        assert sorted(recorded) == ["test", "val"]
+        assert after["final_accuracy"] < before["final_accuracy"]
+
+    def test_they_are_made_anew_where_one_is_damaged(self, copy, recorded, caplog):
+        (copy / "records" / "val-off" / "logits.npy").write_bytes(b"torn")
+        with caplog.at_level(logging.WARNING):
+            quickly(copy, Goal(max_drop=0.0))
+        assert recorded == ["val"]
+        assert "recording anew" in "\n".join(caplog.messages)
+
+    def test_another_precision_has_records_of_its_own(self, copy, recorded):
+        quickly(copy, Goal(max_drop=0.0), overrides={"run": {**CPU["run"], "amp": "bf16"}})
+        assert sorted(recorded) == ["test", "val"]
+        assert {path.name for path in (copy / "records").iterdir()} == {
+            "val-off", "test-off", "val-bf16", "test-bf16"
+        }
+
+
+class TestUnfinished:
+    def test_a_run_that_is_not_finished_is_evaluated_and_the_report_says_so(
+        self, finished, tmp_path, caplog
+    ):
+        directory = tmp_path / "run"
+        directory.mkdir()
+        shutil.copy(finished / checkpoint.PREVIOUS, directory / checkpoint.NAME)
+        with caplog.at_level(logging.WARNING):
+            report, _ = quickly(directory, Goal(max_drop=0.0))
+        assert report["weights"].endswith("of epoch 7 of 8, phase joint")
+        assert "this run is not finished" in caplog.text

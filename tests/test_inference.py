@@ -1,0 +1,381 @@
+"""Inference with exits taken: what it answers, and what it does not compute."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from early_exit.criteria import CRITERIA
+from early_exit.errors import UserError
+from early_exit.inference import Rows, infer
+from early_exit.network import MultiExitNetwork, Stage
+from early_exit.policy import NEVER, Policy
+from early_exit.records import disagreements, replay, score_record
+
+ROUNDED = 8  # images out of 2,048 that may lie within rounding of a threshold or of a tie
+# Counts are few, so levels stand for thresholds: at the last early exit one agreement is enough
+# and before it two are asked for; one is enough; two are asked for.
+PATIENCE = {0.3: (2.0, 2.0, 1.0), 0.6: (1.0, 1.0, 1.0), 0.9: (2.0, 2.0, 2.0)}
+
+
+def make_policy(record, criterion, level=0.6, **changes):
+    """Own thresholds, such that about a share of 1 - `level` is sure enough at every exit.
+
+    Each is the score of some image of the record, as those that are chosen on val are.
+    """
+    policy = Policy(
+        exit_names=record.info.exit_names,
+        thresholds=(NEVER,) * (record.logits.shape[1] - 1),
+        criterion=criterion,
+        temperatures=(0.5, 0.8, 1.0, 1.3),
+        **changes,
+    )
+    if criterion == "patience":
+        return dataclasses.replace(policy, thresholds=PATIENCE[level])
+    scores = score_record(record, policy).scores[:, :-1]
+    chosen = np.quantile(scores, level, axis=0, method="nearest")
+    return dataclasses.replace(policy, thresholds=tuple(chosen.tolist()))
+
+
+def run_live(net, images, policy, batch_size):
+    """Classes answered and exits taken, (images,) each, one batch after the other."""
+    answers = [infer(net, some, policy) for some in images.split(batch_size)]
+    classes = torch.cat([answer.classes for answer in answers]).numpy()
+    return classes, torch.cat([answer.exit_index for answer in answers]).numpy()
+
+
+def assert_agree(record, policy, classes, exits, rounded=ROUNDED):
+    """Live inference did what the record says, but for a few images at a threshold."""
+    differs, unexplained = disagreements(record, policy, classes, exits)
+    assert unexplained.sum() == 0
+    assert differs.sum() <= rounded
+
+
+@pytest.mark.parametrize("level", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_live_inference_agrees_with_stored_logits(trained_net, images, stored, criterion, level):
+    policy = make_policy(stored, criterion, level)
+    classes, exits = run_live(trained_net, images, policy, 256)
+    assert_agree(stored, policy, classes, exits)
+    # no empty claim: images leave wherever they can
+    counted = {0.3: {2, 3}, 0.6: {1, 2, 3}, 0.9: {2, 3}}
+    assert set(exits) == (counted[level] if criterion == "patience" else {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize(
+    "enabled", [(False, True, True), (True, False, True), (True, True, False)]
+)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_live_inference_agrees_with_exits_off(trained_net, images, stored, criterion, enabled):
+    policy = make_policy(stored, criterion, enabled=enabled)
+    classes, exits = run_live(trained_net, images[:1024], policy, 256)
+    assert_agree(stored.subset(np.arange(1024), "test", "half"), policy, classes, exits)
+    assert len(set(exits)) > 1
+    assert enabled.index(False) not in exits
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_live_inference_agrees_in_any_order_and_batch(trained_net, images, stored, criterion):
+    policy = make_policy(stored, criterion)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
+    classes, exits = run_live(trained_net, images[order], policy, 100)
+    shuffled = stored.subset(order.numpy(), "test", "shuffled")
+    assert_agree(shuffled, policy, classes, exits)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_live_inference_agrees_in_channels_last(tiny_net, images, stored, criterion):
+    policy = make_policy(stored, criterion)
+    net = tiny_net.to(memory_format=torch.channels_last)
+    classes, exits = run_live(net, images.to(memory_format=torch.channels_last), policy, 256)
+    assert_agree(stored, policy, classes, exits)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("count", [200, pytest.param(2048, marks=pytest.mark.slow)])
+def test_live_inference_agrees_one_image_at_a_time(trained_net, images, stored, criterion, count):
+    policy = make_policy(stored, criterion)
+    classes, exits = run_live(trained_net, images[:count], policy, 1)
+    assert_agree(stored.subset(np.arange(count), "test", "some"), policy, classes, exits)
+
+
+def test_answers_are_the_logits_of_the_exit_taken(trained_net, images, stored):
+    policy = make_policy(stored, "max_prob")
+    answers = infer(trained_net, images[:256], policy)
+    scored = score_record(stored, policy).scores
+    for row, taken in enumerate(answers.exit_index.tolist()):
+        expected = stored.logits[row, taken] / policy.temperatures[taken]
+        np.testing.assert_allclose(answers.logits[row], expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(answers.score[row], scored[row, taken], rtol=1e-3, atol=1e-4)
+    assert torch.equal(answers.classes, answers.logits.argmax(dim=-1))
+
+
+# A network whose every answer is written into its images, for cases worked out by hand.
+
+
+class Says(nn.Module):
+    """Logits (B, 3) of the class that pixel (0, 0, exit_index) holds, ten times surer from 10 on:
+    2 says class 2 faintly, 12 says it loudly."""
+
+    def __init__(self, exit_index: int) -> None:
+        super().__init__()
+        self.exit_index = exit_index
+
+    def forward(self, features):
+        written = features[:, 0, 0, self.exit_index].long()
+        size = torch.where(written >= 10, 10.0, 1.0)
+        return nn.functional.one_hot(written % 10, 3) * size[:, None]
+
+
+def scripted(num_exits):
+    """What `infer` needs of a network: stages that pass their features on and say what is written
+    there."""
+    early = [Stage([nn.Identity()], Says(index)) for index in range(num_exits - 1)]
+    names = (*(f"exit{index}" for index in range(num_exits - 1)), "final")
+    stages = [*early, Stage([Says(num_exits - 1)], None)]
+    return SimpleNamespace(training=False, exit_names=names, stages=stages)
+
+
+def written(rows):
+    """Images (B, 1, 1, N) that hold these answers."""
+    return torch.tensor(rows, dtype=torch.float32)[:, None, None]
+
+
+def test_answers_come_in_the_order_of_the_images():
+    net = scripted(3)
+    policy = Policy(exit_names=net.exit_names, thresholds=(0.9, 0.9))
+    said = written([[0, 1, 2], [11, 2, 0], [0, 12, 1], [2, 1, 10], [10, 1, 1]])
+    answers = infer(net, said, policy)
+    assert answers.exit_index.tolist() == [2, 0, 1, 2, 0]
+    assert answers.classes.tolist() == [2, 1, 2, 0, 0]
+
+
+def test_patience_follows_its_image_by_hand():
+    net = scripted(4)
+    policy = Policy(exit_names=net.exit_names, thresholds=(1.0,) * 3, criterion="patience")
+    answers = infer(
+        net,
+        written([
+            [0, 0, 1, 1],  # repeats itself at exit 1
+            [0, 1, 1, 2],  # at exit 2
+            [0, 1, 2, 1],  # never
+            [2, 2, 0, 0],  # at exit 1
+            [1, 2, 2, 0],  # at exit 2
+            [1, 0, 1, 0],  # never
+        ]),
+        policy,
+    )
+    assert answers.exit_index.tolist() == [1, 2, 3, 1, 2, 3]
+    assert answers.classes.tolist() == [0, 1, 1, 2, 2, 0]
+
+
+def test_a_count_survives_an_exit_that_is_off():
+    net = scripted(4)
+    policy = Policy(
+        exit_names=net.exit_names, thresholds=(1.0,) * 3, criterion="patience",
+        enabled=(True, False, True),
+    )
+    # the second exit is off: the third repeats the first in row 0, and in row 1 it does not
+    answers = infer(net, written([[0, 1, 0, 2], [1, 0, 0, 2]]), policy)
+    assert answers.exit_index.tolist() == [2, 3]
+
+
+def test_a_single_image_is_answered():
+    net = scripted(3)
+    policy = Policy(exit_names=net.exit_names, thresholds=(0.9, 0.9))
+    for row, taken, answer in (([10, 1, 2], 0, 0), ([0, 11, 2], 1, 1), ([0, 1, 2], 2, 2)):
+        answers = infer(net, written([row]), policy)
+        assert answers.exit_index.tolist() == [taken]
+        assert answers.classes.tolist() == [answer]
+        assert answers.logits.shape == (1, 3)
+        assert answers.score.shape == (1,)
+
+
+# A backbone that hands a number through unchanged, so that every row a stage computes is known.
+
+
+class Numbered(nn.Module):
+    """A convolution over all channels but the first, which goes through as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(7, 7, 3, padding=1)
+
+    def forward(self, features):
+        return torch.cat([features[:, :1], torch.tanh(self.conv(features[:, 1:]))], dim=1)
+
+
+class Unnumbered(nn.Module):
+    """Pools and classifies all channels but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 3)
+
+    def forward(self, features):
+        return self.linear(features[:, 1:].mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def numbered_net():
+    """Four exits over blocks that hand the number of an image through."""
+    torch.manual_seed(0)
+    units = {f"block{index}": Numbered() for index in range(3)} | {"end": Unnumbered()}
+    net = MultiExitNetwork(
+        nn.Sequential(*units.values()), units, ["block0", "block1", "block2"], num_classes=3,
+        example=torch.zeros(1, 8, 4, 4), head="linear",
+    )
+    with torch.no_grad():
+        for head in net.heads.values():
+            head[-1].weight[:, :16] = 0  # the first channel's 4x4 cells: no exit sees the number
+    return net.eval()
+
+
+@pytest.fixture
+def numbered_images():
+    """64 images (64, 8, 4, 4) whose first channel is their number."""
+    images = torch.randn(64, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[:, 0] = torch.arange(64.0)[:, None, None]
+    return images
+
+
+@pytest.fixture
+def computed(numbered_net):
+    """For every stage, the numbers of the images it was given, one list a call."""
+    given = [[] for _ in numbered_net.stages]
+    for stage, calls in zip(numbered_net.stages, given, strict=True):
+        stage.register_forward_pre_hook(
+            lambda _, inputs, calls=calls: calls.append(inputs[0][:, 0, 0, 0].tolist())
+        )
+    return given
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_later_stages_compute_the_survivors_alone(
+    numbered_net, numbered_images, record_of, criterion
+):
+    record = record_of(numbered_net, numbered_images, torch.zeros(64, dtype=torch.int64))
+    policy = make_policy(record, criterion)
+    given = []
+    for stage in numbered_net.stages:
+        stage.register_forward_pre_hook(
+            lambda _, inputs: given.append(inputs[0][:, 0, 0, 0].tolist())
+        )
+    infer(numbered_net, numbered_images, policy)
+    taken = replay(record, policy).exit_index
+    survivors = [np.flatnonzero(taken >= index).tolist() for index in range(4)]
+    assert given == survivors
+    assert 0 < len(survivors[3]) < 64  # some left, some stayed
+
+
+def test_a_trained_nets_stages_compute_as_many_rows_as_survive(tiny_net, images, stored):
+    policy = make_policy(stored, "max_prob")
+    rows = [0] * 4
+    for index, stage in enumerate(tiny_net.stages):
+        def count(_, inputs, index=index):
+            rows[index] += len(inputs[0])
+        stage.register_forward_pre_hook(count)
+    _, exits = run_live(tiny_net, images, policy, 256)
+    assert rows == [(exits >= index).sum() for index in range(4)]
+    assert rows[0] == 2048 and rows[3] < 1024
+
+
+def test_no_later_stage_runs_when_all_leave_at_once(numbered_net, numbered_images, computed):
+    policy = Policy(exit_names=numbered_net.exit_names, thresholds=(0.0, 0.9, 0.9))
+    answers = infer(numbered_net, numbered_images, policy)
+    assert [len(calls) for calls in computed] == [1, 0, 0, 0]
+    assert answers.exit_index.tolist() == [0] * 64
+
+
+def test_everybody_runs_everywhere_when_nobody_leaves(numbered_net, numbered_images, computed):
+    policy = Policy(exit_names=numbered_net.exit_names, thresholds=(NEVER,) * 3)
+    answers = infer(numbered_net, numbered_images, policy)
+    everybody = list(range(64))
+    assert computed == [[everybody]] * 4
+    assert answers.exit_index.tolist() == [3] * 64
+    assert torch.equal(answers.logits, numbered_net.backbone(numbered_images))
+
+
+def test_heads_that_are_off_never_run(numbered_net, numbered_images):
+    policy = Policy(
+        exit_names=numbered_net.exit_names, thresholds=(0.0, 0.0, NEVER),
+        enabled=(False, False, True),
+    )
+    ran = []
+    for name, head in numbered_net.heads.items():
+        head.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    answers = infer(numbered_net, numbered_images, policy)
+    assert ran == ["block2"]
+    assert answers.exit_index.tolist() == [3] * 64
+
+
+def test_nobody_leaves_an_exit_that_is_off(numbered_net, numbered_images):
+    policy = Policy(
+        exit_names=numbered_net.exit_names, thresholds=(0.0, 0.0, 0.0), enabled=(False, True, True)
+    )
+    assert infer(numbered_net, numbered_images, policy).exit_index.tolist() == [1] * 64
+
+
+def test_survivors_stay_channels_last(tiny_net, images, stored):
+    net = tiny_net.to(memory_format=torch.channels_last)
+    layouts = []
+    for stage in net.stages:
+        stage.register_forward_pre_hook(
+            lambda _, inputs: layouts.append(
+                inputs[0].is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+    policy = make_policy(stored, "max_prob")
+    infer(net, images[:256].to(memory_format=torch.channels_last), policy)
+    assert layouts == [True] * 4
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_selecting_rows_keeps_layout_and_state(memory_format):
+    features = torch.randn(5, 4, 3, 3).to(memory_format=memory_format)
+    rows = Rows(torch.arange(10, 15), features, torch.arange(10).reshape(5, 2))
+    some = rows.select(torch.tensor([3, 0]))
+    assert some.index.tolist() == [13, 10]
+    assert some.state.tolist() == [[6, 7], [0, 1]]
+    assert torch.equal(some.features, features[[3, 0]])
+    assert some.features.is_contiguous(memory_format=memory_format)
+
+
+def test_selecting_rows_without_state_keeps_none():
+    rows = Rows(torch.arange(2), torch.zeros(2, 1, 1, 1))
+    assert rows.select(torch.tensor([1])).state is None
+
+
+def test_a_network_in_training_mode_is_refused(tiny_net, images):
+    policy = Policy(exit_names=tiny_net.exit_names, thresholds=(0.5,) * 3)
+    with pytest.raises(UserError, match=r"training mode; call network.eval\(\)"):
+        infer(tiny_net.train(), images[:2], policy)
+
+
+def test_a_policy_for_other_exits_is_refused(tiny_net, images):
+    policy = Policy(exit_names=("layer1", "final"), thresholds=(0.5,))
+    with pytest.raises(UserError, match="for exits layer1, final, the network has stem, ") as error:
+        infer(tiny_net, images[:2], policy)
+    assert "\n" not in str(error.value)
+
+
+def test_inference_moves_nothing_in_the_network(tiny_net, images, stored):
+    before = {name: value.clone() for name, value in tiny_net.state_dict().items()}
+    given = images[:64].clone()
+    infer(tiny_net, given, make_policy(stored, "max_prob"))
+    assert all(torch.equal(value, before[key]) for key, value in tiny_net.state_dict().items())
+    assert torch.equal(given, images[:64])
+
+
+def test_the_network_runs_in_the_given_precision(tiny_net, images, stored):
+    seen = []
+    tiny_net.stages[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    never = Policy(exit_names=tiny_net.exit_names, thresholds=(NEVER,) * 3)
+    answers = infer(
+        tiny_net, images[:8], never, lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    assert seen == [torch.bfloat16]
+    assert answers.logits.dtype == answers.score.dtype == torch.float32

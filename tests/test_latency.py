@@ -1,0 +1,147 @@
+"""The clock: what is timed, never how fast it is."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from early_exit.latency import Spread, Timing, measure, stage_inputs
+from early_exit.policy import NEVER, Policy
+from early_exit.records import replay, score_record
+
+
+@pytest.fixture
+def policy(stored):
+    """Half of the images are sure enough at every exit."""
+    never = Policy(exit_names=stored.info.exit_names, thresholds=(NEVER,) * 3)
+    middle = np.median(score_record(stored, never).scores[:, :-1], axis=0) + 1e-4
+    return Policy(exit_names=stored.info.exit_names, thresholds=tuple(middle.tolist()))
+
+
+def spread(total):
+    """A sample's total, in batches of one second."""
+    return Spread(p50=1.0, p95=1.0, total=total)
+
+
+HAND = Timing(
+    batch_size=2, images=8, repeats=3, plain=spread(12.0), live=spread(8.0), promise=spread(6.0),
+    full=spread(15.0), stage_seconds=(1.0, 2.0, 5.0),
+)
+
+
+def test_speedup_is_over_the_plain_network():
+    assert HAND.speedup == 1.5
+
+
+def test_kept_is_the_share_of_what_stages_promise():
+    assert HAND.kept == 0.75
+
+
+def test_overhead_is_what_exits_cost_when_nobody_leaves():
+    assert HAND.overhead == 0.25
+
+
+def test_stage_shares_are_of_all_stages():
+    assert HAND.stage_shares == (0.125, 0.25, 0.625)
+
+
+def test_stages_are_given_the_survivors_features(tiny_net, images, stored, policy):
+    some = images[:256]
+    with torch.inference_mode():
+        given = stage_inputs(tiny_net, some, policy)
+        features, everybody = some, []
+        for stage in tiny_net.stages:
+            everybody.append(features)
+            features, _ = stage(features)
+    taken = replay(stored, policy).exit_index[:256]
+    assert [index for index, _ in given] == [0, 1, 2, 3]
+    for index, rows in given:
+        survivors = torch.from_numpy(np.flatnonzero(taken >= index))
+        torch.testing.assert_close(rows, everybody[index][survivors], rtol=1e-3, atol=1e-4)
+    assert 0 < len(given[-1][1]) < 256
+
+
+def test_a_stage_that_nobody_reaches_is_given_nothing(tiny_net, images):
+    at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
+    with torch.inference_mode():
+        ((index, features),) = stage_inputs(tiny_net, images[:4], at_once)
+    assert index == 0
+    assert features.shape == (4, 3, 16, 16)
+
+
+def timed(net, batches, policy, **options):
+    """A measurement in float32."""
+    return measure(net, batches, policy, autocast=contextlib.nullcontext, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_measurement_has_positive_times(tiny_net, images, policy, batch_size):
+    batches = list(images[: 3 * batch_size].split(batch_size))
+    timing = timed(tiny_net, batches, policy, repeats=2)
+    assert (timing.batch_size, timing.images, timing.repeats) == (batch_size, 3 * batch_size, 2)
+    for spread in (timing.plain, timing.live, timing.promise, timing.full):
+        assert 0 < spread.p50 <= spread.p95 <= spread.total
+    assert len(timing.stage_seconds) == 4
+    assert min(timing.stage_seconds) > 0
+    assert sum(timing.stage_shares) == pytest.approx(1)
+
+
+def test_a_measurement_without_time_left_has_one_batch(tiny_net, images, policy):
+    timing = timed(tiny_net, list(images[:32].split(4)), policy, repeats=1, seconds=0)
+    assert timing.images == 4
+
+
+def test_all_leaving_at_once_can_be_measured(tiny_net, images):
+    at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
+    timing = timed(tiny_net, [images[:4]], at_once, repeats=1)
+    assert timing.promise.total > 0
+    assert len(timing.stage_seconds) == 4  # with all rows, whoever leaves
+
+
+def test_patience_can_be_measured(tiny_net, images):
+    policy = Policy(
+        exit_names=tiny_net.exit_names, thresholds=(1.0,) * 3, criterion="patience",
+        enabled=(True, False, True),
+    )
+    assert timed(tiny_net, [images[:8]], policy, repeats=1).live.total > 0
+
+
+class Clock:
+    """A clock that one forward of a stage or of the backbone moves on, and nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
+    # stages take 1, 2, 4 and 8 seconds for 100 rows, the plain network 10
+    clock = Clock()
+    monkeypatch.setattr("early_exit.latency.time", clock)
+    for seconds, stage in zip((1, 2, 4, 8), tiny_net.stages, strict=True):
+        def forward(features, with_logits=True, seconds=seconds, original=stage.forward):
+            clock.now += seconds * len(features) / 100
+            return original(features, with_logits)
+        monkeypatch.setattr(stage, "forward", forward)
+
+    def plain(images, original=tiny_net.backbone.forward):
+        clock.now += 10 * len(images) / 100
+        return original(images)
+
+    monkeypatch.setattr(tiny_net.backbone, "forward", plain)
+    # everybody leaves at the third exit
+    policy = Policy(exit_names=tiny_net.exit_names, thresholds=(NEVER, NEVER, 0.0))
+    batches = [images[:50], images[50:100]]
+    timing = timed(tiny_net, batches, policy, repeats=3, seconds=1e9)
+    # two batches of half of 100 rows: stages take 0.5, 1, 2 and 4 seconds, the plain network 5
+    assert (timing.plain.p50, timing.plain.total) == (5, 10)
+    assert (timing.live.p50, timing.live.total) == (3.5, 7)
+    assert timing.promise == timing.live
+    assert (timing.full.p50, timing.full.total) == (7.5, 15)
+    assert timing.stage_seconds == (0.5, 1, 2, 4)
+    assert timing.speedup == 10 / 7
+    assert timing.overhead == 0.5
+    assert timing.kept == 1

@@ -1,0 +1,347 @@
+"""The exit record: made, saved, read, and what policies do on it."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from early_exit import records
+from early_exit.criteria import CRITERIA
+from early_exit.errors import UserError
+from early_exit.policy import NEVER, Policy
+from early_exit.records import ExitRecord, disagreements, record, replay, score_record
+
+CPU = torch.device("cpu")
+
+
+def sure(first, classes=2):
+    """Logits of these probabilities of class 0, the others sharing what is left."""
+    rest = (1 - first) / (classes - 1)
+    return [math.log(first), *[math.log(rest)] * (classes - 1)]
+
+
+@pytest.fixture
+def hand(make_record):
+    """Four images, two early exits, two classes; class 0 is always right."""
+    return make_record(
+        [
+            [sure(0.95), sure(0.10), sure(0.60)],  # sure at once
+            [sure(0.60), sure(0.90), sure(0.99)],  # sure at the second exit
+            [sure(0.45), sure(0.55), sure(0.70)],  # never sure early
+            [sure(0.05), sure(0.95), sure(0.95)],  # sure at once, and wrong
+        ],
+        [0, 0, 0, 0],
+    )
+
+
+def policy_for(record, **changes):
+    """0.8 at the first exit and 0.7 at the second."""
+    return Policy(**{"exit_names": record.info.exit_names, "thresholds": (0.8, 0.7), **changes})
+
+
+def test_replay_by_hand(hand):
+    replayed = replay(hand, policy_for(hand))
+    assert replayed.exit_index.tolist() == [0, 1, 2, 0]
+    assert replayed.answers.tolist() == [0, 0, 0, 1]
+
+
+def test_replay_with_an_exit_off_by_hand(hand):
+    # without the first exit, image 0 is answered by the second, wrongly, and image 3 rightly
+    replayed = replay(hand, policy_for(hand, enabled=(False, True)))
+    assert replayed.exit_index.tolist() == [1, 1, 2, 1]
+    assert replayed.answers.tolist() == [1, 0, 0, 0]
+
+
+def test_replay_without_exits_is_the_final_answer(hand):
+    replayed = replay(hand, policy_for(hand, thresholds=(NEVER, NEVER)))
+    assert replayed.exit_index.tolist() == [2, 2, 2, 2]
+    assert replayed.answers.tolist() == [0, 0, 0, 0]
+
+
+def test_replay_obeys_temperatures(hand):
+    # at temperature 2 odds of 19 : 1 become 4.36 : 1, 0.813; of 9 : 1, 3 : 1, 0.75
+    replayed = replay(hand, policy_for(hand, temperatures=(2.0, 2.0, 1.0)))
+    assert replayed.exit_index.tolist() == [0, 1, 2, 0]
+    # at temperature 3 the first exit's 19 : 1 become 2.67 : 1, 0.727, and image 0 goes on
+    replayed = replay(hand, policy_for(hand, temperatures=(3.0, 2.0, 1.0)))
+    assert replayed.exit_index.tolist() == [1, 1, 2, 1]
+
+
+def test_replay_of_patience_by_hand(hand):
+    # answers by exit: 0 1 0; 0 0 0; 1 0 0; 1 0 0: only image 1 has repeated itself at exit 1
+    policy = policy_for(hand, criterion="patience", thresholds=(1.0, 1.0))
+    assert replay(hand, policy).exit_index.tolist() == [2, 1, 2, 2]
+
+
+def test_an_exit_that_is_off_is_not_counted_by_patience(make_record):
+    # answers 0 1 0 | 0: with the middle exit off the third repeats the first
+    said = [[sure(0.9), sure(0.1), sure(0.9), sure(0.9)]]
+    stored = make_record(said, [0])
+    policy = Policy(
+        exit_names=stored.info.exit_names, thresholds=(1.0, 1.0, 1.0), criterion="patience"
+    )
+    assert replay(stored, policy).exit_index.tolist() == [3]
+    switched = dataclasses.replace(policy, enabled=(True, False, True))
+    assert replay(stored, switched).exit_index.tolist() == [2]
+
+
+def test_scores_say_which_exits_are_right(hand):
+    right = score_record(hand, policy_for(hand)).right
+    assert right.tolist() == [
+        [True, False, True], [True, True, True], [False, True, True], [False, True, True]
+    ]
+
+
+def test_an_exit_that_is_off_has_the_lowest_score(hand):
+    scored = score_record(hand, policy_for(hand, enabled=(True, False)))
+    assert (scored.scores[:, 1] == -np.inf).all()
+    assert np.isfinite(scored.scores[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scoring_in_chunks_changes_nothing(stored, criterion, monkeypatch):
+    policy = Policy(
+        exit_names=stored.info.exit_names, thresholds=(0.5,) * 3, criterion=criterion,
+        temperatures=(0.5, 2.0, 1.0, 1.5),
+    )
+    whole = score_record(stored, policy)
+    monkeypatch.setattr(records, "CHUNK", 300)  # 2,048 images: six chunks and a shorter one
+    chunked = score_record(stored, policy)
+    assert np.array_equal(chunked.scores, whole.scores)
+    assert np.array_equal(chunked.answers, whole.answers)
+
+
+def test_a_record_is_read_as_it_was_saved(hand, tmp_path):
+    hand.save(tmp_path / "val")
+    read = ExitRecord.load(tmp_path / "val")
+    assert np.array_equal(read.logits, hand.logits)
+    assert np.array_equal(read.targets, hand.targets)
+    assert read.logits.dtype == np.float32
+    assert read.info == hand.info
+    assert not isinstance(read.logits, np.memmap)
+
+
+def test_a_large_record_is_mapped_and_replays_alike(hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAPPED_BYTES", 10)
+    hand.save(tmp_path / "val")
+    read = ExitRecord.load(tmp_path / "val")
+    assert isinstance(read.logits, np.memmap)
+    policy = policy_for(hand)
+    assert np.array_equal(replay(read, policy).exit_index, replay(hand, policy).exit_index)
+
+
+def test_saving_again_replaces_the_record_and_leaves_nothing_else(hand, make_record, tmp_path):
+    hand.save(tmp_path / "val")
+    later = make_record([[sure(0.5), sure(0.5)]], [1])
+    later.save(tmp_path / "val")
+    assert len(ExitRecord.load(tmp_path / "val")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["val"]
+
+
+def test_a_save_that_fails_leaves_the_earlier_record(hand, make_record, tmp_path, monkeypatch):
+    hand.save(tmp_path / "val")
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(records, "write_text", full_disk)  # the last of its three files
+    with pytest.raises(OSError):
+        make_record([[sure(0.5), sure(0.5)]], [1]).save(tmp_path / "val")
+    assert len(ExitRecord.load(tmp_path / "val")) == 4
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["logits.npy", "targets.npy", "info.json"])
+@pytest.mark.parametrize("damage", [half, lambda path: path.unlink()], ids=["torn", "missing"])
+def test_a_torn_record_is_told_in_one_line(hand, tmp_path, name, damage):
+    hand.save(tmp_path / "val")
+    damage(tmp_path / "val" / name)
+    with pytest.raises(UserError, match="is not a whole exit record") as error:
+        ExitRecord.load(tmp_path / "val")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    "keep",
+    [0, 300],
+)
+def test_a_torn_record_of_any_length_is_told(hand, tmp_path, monkeypatch, keep, mapped):
+    big = ExitRecord(np.tile(hand.logits, (50, 1, 1)), np.tile(hand.targets, 50), hand.info)
+    big.save(tmp_path / "val")
+    path = tmp_path / "val" / "logits.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    monkeypatch.setattr(records, "MAPPED_BYTES", -1 if mapped else 1 << 30)
+    with pytest.raises(UserError, match="is not a whole exit record"):
+        ExitRecord.load(tmp_path / "val")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"split": "val"}', "[1, 2]", "null"],
+)
+def test_a_record_whose_description_is_another_is_told(hand, tmp_path, content):
+    hand.save(tmp_path / "val")
+    (tmp_path / "val" / "info.json").write_text(content)
+    with pytest.raises(UserError, match="is not a whole exit record"):
+        ExitRecord.load(tmp_path / "val")
+
+
+def test_a_missing_record_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="is not a whole exit record"):
+        ExitRecord.load(tmp_path / "val")
+
+
+def test_a_record_of_other_code_is_told(hand, tmp_path):
+    hand.save(tmp_path / "val")
+    info = json.loads((tmp_path / "val" / "info.json").read_text())
+    (tmp_path / "val" / "info.json").write_text(json.dumps({**info, "colour": "red"}))
+    with pytest.raises(UserError, match="is not a whole exit record"):
+        ExitRecord.load(tmp_path / "val")
+
+
+def test_a_subset_is_another_split_of_the_same_network(hand):
+    some = hand.subset(np.array([3, 1]), "val", "odd ones")
+    assert len(some) == 2
+    assert np.array_equal(some.logits, hand.logits[[3, 1]])
+    assert (some.info.split, some.info.split_hash) == ("val", "odd ones")
+    assert dataclasses.replace(some.info, split="val", split_hash="hash of val") == hand.info
+
+
+def test_a_subset_carries_its_own_targets(make_record):
+    stored = make_record(np.zeros((3, 2, 4)), [3, 1, 2])
+    assert stored.subset(np.array([2, 0]), "test", "h").targets.tolist() == [2, 3]
+
+
+def test_exit_logits_are_those_of_one_exit(hand):
+    assert torch.equal(hand.exit_logits(1), torch.from_numpy(hand.logits)[:, 1])
+
+
+def batches_of(images, targets, size):
+    """The images in batches, with their targets."""
+    return zip(images.split(size), targets.split(size), strict=True)
+
+
+def test_a_record_holds_what_every_exit_says(tiny_net, images, targets, hand):
+    made = record(
+        tiny_net, batches_of(images[:10], targets[:10], 4), 10, hand.info, CPU, torch.no_grad
+    )
+    with torch.no_grad():
+        said = torch.stack(
+            [torch.stack(tiny_net(some), dim=1) for some in images[:10].split(4)[:2]]
+        ).flatten(0, 1)
+    assert made.logits.shape == (10, 4, 4)
+    assert np.array_equal(made.logits[:8], said.numpy())
+    assert np.array_equal(made.targets, targets[:10].numpy())
+
+
+def test_recording_uses_the_eval_mode_and_moves_nothing(tiny_net, images, targets, hand):
+    before = {name: value.clone() for name, value in tiny_net.state_dict().items()}
+    tiny_net.train()
+    record(tiny_net, batches_of(images[:8], targets[:8], 4), 8, hand.info, CPU, torch.no_grad)
+    assert all(torch.equal(value, before[key]) for key, value in tiny_net.state_dict().items())
+
+
+def test_a_large_record_is_spilled_into_a_file(
+    tiny_net, images, targets, hand, tmp_path, monkeypatch
+):
+    def make(spill):
+        return record(
+            tiny_net, batches_of(images[:8], targets[:8], 4), 8, hand.info, CPU, torch.no_grad,
+            spill,
+        )
+
+    in_memory = make(tmp_path / "small.npy")
+    monkeypatch.setattr(records, "MAPPED_BYTES", 8 * 4 * 4 * 4 - 1)  # a byte less than it needs
+    spilled = make(tmp_path / "large.npy")
+    assert not (tmp_path / "small.npy").exists()
+    assert isinstance(spilled.logits, np.memmap)
+    assert np.array_equal(np.load(tmp_path / "large.npy"), in_memory.logits)
+
+
+@pytest.mark.parametrize(
+    "announced",
+    [
+        7,
+        9,
+    ],
+)
+def test_a_split_of_another_size_than_announced_is_refused(
+    tiny_net, images, targets, hand, announced
+):
+    with pytest.raises(RuntimeError, match="the split gave 8 images"):
+        record(
+            tiny_net, batches_of(images[:8], targets[:8], 4), announced, hand.info, CPU,
+            torch.no_grad,
+        )
+
+
+def test_what_replay_does_disagrees_nowhere(hand):
+    policy = policy_for(hand)
+    replayed = replay(hand, policy)
+    differs, unexplained = disagreements(hand, policy, replayed.answers, replayed.exit_index)
+    assert not differs.any()
+    assert not unexplained.any()
+
+
+@pytest.mark.parametrize("kind", ["answers", "exit_index"])
+def test_planted_mistakes_are_found_and_not_explained(hand, kind):
+    policy = policy_for(hand)
+    live = {key: value.copy() for key, value in vars(replay(hand, policy)).items()}
+    live[kind][[0, 2]] = [1, 1]
+    differs, unexplained = disagreements(hand, policy, **live)
+    assert differs.tolist() == [True, False, True, False]
+    assert unexplained.tolist() == [True, False, True, False]
+
+
+def test_an_image_at_the_threshold_may_leave_or_stay(make_record):
+    stored = make_record([[sure(0.8), sure(0.9)], [sure(0.8001), sure(0.9)]], [0, 0])
+    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.8 - 1e-6,))
+    assert replay(stored, policy).exit_index.tolist() == [0, 0]
+    differs, unexplained = disagreements(stored, policy, np.array([0, 0]), np.array([1, 1]))
+    assert differs.tolist() == [True, True]
+    assert unexplained.tolist() == [False, True]  # 1e-6 is rounding, 1e-4 is not
+
+
+def test_a_tie_may_be_answered_either_way(make_record):
+    tie, clear = [0.5, 0.5 - 1e-6], [0.5, 0.5 - 1e-3]
+    stored = make_record([[tie, tie], [clear, clear]], [0, 0])
+    policy = Policy(exit_names=stored.info.exit_names, thresholds=(NEVER,))
+    differs, unexplained = disagreements(stored, policy, np.array([1, 1]), np.array([1, 1]))
+    assert differs.tolist() == [True, True]
+    assert unexplained.tolist() == [False, True]
+
+
+def test_an_exit_that_is_off_explains_nothing(make_record):
+    tie = [0.0, 0.0]
+    stored = make_record([[tie, sure(0.9), sure(0.9)]], [0])
+    policy = Policy(
+        exit_names=stored.info.exit_names, thresholds=(0.5, 0.5), enabled=(False, True)
+    )
+    _, unexplained = disagreements(stored, policy, np.array([1]), np.array([1]))
+    assert unexplained.tolist() == [True]
+
+
+def test_an_exit_that_was_not_reached_explains_nothing(make_record):
+    stored = make_record([[sure(0.9), [0.0, 0.0], sure(0.9)]], [0])
+    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.7, 0.5))
+    _, unexplained = disagreements(stored, policy, np.array([1]), np.array([0]))
+    assert unexplained.tolist() == [True]
+
+
+def test_a_count_is_exact_so_patience_excuses_no_wrong_exit(make_record):
+    # every exit says class 0 clearly: the count is 1 at the second exit, and there it leaves
+    stored = make_record([[sure(0.9)] * 4], [0])
+    policy = Policy(
+        exit_names=stored.info.exit_names, thresholds=(1.0, 1.0, 1.0), criterion="patience"
+    )
+    assert replay(stored, policy).exit_index.tolist() == [1]
+    differs, unexplained = disagreements(stored, policy, np.array([0]), np.array([3]))
+    assert differs.tolist() == [True]
+    assert unexplained.tolist() == [True]

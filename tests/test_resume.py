@@ -1,0 +1,515 @@
+"""Resuming equals never having stopped, however the run ended."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import DOOR, TINY, at_batch, finish, run_main, start
+
+from cifar10 import trainer
+from cifar10.data import Data
+from early_exit import checkpoint, runtime
+from early_exit.checkpoint import NAME, PREVIOUS
+from early_exit.config import (
+    BackbonePhaseConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from early_exit.errors import UserError
+from early_exit.training import Position, train
+
+
+def tiny_config(**run) -> Config:
+    """A mixed run: one epoch of the backbone and two of everything, three steps each."""
+    return Config(
+        data=DataConfig(dataset="digits"),
+        model=ModelConfig(arch="resnet20", exits=("layer1",)),
+        optim=OptimConfig(epochs=2, batch_size=16, lr=0.05, schedule="cosine"),
+        backbone_phase=BackbonePhaseConfig(epochs=1),
+        run=RunConfig(
+            **{"regime": "mixed", "amp": "off", "device": "cpu", "threads": 1, **run}
+        ),
+    )
+
+
+STEPS, EPOCHS = 9, 3
+
+
+def go(directory: Path, config: Config | None = None, **options) -> Path:
+    """Trains in `directory`, from where it stands."""
+    options = {"resume": "auto", **options}
+    return train(config or tiny_config(), DOOR, runs=directory, run_dir=directory, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run of `tiny_config`, never stopped. Not to be changed."""
+    return go(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def whole_joint(tmp_path_factory) -> Path:
+    """The same in the joint regime: two epochs of three steps."""
+    return go(tmp_path_factory.mktemp("joint") / "run", tiny_config(regime="joint"))
+
+
+@pytest.fixture(scope="module")
+def whole_frozen(tmp_path_factory) -> Path:
+    """The same in the frozen regime: one epoch of the backbone, two of the heads."""
+    return go(tmp_path_factory.mktemp("frozen") / "run", tiny_config(regime="frozen"))
+
+
+def journal(directory: Path) -> list[dict]:
+    """The records of a run, without what depends on the machine's speed."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in record.items() if "second" not in key} for record in records
+    ]
+
+
+def tensors(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in nested dictionaries and lists, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        items = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list | tuple) else ()
+    return {k: v for key, part in items for k, v in tensors(part, f"{name}/{key}").items()}
+
+
+def assert_same_run(directory: Path, expected: Path) -> None:
+    """That two finished runs have the same weights, momenta and journal, to the last bit."""
+    found = checkpoint.load(checkpoint.newest(directory))
+    wanted = checkpoint.load(expected)
+    for part in ("network", "optimizer"):
+        ours, theirs = tensors(found[part]), tensors(wanted[part])
+        assert ours and list(ours) == list(theirs)
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), f"{part}{name}"
+    assert found["position"] == wanted["position"]
+    assert journal(directory) == journal(expected)
+
+
+class Crash(BaseException):
+    """Stands for a process that is killed: nothing is saved."""
+
+
+def crash() -> None:
+    """Ends the run at once."""
+    raise Crash
+
+
+def ask_to_stop() -> None:
+    """What a batch system does before the time is up."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TestStopped:
+    """A signal: everything is saved where the run stands."""
+
+    @pytest.mark.parametrize("step", [0, 2, 4, 5, 8])
+    def test_after_any_step(self, monkeypatch, whole, tmp_path, step):
+        at_batch(monkeypatch, step, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run")
+        position = checkpoint.load(tmp_path / "run")["position"]
+        assert position == {"phase": step >= 3, "epoch": step >= 6, "step": step % 3 + 1}
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    @pytest.mark.parametrize("epoch", range(EPOCHS))
+    def test_while_val_is_scored(self, monkeypatch, whole, tmp_path, epoch):
+        at_batch(monkeypatch, epoch, ask_to_stop, "eval_batches")
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run")
+        assert len(journal(tmp_path / "run")) == epoch
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_after_every_single_step(self, monkeypatch, whole, tmp_path):
+        original = Data.train_batches
+
+        def stopping(self, *arguments, **options):
+            for batch in original(self, *arguments, **options):
+                ask_to_stop()
+                yield batch
+
+        monkeypatch.setattr(Data, "train_batches", stopping)
+        for _ in range(STEPS):
+            with pytest.raises(runtime.Stopped):
+                go(tmp_path / "run")
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_the_message_says_where_and_how_to_go_on(self, monkeypatch, tmp_path):
+        at_batch(monkeypatch, 4, ask_to_stop)
+        with pytest.raises(runtime.Stopped) as stopped:
+            go(tmp_path / "run")
+        assert stopped.value.code == 143
+        assert str(stopped.value) == (
+            f"stopped by signal 15 and saved at epoch 0, step 2; go on with --resume"
+            f" {tmp_path / 'run'}"
+        )
+
+    def test_a_frozen_backbone_stays_frozen(self, monkeypatch, whole_frozen, tmp_path):
+        config = tiny_config(regime="frozen")
+        at_batch(monkeypatch, 7, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run", config)
+        go(tmp_path / "run", config)
+        assert_same_run(tmp_path / "run", whole_frozen)
+
+
+class TestCrashed:
+    """A killed process: the run goes on from the last checkpoint."""
+
+    # the first step of all, inside the first phase, the first step of the second, inside it
+    @pytest.mark.parametrize("step", [0, 1, 3, 4, 6, 8])
+    def test_before_any_step(self, monkeypatch, whole, tmp_path, step):
+        at_batch(monkeypatch, step, crash)
+        with pytest.raises(Crash):
+            go(tmp_path / "run")
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_between_the_phases_of_a_frozen_run(self, monkeypatch, whole_frozen, tmp_path):
+        config = tiny_config(regime="frozen")
+        at_batch(monkeypatch, 3, crash)
+        with pytest.raises(Crash):
+            go(tmp_path / "run", config)
+        go(tmp_path / "run", config)
+        assert_same_run(tmp_path / "run", whole_frozen)
+
+    # two epochs: the first moves two files, the second also the checkpoint before it
+    @pytest.mark.parametrize("rename", range(5))
+    def test_while_a_checkpoint_is_moved(self, monkeypatch, whole_joint, tmp_path, rename):
+        replace, count = os.replace, itertools.count()
+
+        def counted(source, target):
+            if Path(target).name.startswith("checkpoint") and next(count) == rename:
+                raise Crash
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted)
+            with pytest.raises(Crash):
+                go(tmp_path / "run", tiny_config(regime="joint"))
+        go(tmp_path / "run", tiny_config(regime="joint"))
+        assert_same_run(tmp_path / "run", whole_joint)
+
+    def test_with_a_torn_line_in_the_journal(self, monkeypatch, whole, tmp_path):
+        at_batch(monkeypatch, 7, crash)
+        with pytest.raises(Crash):
+            go(tmp_path / "run")
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"phase": "joint", "phase_in')
+        go(tmp_path / "run")
+        assert journal(tmp_path / "run") == journal(whole)
+
+    def test_with_a_record_that_is_ahead_of_the_checkpoint(
+        self, monkeypatch, whole_joint, tmp_path
+    ):
+        """The record is written before the checkpoint; save_every may put epochs between them."""
+        config = tiny_config(regime="joint", save_every=2)
+        at_batch(monkeypatch, 4, crash)
+        with pytest.raises(Crash):
+            go(tmp_path / "run", config)
+        assert len(journal(tmp_path / "run")) == 1
+        go(tmp_path / "run", config)
+        assert [record["epoch"] for record in journal(tmp_path / "run")] == [0, 1]
+        assert_same_run(tmp_path / "run", whole_joint)
+
+    def test_half_files_are_swept_away(self, monkeypatch, tmp_path):
+        at_batch(monkeypatch, 7, crash)
+        with pytest.raises(Crash):
+            go(tmp_path / "run")
+        (tmp_path / "run" / f".{NAME}.new.x1y2").write_bytes(b"half")
+        go(tmp_path / "run")
+        assert not list((tmp_path / "run").glob(f".{NAME}*"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run of `tiny_config` that was killed in the last epoch. Not to be changed."""
+    directory = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, 7, crash)
+        with pytest.raises(Crash):
+            go(directory)
+    return directory
+
+
+@pytest.fixture
+def half(killed, tmp_path) -> Path:
+    """A copy of `killed`, to be gone on with."""
+    return shutil.copytree(killed, tmp_path / "half")
+
+
+class TestDamage:
+    def test_a_torn_newest_falls_back_with_a_warning_and_finishes(self, half, whole, caplog):
+        half.joinpath(PREVIOUS).write_bytes((half / NAME).read_bytes())
+        content = (half / NAME).read_bytes()
+        (half / NAME).write_bytes(content[: len(content) // 2])
+        go(half)
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert "damaged" in warning and warning.endswith(f"going on from {PREVIOUS}")
+        assert_same_run(half, whole)
+
+    def test_none_whole_stops_and_is_no_fresh_start(self, half):
+        for name in (NAME, PREVIOUS):
+            if (half / name).exists():
+                (half / name).write_bytes(b"torn")
+        before = (half / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match=str(half)):
+            go(half)
+        assert (half / "metrics.jsonl").read_bytes() == before
+
+
+class TestOtherSettings:
+    """What a resumed run may change, and what it may not."""
+
+    @pytest.fixture
+    def refusal(self, monkeypatch, capsys, half):
+        """A function that resumes with flags and gives the one line that ends it."""
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+
+        def call(*flags: object) -> str:
+            before = checkpoint.load(half)["position"]
+            code, _, err = run_main(
+                trainer.main, "trainer.py", monkeypatch, capsys, "--resume", half, *flags
+            )
+            assert code == 2
+            assert err.count("\n") == 1
+            assert checkpoint.load(half)["position"] == before
+            return err.removeprefix("trainer.py: ")
+
+        return call
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--arch", "resnet32"), "model.arch = resnet20, this run asks for resnet32"),
+            (("--exits", "layer2"), "model.exits = layer1, this run asks for layer2"),
+            (("--exits", "none"), "model.exits = layer1, this run asks for none"),
+            (("--head", "linear"), "model.head = conv, this run asks for linear"),
+            (("--seed", "1"), "run.seed = 0, this run asks for 1"),
+            (("--split-seed", "1"), "data.split_seed = 0, this run asks for 1"),
+            (("-b", "8"), "optim.batch_size = 16, this run asks for 8"),
+            (("--regime", "joint"), "run.regime = mixed, this run asks for joint"),
+        ],
+    )
+    def test_another_run_is_refused(self, refusal, half, flags, said):
+        message = refusal(*flags)
+        assert message.startswith(f"{half / NAME} was trained with {said}; resume with the former")
+
+    def test_fewer_epochs_than_are_done(self, refusal, half):
+        assert refusal("--epochs", "1") == f"{half / NAME} has done 1 epochs, --epochs asks for 1\n"
+
+    def test_a_backbone_that_would_drop_a_phase(self, refusal, whole):
+        assert "backbone" in refusal("--backbone", whole)
+
+    def test_another_rate_is_taken_and_told(self, half, caplog, monkeypatch):
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+        with caplog.at_level(logging.INFO):
+            trainer.main(["--resume", str(half), "--lr", "0.01"])
+        assert "; optim.lr was 0.05, now 0.01" in "\n".join(caplog.messages)
+        assert journal(half)[-1]["lr"] < 0.01 < journal(half)[-2]["lr"]
+
+    def test_without_flags_the_runs_own_settings_are_taken(self, half, whole, monkeypatch):
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+        trainer.main(["--resume", str(half)])
+        assert_same_run(half, whole)
+
+    def test_more_epochs_for_a_finished_run_are_refused(self, whole, tmp_path):
+        """Silence would leave a config.yaml that names epochs nobody trained."""
+        shutil.copytree(whole, tmp_path / "run")
+        optim = dataclasses.replace(tiny_config().optim, epochs=4)
+        with pytest.raises(UserError):
+            go(tmp_path / "run", dataclasses.replace(tiny_config(), optim=optim))
+
+
+class TestPaths:
+    @pytest.fixture(autouse=True)
+    def tiny(self, monkeypatch):
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+
+    def test_a_checkpoint_file_goes_on_in_its_directory(self, half, whole):
+        trainer.main(["--resume", str(half / NAME)])
+        assert_same_run(half, whole)
+
+    def test_into_another_directory_the_old_one_is_left_alone(self, half, whole, tmp_path):
+        before = {path.name: path.read_bytes() for path in half.iterdir()}
+        trainer.main(["--resume", str(half), "--save-dir", str(tmp_path / "new")])
+        assert {path.name: path.read_bytes() for path in half.iterdir()} == before
+        found = checkpoint.load(tmp_path / "new")["network"]
+        for name, value in checkpoint.load(whole)["network"].items():
+            assert torch.equal(found[name], value), name
+
+    def test_a_relative_path_and_an_absolute_one_are_the_same_run(self, half, whole, monkeypatch):
+        monkeypatch.chdir(half.parent)
+        trainer.main(["--resume", half.name, "--save-dir", str(half)])
+        assert_same_run(half, whole)
+
+    def test_auto_starts_afresh_where_there_is_nothing(self, whole, tmp_path):
+        go(tmp_path / "run", resume="auto")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_a_finished_run_is_left_as_it_is(self, whole, tmp_path):
+        shutil.copytree(whole, tmp_path / "run")
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_the_backbones_file_is_no_longer_needed(self, whole, monkeypatch, tmp_path):
+        shutil.copy(whole / NAME, tmp_path / "file.pt")
+        model = ModelConfig(arch="resnet20", exits=("layer1",), backbone=str(tmp_path / "file.pt"))
+        config = dataclasses.replace(tiny_config(regime="frozen"), model=model)
+        go(tmp_path / "whole", config)
+        at_batch(monkeypatch, 4, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run", config)
+        (tmp_path / "file.pt").unlink()
+        trainer.main(["--resume", str(tmp_path / "run")])
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_two_processes_in_one_run_directory_are_refused(monkeypatch, tmp_path):
+    def second() -> None:
+        with pytest.raises(UserError, match="is in use by another process"):
+            go(tmp_path / "run")
+        crash()
+
+    at_batch(monkeypatch, 1, second)
+    with pytest.raises(Crash):
+        go(tmp_path / "run")
+
+
+def test_a_position_starts_at_the_beginning():
+    assert Position() == Position(phase=0, epoch=0, step=0)
+
+
+# As processes of their own.
+
+LONG = (*TINY, "--epochs", "6", "--deterministic", "-p", "1")  # of six steps each
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The run of the LONG flags, never stopped. Not to be changed."""
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    before = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "DOOR", DOOR)
+        trainer.main([*LONG, "--save-dir", str(directory)])
+    torch.use_deterministic_algorithms(before)
+    return directory
+
+
+class TestProcesses:
+    """One run, ended three times by three signals and then let finish."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ends(cls, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
+        """Exit code, what was said on stderr, and a copy of the directory at each end."""
+        root = tmp_path_factory.mktemp("processes")
+        flags = (*LONG, "--save-dir", root / "run", "--resume", "auto")
+        ends = {}
+        for name, batch in (("SIGTERM", 8), ("SIGINT", 13), ("SIGKILL", 4), ("none", 0)):
+            done = finish(start("tests/scripts.py", name, batch, *flags, cwd=root))
+            ends[name] = done.returncode, done.stderr, root / name
+            shutil.copytree(root / "run", root / name)
+        return ends
+
+    @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+    def test_a_signal_that_asks_is_one_line_and_its_code(self, ends, name, code):
+        returncode, said, _ = ends[name]
+        assert returncode == code
+        assert said.startswith(f"trainer.py: stopped by signal {code - 128} and saved at epoch ")
+        assert said.count("\n") == 1
+
+    # batch 8 is step 2 of epoch 1, batch 9 + 13 = 22 is step 4 of epoch 3, counted from 0
+    @pytest.mark.parametrize(("name", "epoch", "step"), [("SIGTERM", 1, 3), ("SIGINT", 3, 5)])
+    def test_it_is_saved_after_that_very_step(self, ends, name, epoch, step):
+        position = checkpoint.load(ends[name][2])["position"]
+        assert position == {"phase": 0, "epoch": epoch, "step": step}
+
+    def test_a_kill_leaves_the_last_whole_epoch(self, ends):
+        code, _, directory = ends["SIGKILL"]
+        assert code == -signal.SIGKILL
+        position = checkpoint.load(checkpoint.newest(directory))["position"]
+        assert position == {"phase": 0, "epoch": 4, "step": 0}
+
+    def test_the_end_is_the_same_as_without_them(self, ends, uninterrupted):
+        code, said, directory = ends["none"]
+        assert (code, said) == (0, "")
+        assert_same_run(directory, uninterrupted)
+
+
+def wait_for(process, text: str) -> None:
+    """Reads what a process writes until a line holds `text`, or it ends."""
+    for line in process.stdout:
+        if text in line:
+            return
+
+
+@pytest.mark.slow
+class TestManyKills:
+    """Killed from outside, wherever that catches it."""
+
+    def test_at_random_moments(self, uninterrupted, tmp_path):
+        rng = random.Random(0)
+        flags = ("none", 0, *LONG, "--save-dir", tmp_path / "run", "--resume", "auto")
+        for _ in range(8):
+            process = start("tests/scripts.py", *flags, cwd=tmp_path)
+            wait_for(process, "run directory")
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+            finish(process)
+        done = finish(start("tests/scripts.py", *flags, cwd=tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_while_a_checkpoint_is_written(self, uninterrupted, tmp_path):
+        """Killed as soon as the file under its temporary name is seen."""
+        flags = ("none", 0, *LONG, "--save-dir", tmp_path / "run", "--resume", "auto")
+        for _ in range(5):
+            process = start("tests/scripts.py", *flags, cwd=tmp_path)
+            wait_for(process, "run directory")
+            while process.poll() is None and not [*(tmp_path / "run").glob(f".{NAME}.new.*")]:
+                pass
+            process.kill()
+            finish(process)
+        done = finish(start("tests/scripts.py", *flags, cwd=tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_the_script_itself_on_the_whole_digits(self, tmp_path):
+        flags = (
+            "--dataset", "digits", "--epochs", "2", "-b", "128", "--regime", "mixed",
+            "--backbone-epochs", "1", "--deterministic", "--threads", "1", "--amp", "off",
+            "--device", "cpu", "-p", "1",
+        )
+        script, resumed = "cifar10/trainer.py", ("--save-dir", tmp_path / "run", "--resume", "auto")
+        whole = start(script, *flags, "--save-dir", tmp_path / "whole", cwd=tmp_path)
+        assert finish(whole).returncode == 0
+        for moment in ("epoch 1: step 5/9", "joint 1/2: "):
+            process = start(script, *flags, *resumed, cwd=tmp_path)
+            wait_for(process, moment)
+            process.kill()
+            finish(process)
+        done = finish(start(script, *flags, *resumed, cwd=tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -1,0 +1,164 @@
+"""The repository as a whole: style, docstrings, and every command and example that is shown."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT
+
+from cifar10 import eval as evaluation_script
+from cifar10 import trainer
+from early_exit import cli
+from early_exit.experiment import plan_phases
+
+PACKAGES = [name for name in ("early_exit", "cifar10", "imagenet") if (ROOT / name).is_dir()]
+SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+PAGES = sorted(
+    page for pattern in ("README.md", "docs-src/**/*.md", "docker/**/*.md")
+    for page in ROOT.glob(pattern)
+)
+
+
+def relative(path: Path) -> str:
+    """A path as it is called in the repository."""
+    return str(path.relative_to(ROOT))
+
+
+def tracked() -> list[Path]:
+    """Every file that is, or would be, part of the repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_flake8_finds_nothing():
+    folders = [*PACKAGES, "tests", "benchmarks", "docs-src"]
+    present = [name for name in folders if (ROOT / name).exists()]
+    command = [sys.executable, "-m", "flake8", *present]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_public_thing_has_a_docstring(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module"
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        assert ast.get_docstring(node), node.name
+        bases = [ast.unparse(base) for base in getattr(node, "bases", ())]
+        if isinstance(node, ast.FunctionDef) or "Protocol" in bases:
+            continue
+        for method in node.body:
+            # the class says what `forward` maps
+            if isinstance(method, ast.FunctionDef) and not re.match("_|forward$", method.name):
+                assert ast.get_docstring(method), f"{node.name}.{method.name}"
+
+
+def test_no_file_names_the_place_where_it_was_written():
+    """Paths of a private machine and talk of how the files came about mean nothing to a reader."""
+    words = ["/wo" + "rk/", "sub" + "agent", "this " + "session"]
+    pattern = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+    found = []
+    for path in tracked():
+        text = path.read_bytes().decode(errors="ignore")
+        found += [f"{relative(path)}: {match[0]}" for match in pattern.finditer(text)]
+    assert found == []
+
+
+def fenced(page: Path) -> list[tuple[str, str]]:
+    """The language and the content of every fenced block of a page."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every shown command that runs a script: in the pages' fenced blocks and in the scripts' own
+    docstrings, which explain it after two spaces. Each with where it stands."""
+    found = []
+    for page in PAGES:
+        for _, block in fenced(page):
+            for line in block.replace("\\\n", " ").splitlines():
+                found.append((relative(page), line.strip().removeprefix("$ ")))
+    for path in SOURCES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+        for line in docstring.splitlines():
+            if line.startswith("    python "):
+                found.append((relative(path), re.split(r"\s{2,}", line.strip())[0]))
+    script = re.compile(r"(\S*/)?python3? (\S+\.py)\b")
+    return list(dict.fromkeys((where, line) for where, line in found if script.match(line)))
+
+
+COMMANDS = commands()
+
+
+def test_commands_are_found_where_they_are_shown():
+    places = {where for where, _ in COMMANDS}
+    assert {"README.md", "cifar10/trainer.py", "cifar10/eval.py"} <= places
+
+
+@pytest.mark.parametrize(
+    ("where", "command"), COMMANDS, ids=[f"{where}: {command}" for where, command in COMMANDS]
+)
+def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, script, *flags = shlex.split(command, comments=True)
+    assert (ROOT / script).exists()
+    if not script.startswith(tuple(f"{name}/" for name in PACKAGES)):
+        return
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    args = module.parser().parse_args(flags)
+    if module is evaluation_script:
+        cli.goal_of(args)
+        cli.evaluation_options(args)
+    elif module is trainer:
+        digits = cli.settings_of(args).get("data", {}).get("dataset") == "digits"
+        config = cli.resolve_config(args, None, trainer.DIGITS if digits else None)
+        with torch.device("meta"):
+            network = trainer.build_network(config.model, 10)
+        assert args.evaluate or plan_phases(config, network.num_exits)
+
+
+def test_make_has_the_targets_that_are_shown():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = [
+        line.split()[1]
+        for page in PAGES
+        for _, block in fenced(page)
+        for line in block.splitlines() if line.startswith("make ")
+    ]
+    assert set(shown) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_and_pictures_of_a_page_are_there(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    broken = [
+        target for target in targets
+        if not target.startswith(("http:", "https:", "mailto:"))
+        and not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+EXAMPLES = [
+    (page, block)
+    for page in PAGES
+    for language, block in fenced(page) if language == "python"
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "example"), EXAMPLES, ids=[relative(page) for page, _ in EXAMPLES]
+)
+def test_a_shown_python_example_runs(page, example, capsys):
+    exec(compile(example, relative(page), "exec"), {})
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,173 @@
+"""Choosing thresholds, against trying every one."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from early_exit.errors import UserError
+from early_exit.policy import NEVER, Policy
+from early_exit.records import Scores, score_record
+from early_exit.thresholds import for_budget, for_max_drop, shared_curve
+
+
+@st.composite
+def cases(draw):
+    """Scores with many ties, right and wrong answers, switches and rising prices."""
+    num_exits = draw(st.integers(2, 5))
+    count = draw(st.integers(1, 8))
+    score = st.integers(-3, 3).map(lambda value: value / 4)  # exact in float32
+    grid = st.lists(
+        st.lists(score, min_size=num_exits, max_size=num_exits), min_size=count, max_size=count
+    )
+    answer = st.lists(
+        st.lists(st.integers(0, 1), min_size=num_exits, max_size=num_exits),
+        min_size=count, max_size=count,
+    )
+    enabled = draw(st.lists(st.booleans(), min_size=num_exits - 1, max_size=num_exits - 1))
+    steps = draw(st.lists(st.integers(1, 50), min_size=num_exits, max_size=num_exits))
+    scores = np.array(draw(grid), np.float32)
+    scores[:, :-1][:, ~np.array(enabled)] = -np.inf  # as `score_record` leaves exits that are off
+    scored = Scores(scores, np.array(draw(answer)), np.zeros(count, np.int64))
+    return scored, tuple(enabled), tuple(itertools.accumulate(steps))
+
+
+def try_threshold(scored, enabled, macs, threshold):
+    """Accuracy and mean MACs under one threshold, image by image."""
+    count, num_exits = scored.scores.shape
+    right = price = 0
+    for image in range(count):
+        taken = num_exits - 1
+        for index in reversed(range(num_exits - 1)):
+            if enabled[index] and scored.scores[image, index] >= threshold:
+                taken = index
+        right += bool(scored.answers[image, taken] == scored.targets[image])
+        price += macs[taken]
+    return right / count, price / count
+
+
+def try_all(scored, enabled, macs):
+    """The outcome of every threshold that can matter: each score there is, and none."""
+    early = scored.scores[:, :-1][:, np.array(enabled, bool)]
+    values = [NEVER, *sorted(set(early.ravel().tolist()), reverse=True)]
+    return {value: try_threshold(scored, enabled, macs, value) for value in values}
+
+
+@given(cases())
+def test_every_point_of_the_curve_is_what_its_threshold_does(case):
+    curve = shared_curve(*case)
+    for threshold, accuracy, macs in zip(
+        curve.thresholds, curve.accuracy, curve.macs, strict=True
+    ):
+        assert try_threshold(*case, threshold) == pytest.approx((accuracy, macs))
+
+
+@given(cases())
+def test_no_outcome_is_missing_from_the_curve(case):
+    curve = shared_curve(*case)
+    for threshold, outcome in try_all(*case).items():
+        # thresholds fall: the last one that is not below
+        here = np.flatnonzero(curve.thresholds >= threshold)[-1]
+        assert (curve.accuracy[here], curve.macs[here]) == pytest.approx(outcome)
+
+
+@given(cases())
+def test_the_curve_starts_with_nobody_leaving_and_gets_cheaper(case):
+    scored, enabled, macs = case
+    curve = shared_curve(*case)
+    assert curve.thresholds[0] == NEVER
+    assert curve.macs[0] == macs[-1]
+    assert curve.accuracy[0] == scored.right[:, -1].mean()
+    assert (np.diff(curve.thresholds) < 0).all()
+    assert (np.diff(curve.macs) < 0).all()
+    assert len(curve.thresholds) <= scored.scores.shape[0] * sum(enabled) + 1
+
+
+@given(cases(), st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
+def test_max_drop_finds_the_cheapest_of_all_thresholds(case, drop):
+    chosen = for_max_drop(shared_curve(*case), drop)
+    outcomes = try_all(*case)
+    final = outcomes[NEVER][0]
+    allowed = [macs for accuracy, macs in outcomes.values() if accuracy >= final - drop - 1e-9]
+    accuracy, macs = try_threshold(*case, chosen)
+    assert accuracy >= final - drop - 1e-9
+    assert macs == pytest.approx(min(allowed))
+
+
+@given(cases(), st.floats(1, 250))
+def test_budget_finds_the_most_accurate_of_all_thresholds(case, budget):
+    curve, outcomes = shared_curve(*case), try_all(*case).values()
+    kept = [(accuracy, -macs) for accuracy, macs in outcomes if macs <= budget]
+    if not kept:
+        with pytest.raises(UserError, match="cannot be kept"):
+            for_budget(curve, budget)
+    else:
+        accuracy, macs = try_threshold(*case, for_budget(curve, budget))
+        assert (accuracy, -macs) == pytest.approx(max(kept))  # of equals the cheapest
+
+
+def test_the_curve_by_hand():
+    # three images, one early exit at 40, the final one at 100
+    scored = Scores(
+        np.array([[0.9, 0], [0.5, 0], [0.5, 0]], np.float32),
+        np.array([[1, 0], [1, 1], [1, 0]]),
+        np.array([1, 1, 0]),
+    )
+    curve = shared_curve(scored, (True,), (40, 100))
+    # final: wrong, right, right. Image 0 leaves and is right; then the other two leave together,
+    # of which the last turns wrong.
+    assert curve.thresholds.tolist() == [NEVER, np.float32(0.9), 0.5]
+    assert curve.accuracy.tolist() == pytest.approx([2 / 3, 1, 2 / 3])
+    assert curve.macs.tolist() == [100, 80, 40]
+
+
+def test_no_drop_may_still_be_cheaper_and_better_than_the_final_exit():
+    scored = Scores(
+        np.array([[0.9, 0], [0.5, 0]], np.float32), np.array([[1, 0], [0, 1]]), np.array([1, 1])
+    )
+    curve = shared_curve(scored, (True,), (40, 100))
+    assert for_max_drop(curve, 0.0) == 0.5  # 1 of 2 is right as before, at 40
+
+
+def test_all_exits_off_leave_one_outcome():
+    scored = Scores(np.zeros((2, 3), np.float32), np.array([[0, 0, 1]] * 2), np.array([1, 0]))
+    curve = shared_curve(scored, (False, False), (10, 20, 30))
+    assert curve.thresholds.tolist() == [NEVER]
+    assert curve.accuracy.tolist() == [0.5]
+    assert curve.macs.tolist() == [30]
+
+
+def test_an_unreachable_budget_names_the_least_there_is_in_one_line():
+    scored = Scores(np.zeros((2, 2), np.float32), np.zeros((2, 2)), np.zeros(2))
+    curve = shared_curve(scored, (True,), (40_000_000, 100_000_000))
+    with pytest.raises(UserError, match=r"budget of 30.00 M .* cost is 40.00 M") as error:
+        for_budget(curve, 30e6)
+    assert "\n" not in str(error.value)
+
+
+def test_a_budget_of_exactly_the_least_is_kept():
+    scored = Scores(np.zeros((2, 2), np.float32), np.zeros((2, 2)), np.zeros(2))
+    assert for_budget(shared_curve(scored, (True,), (40, 100)), 40) == 0.0
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "entropy", "margin", "patience"])
+@pytest.mark.parametrize("enabled", [(True, True, True), (False, True, True)])
+def test_the_chosen_threshold_does_through_a_policy_what_the_curve_says(
+    stored, criterion, enabled
+):
+    macs = (20, 45, 80, 105)
+    policy = Policy(
+        exit_names=stored.info.exit_names, thresholds=(NEVER,) * 3, criterion=criterion,
+        enabled=enabled,
+    )
+    scored = score_record(stored, policy)
+    curve = shared_curve(scored, enabled, macs)
+    for threshold in {for_max_drop(curve, 0.01), for_max_drop(curve, 0.2), for_budget(curve, 90)}:
+        shared = Policy(**{**vars(policy), "thresholds": (threshold,) * 3})
+        taken = scored.exit_index(shared)
+        point = np.flatnonzero(curve.thresholds == threshold)[0]
+        right = scored.right[np.arange(len(taken)), taken].mean()
+        assert right == pytest.approx(curve.accuracy[point])
+        assert np.array(macs)[taken].mean() == pytest.approx(curve.macs[point])
