@@ -9,17 +9,32 @@ from torch import Tensor, nn
 
 from early_exit.errors import UserError
 
-GRID = 4  # Shallow-Deep Networks pool every feature map down to 4x4
+MOST_WEIGHTS = 50_000  # of a linear layer on pooled features, if a coarser grid can help it
+
+
+def finest_grid(channels: int, num_classes: int, finest: int) -> int:
+    """The side of the grid that features are pooled to before a linear layer: `finest`, or half of
+    it as often as the layer would have more than 50,000 weights. An early stage of a small network
+    has few channels, and their global averages alone say little; where there are many channels and
+    classes, the averages do."""
+    grid = finest
+    while grid > 1 and channels * grid**2 * num_classes > MOST_WEIGHTS:
+        grid //= 2
+    return grid
 
 
 class LinearHead(nn.Sequential):
-    """Average pooling to a grid of 4x4 and one linear layer, as in CDL (arXiv:1509.08971), whose
-    linear classifiers see features with their places: an early stage has few channels, and their
-    global averages alone say little."""
+    """Average pooling to a grid of at most 8x8 and a linear classifier, as in CDL
+    (arXiv:1509.08971). The normalisation before it scales what it learns from; in eval mode the
+    head is linear in the features."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
+        grid = finest_grid(channels, num_classes, finest=8)
         super().__init__(
-            nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), nn.Linear(channels * GRID**2, num_classes)
+            nn.AdaptiveAvgPool2d(grid),
+            nn.BatchNorm2d(channels),
+            nn.Flatten(),
+            nn.Linear(channels * grid**2, num_classes),
         )
 
 
@@ -44,17 +59,19 @@ class ConvHead(nn.Sequential):
 
 class MixedPoolHead(nn.Module):
     """A learned mixture of max and average pooling, then one linear layer, as the internal
-    classifiers of Shallow-Deep Networks (Kaya, Hong, Dumitras, ICML 2019, section 3.2)."""
+    classifiers of Shallow-Deep Networks (Kaya, Hong, Dumitras, ICML 2019, section 3.2), which pool
+    every feature map to 4x4."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
+        self.grid = finest_grid(channels, num_classes, finest=4)
         self.mix = nn.Parameter(torch.tensor(0.5))
-        self.linear = nn.Linear(channels * GRID**2, num_classes)
+        self.linear = nn.Linear(channels * self.grid**2, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        largest = nn.functional.adaptive_max_pool2d(features, GRID)
-        average = nn.functional.adaptive_avg_pool2d(features, GRID)
-        pooled = self.mix * largest + (1 - self.mix) * average  # (B, C, 4, 4)
+        largest = nn.functional.adaptive_max_pool2d(features, self.grid)
+        average = nn.functional.adaptive_avg_pool2d(features, self.grid)
+        pooled = self.mix * largest + (1 - self.mix) * average  # (B, C, grid, grid)
         return self.linear(pooled.flatten(1))
 
 

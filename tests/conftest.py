@@ -32,7 +32,7 @@ def one_thread():
 def make_net():
     """Builds a ResNet-8 (one block a stage) with exits, untrained and seeded, in train mode."""
 
-    def build(places=PLACES, head="linear", num_classes=CLASSES, side=SIDE, seed=0):
+    def build(places=PLACES, head="mixed_pool", num_classes=CLASSES, side=SIDE, seed=0):
         torch.manual_seed(seed)
         backbone = ResNet(1, num_classes)
         return MultiExitNetwork(

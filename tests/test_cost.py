@@ -98,8 +98,9 @@ def test_parameters_by_hand(cost20):
 @pytest.mark.parametrize(
     "kind, macs, params",
     [
-        # 16 channels of 4x4 cells; and the mixture's one number
-        ("linear", 16 * 16 * 10, 16 * 16 * 10 + 10),
+        # 16 channels of 8x8 cells, and their normalisation
+        ("linear", 16 * 64 * 10, 16 * 64 * 10 + 10 + 32),
+        # 16 channels of 4x4 cells, and the mixture's one number
         ("mixed_pool", 16 * 16 * 10, 16 * 16 * 10 + 10 + 1),
     ],
 )

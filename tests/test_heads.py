@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from early_exit.errors import UserError
-from early_exit.heads import HEADS, ConvHead, LinearHead, MixedPoolHead, build_head
+from early_exit.heads import HEADS, ConvHead, LinearHead, MixedPoolHead, build_head, finest_grid
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -15,18 +15,34 @@ def test_head_maps_features_to_logits(kind, batch):
 
 
 def test_linear_head_by_hand():
-    head = LinearHead(channels=2, num_classes=1)
+    head = LinearHead(channels=2, num_classes=1).eval()
     with torch.no_grad():
         head[-1].weight.zero_()
-        head[-1].weight[0, 1] = 3.0  # of the first channel's 16 cells the second
-        head[-1].weight[0, 16] = 0.5  # of the second channel's the first
+        head[-1].weight[0, 1] = 3.0  # of the first channel's 64 cells the second
+        head[-1].weight[0, 64] = 0.5  # of the second channel's the first
         head[-1].bias.fill_(1.0)
-    # 8x8 features pooled to 4x4 cells of 2x2
-    features = torch.zeros(1, 2, 8, 8)
+        head[1].running_var.fill_(4.0 - head[1].eps)  # features are halved
+        head[1].running_mean[0] = 1.0  # and the first channel's lowered by 1 before
+    # 16x16 features pooled to 8x8 cells of 2x2
+    features = torch.zeros(1, 2, 16, 16)
     features[0, 0, :2, 2:4] = torch.tensor([[1.0, 2.0], [2.0, 3.0]])  # mean 2
     features[0, 1, 1, 1] = 8.0  # mean 2
-    features[0, 1, 7, 7] = 100.0  # in a cell of weight 0
-    assert head(features).item() == 3 * 2 + 0.5 * 2 + 1
+    features[0, 1, 15, 15] = 100.0  # in a cell of weight 0
+    assert head(features).item() == pytest.approx(3 * (2 - 1) / 2 + 0.5 * 2 / 2 + 1)
+
+
+@pytest.mark.parametrize(
+    "channels, num_classes, finest, grid",
+    [
+        (64, 10, 8, 8),  # 40,960 weights
+        (79, 10, 8, 4),  # 50,560 on 8x8
+        (64, 10, 4, 4),
+        (16, 100, 8, 4),  # 102,400 on 8x8, 25,600 on 4x4
+        (256, 1000, 8, 1),  # 256,000 at least
+    ],
+)
+def test_grid_is_the_finest_that_keeps_the_layer_small(channels, num_classes, finest, grid):
+    assert finest_grid(channels, num_classes, finest) == grid
 
 
 def test_conv_head_by_hand():

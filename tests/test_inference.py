@@ -230,7 +230,7 @@ def numbered_net():
     )
     with torch.no_grad():
         for head in net.heads.values():
-            head[-1].weight[:, :16] = 0  # the first channel's 4x4 cells: no exit sees the number
+            head[-1].weight[:, :64] = 0  # the first channel's 8x8 cells: no exit sees the number
     return net.eval()
 
 
