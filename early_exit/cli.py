@@ -66,7 +66,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_setting(
         group, "--head", setting="model.head", metavar="KIND",
-        help=f"conv, linear or mixed_pool: the early exits' heads (default {default.model.head})",
+        help=f"conv, separable, linear or mixed_pool: the early exits' heads (default {default.model.head})",
     )
     add_setting(
         group, "--backbone", setting="model.backbone", metavar="FILE",

@@ -53,7 +53,7 @@ class ModelConfig:
     """Name of the backbone."""
     exits: tuple[str, ...] | None = None
     """Blocks followed by an exit; absent: the architecture's default; empty: the plain network."""
-    head: Literal["conv", "linear", "mixed_pool"] = "conv"
+    head: Literal["conv", "separable", "linear", "mixed_pool"] = "conv"
     """Kind of the early exits' heads."""
     backbone: str | None = None
     """Checkpoint with the backbone's weights."""

@@ -40,7 +40,7 @@ class MultiExitNetwork(nn.Module):
         other they must equal `backbone(images)`.
     places: the units followed by an exit; `layer1` stands for the last of `layer1.0`, `layer1.1`...
     head: the kind of head (`early_exit.heads`).
-    example: one image (1, 3, H, W); a dry run in eval mode gives each head its width and moves no
+    example: one image (1, 3, H, W); a dry run in eval mode gives each head its shape and moves no
         buffer.
 
     `stages` are views of the same modules, not registered, so the state dict holds `backbone` and
@@ -60,10 +60,10 @@ class MultiExitNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
-        channels = _channels_after(backbone, units, cuts.values(), example)
+        shapes = _shapes_after(backbone, units, cuts.values(), example)
         self.heads = nn.ModuleDict(
             {
-                place.replace(".", "_"): build_head(head, channels[cut], num_classes)
+                place.replace(".", "_"): build_head(head, shapes[cut], num_classes)
                 for place, cut in cuts.items()
             }
         )
@@ -136,21 +136,21 @@ def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str
     return dict(sorted(cuts.items(), key=lambda item: item[1]))
 
 
-def _channels_after(
+def _shapes_after(
     backbone: nn.Module, units: Mapping[str, nn.Module], cuts: Sequence[int], example: Tensor
-) -> dict[int, int]:
-    """Channels of the features after each unit that is cut behind."""
+) -> dict[int, torch.Size]:
+    """Shape of the features after each unit that is cut behind."""
     modes = {module: module.training for module in backbone.modules()}
-    wanted, channels, features = set(cuts), {}, example
+    wanted, shapes, features = set(cuts), {}, example
     try:
         with torch.no_grad():
             for index, unit in enumerate(units.values()):
-                if len(channels) == len(wanted):
+                if len(shapes) == len(wanted):
                     break
                 features = unit.eval()(features)
                 if index in wanted:
-                    channels[index] = features.shape[1]
+                    shapes[index] = features.shape
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return channels
+    return shapes

@@ -165,7 +165,7 @@ class TestConversion:
             ("optim: {schedule: linear}", ("step", "cosine")),
             ("run: {amp: fp8}", ("auto", "bf16", "fp16", "off")),
             ("run: {regime: both}", ("joint", "mixed", "frozen")),
-            ("model: {head: big}", ("conv", "linear", "mixed_pool")),
+            ("model: {head: big}", ("conv", "separable", "linear", "mixed_pool")),
         ],
     )
     def test_a_choice_that_is_not_there_lists_those_that_are(self, text, choices):
@@ -364,7 +364,7 @@ whole_configs = st.builds(
         ModelConfig,
         arch=names,
         exits=st.none() | st.lists(names, max_size=3).map(tuple),
-        head=st.sampled_from(["conv", "linear", "mixed_pool"]),
+        head=st.sampled_from(["conv", "separable", "linear", "mixed_pool"]),
         backbone=st.none() | names,
     ),
     optim=optims,

@@ -4,13 +4,22 @@ import pytest
 import torch
 
 from early_exit.errors import UserError
-from early_exit.heads import HEADS, ConvHead, LinearHead, MixedPoolHead, build_head, finest_grid
+from early_exit.heads import (
+    HEADS,
+    ConvHead,
+    LinearHead,
+    MixedPoolHead,
+    SeparableHead,
+    TokenMap,
+    build_head,
+    finest_grid,
+)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_head_maps_features_to_logits(kind, batch):
-    head = build_head(kind, channels=6, num_classes=5).eval()
+    head = build_head(kind, torch.Size((1, 6, 8, 8)), num_classes=5).eval()
     assert head(torch.rand(batch, 6, 8, 8)).shape == (batch, 5)
 
 
@@ -57,6 +66,39 @@ def test_conv_head_by_hand():
     assert logits.item() == pytest.approx(13.5, rel=1e-4)
 
 
+def test_separable_head_by_hand():
+    head = SeparableHead(channels=2, num_classes=1).eval()
+    with torch.no_grad():
+        head[0].weight.fill_(1.0)
+        head[2].weight.copy_(torch.tensor([[1.0, -2.0], [-1.0, 1.0]])[:, :, None, None])
+        head[-1].weight.copy_(torch.tensor([[2.0, 5.0]]))
+        head[-1].bias.fill_(1.0)
+    # Ones in the first channel give windows of 4, 6, 6 and 9, as above; zeros in the second. The
+    # mixture is (6.25, -6.25) on average, of which ReLU keeps the first: 2 * 6.25 + 1 = 13.5.
+    features = torch.stack([torch.ones(4, 4), torch.zeros(4, 4)])[None]
+    assert head(features).item() == pytest.approx(13.5, rel=1e-4)
+
+
+def test_separable_head_is_never_wider_than_512():
+    head = SeparableHead(channels=600, num_classes=3)
+    assert head[2].weight.shape == (512, 600, 1, 1)
+    assert SeparableHead(channels=40, num_classes=3)[2].weight.shape == (40, 40, 1, 1)
+
+
+def test_tokens_become_the_map_of_their_patches():
+    tokens = torch.arange(2 * 5 * 3).view(2, 5, 3)  # a class token and 2 x 2 patches
+    laid_out = TokenMap()(tokens)
+    assert laid_out.shape == (2, 3, 2, 2)
+    assert laid_out[0, :, 0, 1].tolist() == tokens[0, 2].tolist()
+    assert laid_out[1, :, 1, 0].tolist() == tokens[1, 3].tolist()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_takes_tokens(kind):
+    head = build_head(kind, torch.Size((1, 17, 6)), num_classes=5).eval()
+    assert head(torch.rand(3, 17, 6)).shape == (3, 5)
+
+
 @pytest.mark.parametrize("mix, logit", [(0.5, 2.5), (0.25, 1.75), (0.0, 1.0), (1.0, 4.0)])
 def test_mixed_pool_head_by_hand(mix, logit):
     head = MixedPoolHead(channels=1, num_classes=1)
@@ -73,20 +115,20 @@ def test_mixed_pool_head_by_hand(mix, logit):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("side", [1, 2, 3, 5])
 def test_head_takes_features_of_any_size(kind, side):
-    head = build_head(kind, channels=3, num_classes=2).eval()
+    head = build_head(kind, torch.Size((1, 3, side, side)), num_classes=2).eval()
     assert head(torch.rand(2, 3, side, side)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_head_answers_each_row_alone_in_eval_mode(kind):
     torch.manual_seed(0)
-    head = build_head(kind, channels=4, num_classes=3).eval()
+    head = build_head(kind, torch.Size((1, 4, 8, 8)), num_classes=3).eval()
     features = torch.rand(5, 4, 8, 8)
     alone = torch.cat([head(row[None]) for row in features])
     torch.testing.assert_close(head(features), alone)
 
 
 def test_unknown_head_is_refused_with_the_known_ones_named():
-    with pytest.raises(UserError, match="'dense'.*conv, linear, mixed_pool") as error:
-        build_head("dense", 4, 2)
+    with pytest.raises(UserError, match="'dense'.*conv, separable, linear, mixed_pool") as error:
+        build_head("dense", torch.Size((1, 4, 8, 8)), 2)
     assert "\n" not in str(error.value)

@@ -1,0 +1,223 @@
+"""torchvision's classification networks with exits.
+
+One small function per family lists a network's blocks in order, by name; whatever a network does
+between two blocks belongs to the block before. Parameter names stay torchvision's.
+"""
+
+import difflib
+import functools
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.convnext import CNBlock
+from torchvision.models.efficientnet import FusedMBConv, MBConv
+
+from early_exit.cost import FUTILE, count_macs
+from early_exit.errors import UserError
+from early_exit.network import MultiExitNetwork
+
+Units = dict[str, nn.Module]
+
+DEFAULT_HEAD = "separable"
+DEFAULT_SHARES = (0.19, 0.44)  # of the MACs: where ResNet-50 ends its layer1 and layer2
+
+
+def resnet_units(net: models.ResNet) -> Units:
+    """ResNet, ResNeXt, Wide ResNet: `layer1.0` .. `layer4.2`."""
+    units = {"stem": nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)}
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        units |= _children(stage, getattr(net, stage))
+    return units | {"classifier": nn.Sequential(net.avgpool, nn.Flatten(), net.fc)}
+
+
+def vgg_units(net: models.VGG) -> Units:
+    """`block1.0` .. `block5.3`: a convolution each, the last of a block with its pooling."""
+    groups: list[list[nn.Module]] = []
+    for module in net.features:
+        if isinstance(module, nn.Conv2d):
+            groups.append([])
+        groups[-1].append(module)
+    units: Units = {}
+    block, index = 1, 0
+    for group in groups:
+        units[f"block{block}.{index}"] = nn.Sequential(*group)
+        pooled = isinstance(group[-1], nn.MaxPool2d)
+        block, index = (block + 1, 0) if pooled else (block, index + 1)
+    return units | {"classifier": nn.Sequential(net.avgpool, nn.Flatten(), net.classifier)}
+
+
+def features_units(net: nn.Module) -> Units:
+    """MobileNet, EfficientNet and ConvNeXt: `features.1`, or `features.1.0` where the part is a
+    stage of several blocks."""
+    units: Units = {}
+    for name, part in net.features.named_children():
+        blocks = all(isinstance(block, MBConv | FusedMBConv | CNBlock) for block in part.children())
+        units |= _children(f"features.{name}", part) if blocks else {f"features.{name}": part}
+    pool = getattr(net, "avgpool", nn.AdaptiveAvgPool2d(1))  # MobileNetV2 pools in its forward
+    # ConvNeXt's classifier normalises maps and flattens by itself
+    flatten = [] if isinstance(net, models.ConvNeXt) else [nn.Flatten()]
+    return units | {"classifier": nn.Sequential(pool, *flatten, net.classifier)}
+
+
+def densenet_units(net: models.DenseNet) -> Units:
+    """`denseblock1.0` .. `denseblock4.15`, with `transition1` .. `transition3` between."""
+    parts = net.features
+    units: Units = {"stem": nn.Sequential(parts.conv0, parts.norm0, parts.relu0, parts.pool0)}
+    for name, part in parts.named_children():
+        if name.startswith("denseblock"):
+            for index, layer in enumerate(part.children()):
+                units[f"{name}.{index}"] = Grow(layer)
+        elif name.startswith("transition"):
+            units[name] = part
+    pool = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return units | {"classifier": nn.Sequential(parts.norm5, *pool, net.classifier)}
+
+
+def regnet_units(net: models.RegNet) -> Units:
+    """`block1.0` .. `block4.2`."""
+    units: Units = {"stem": net.stem}
+    for stage, blocks in net.trunk_output.named_children():
+        units |= _children(stage, blocks)
+    return units | {"classifier": nn.Sequential(net.avgpool, nn.Flatten(), net.fc)}
+
+
+def vit_units(net: models.VisionTransformer) -> Units:
+    """`encoder.0` .. `encoder.11`: features are tokens (B, 1 + patches, C)."""
+    units = {"stem": Tokens(net), **_children("encoder", net.encoder.layers)}
+    return units | {"classifier": nn.Sequential(net.encoder.ln, ClassToken(), net.heads)}
+
+
+def _children(prefix: str, stage: nn.Module) -> Units:
+    return {f"{prefix}.{index}": block for index, block in enumerate(stage.children())}
+
+
+class Grow(nn.Module):
+    """A layer of a dense block: its features are appended to all before."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([features, self.layer(features)], dim=1)
+
+
+class Tokens(nn.Module):
+    """What a ViT makes of images (B, 3, H, W) before its encoder: tokens (B, 1 + patches, C)."""
+
+    def __init__(self, vit: models.VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
+        first = self.vit.class_token.expand(len(images), -1, -1)
+        tokens = torch.cat([first, patches], dim=1)
+        return self.vit.encoder.dropout(tokens + self.vit.encoder.pos_embedding)
+
+
+class ClassToken(nn.Module):
+    """Tokens (B, T, C) to the first of them (B, C)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
+FAMILIES: dict[str, Callable[[nn.Module], Units]] = {
+    r"(wide_)?res(net|next)\d+.*": resnet_units,
+    r"vgg\d+.*": vgg_units,
+    r"mobilenet_v[23].*|efficientnet_.*|convnext_.*": features_units,
+    r"densenet\d+": densenet_units,
+    r"regnet_.*": regnet_units,
+    r"vit_.*": vit_units,
+}
+
+
+def list_archs() -> list[str]:
+    """Names of all supported networks."""
+    names = models.list_models(module=models)
+    return [name for name in names if any(re.fullmatch(family, name) for family in FAMILIES)]
+
+
+def units_of(arch: str, net: nn.Module) -> Units:
+    """The blocks of torchvision's `arch` in order; one after the other they are its forward."""
+    return next(list_units for name, list_units in FAMILIES.items() if re.fullmatch(name, arch))(net)
+
+
+def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) -> nn.Module:
+    """torchvision's network called `arch`, untrained.
+
+    Raises UserError for a network that is not supported.
+    """
+    known = list_archs()
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"there is no network {arch!r} here; {hint}--list-archs shows all")
+    own = {"image_size": image_size} if arch.startswith("vit_") else {}
+    return models.get_model(arch, weights=None, num_classes=num_classes, **own)
+
+
+def build_network(
+    arch: str = "resnet50",
+    exits: tuple[str, ...] | None = None,
+    head: str = DEFAULT_HEAD,
+    num_classes: int = 1000,
+    image_size: int = 224,
+) -> MultiExitNetwork:
+    """`arch` with exits after the named blocks; None: its default places; (): the plain network.
+
+    image_size: side of the images that costs are stated for; a ViT takes no others.
+    """
+    backbone = build_backbone(arch, num_classes, image_size)
+    return MultiExitNetwork(
+        backbone,
+        units_of(arch, backbone),
+        default_places(arch) if exits is None else exits,
+        head=head,
+        num_classes=num_classes,
+        example=torch.zeros(1, 3, image_size, image_size),
+    )
+
+
+def default_places(arch: str) -> tuple[str, ...]:
+    """The two places whose shares of the MACs are nearest to 19 and 44 %."""
+    shares = place_shares(arch)
+    nearest = [min(shares, key=lambda place: abs(shares[place] - at)) for at in DEFAULT_SHARES]
+    return tuple(dict.fromkeys(nearest))
+
+
+@functools.cache
+def place_shares(arch: str) -> dict[str, float]:
+    """Every place of an exit, in order, and the share of the MACs that lies before it, for images
+    of 224x224. The last block of a stage is called by the stage: `layer1` for `layer1.2`.
+    """
+    try:
+        with torch.device("meta"):  # no weights are made or moved
+            net = build_backbone(arch)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        net = build_backbone(arch).to("meta")
+    units = units_of(arch, net.eval())
+    features, before, macs = torch.empty(1, 3, 224, 224, device="meta"), 0, {}
+    for name, unit in units.items():
+        before += count_macs(unit, features)
+        macs[name] = before
+        with torch.no_grad():
+            features = unit(features)
+    stages = {name.rpartition(".")[0]: name for name in units}
+    lasts = {name: stage for stage, name in stages.items() if stage not in ("", "features")}
+    names = [name for name in list(units)[:-1] if macs[name] < FUTILE * before]
+    return {lasts.get(name, name): macs[name] / before for name in names}
+
+
+def describe_archs() -> Iterator[str]:
+    """Lines that tell every network's places, their shares of the MACs, and which are default."""
+    for arch in list_archs():
+        shares, default = place_shares(arch), default_places(arch)
+        yield f"{arch} (default {' '.join(default)})"
+        listed = ", ".join(f"{place} {share:.1%}" for place, share in shares.items())
+        yield textwrap.fill(listed, 98, initial_indent="    ", subsequent_indent="    ")

@@ -1,0 +1,117 @@
+"""torchvision's networks: the same numbers, with exits."""
+
+import functools
+
+import pytest
+import torch
+from torchvision import models
+
+from early_exit.cost import network_cost
+from early_exit.errors import UserError
+from imagenet import networks
+
+SMALL = (
+    "resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0",
+    "convnext_tiny", "regnet_y_400mf", "vit_b_32",
+)
+
+
+def torchvisions(arch, num_classes=7, side=64):
+    """torchvision's own network in eval mode, its BatchNorm statistics no longer those of a fresh
+    one, and two images."""
+    torch.manual_seed(0)
+    own = {"image_size": side} if arch.startswith("vit") else {}
+    net = models.get_model(arch, weights=None, num_classes=num_classes, **own)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        net.train()(images)
+    return net.eval(), images
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_final_exit_equals_torchvision(arch):
+    net, images = torchvisions(arch)
+    ours = networks.build_network(arch, num_classes=7, image_size=64).eval()
+    ours.backbone.load_state_dict(net.state_dict(), strict=True)
+    assert ours.num_exits == 3
+    with torch.no_grad():
+        said = ours(images)
+        assert torch.equal(said[-1], net(images))
+    assert [tuple(logits.shape) for logits in said] == [(2, 7)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", networks.list_archs())
+def test_units_one_after_the_other_are_the_network(arch):
+    net, images = torchvisions(arch)
+    units = networks.units_of(arch, net)
+    with torch.no_grad():
+        chained = functools.reduce(lambda features, unit: unit(features), units.values(), images)
+        assert torch.equal(chained, net(images))
+
+
+def default_cost(arch):
+    """What `arch` with its default exits costs at 224 pixels and 1000 classes."""
+    try:
+        with torch.device("meta"):
+            return network_cost(networks.build_network(arch))
+    except NotImplementedError:
+        return network_cost(networks.build_network(arch))
+
+
+@pytest.mark.parametrize("arch", [
+    "resnet18", "resnet50", "mobilenet_v3_small", "vit_b_16", "densenet121",
+    *(
+        pytest.param(arch, marks=pytest.mark.slow) for arch in networks.list_archs()
+        if arch not in ("resnet18", "resnet50", "mobilenet_v3_small", "vit_b_16", "densenet121")
+    ),
+])
+def test_default_exits_are_cheap_and_counted_as_torchvision_counts(arch):
+    cost = default_cost(arch)
+    stated = models.get_model_weights(arch)["IMAGENET1K_V1"].meta
+    if stated["min_size"] and stated.get("_ops") and arch in ("resnet18", "resnet50", "vit_b_16"):
+        assert cost.plain_macs / 1e9 == pytest.approx(stated["_ops"], abs=6e-4)
+    assert cost.backbone_params == stated["num_params"]
+    assert len(cost.exit_names) == 3
+    assert max(cost.head_macs) <= 0.02 * cost.plain_macs
+    assert max(cost.head_params) < 1_000_000
+
+
+def test_resnet50_exits_after_layer1_and_layer2():
+    assert networks.default_places("resnet50") == ("layer1", "layer2")
+    shares = networks.place_shares("resnet50")
+    # conv1: 3 * 64 * 49 * 112**2 multiply-adds; layer1: 64 * 64 + 64 * 64 * 9 + 64 * 256 in each
+    # block on 56**2 pixels, 64 * 256 of its shortcut, and 192 * 64 more where 256 come in
+    layer1 = 3 * (64 * 64 * 9 + 64 * 256) + 64 * 64 + 2 * 256 * 64 + 64 * 256
+    assert shares["layer1"] * 4_089_184_256 == pytest.approx(
+        3 * 64 * 49 * 112**2 + layer1 * 56**2
+    )
+    assert 0.43 < shares["layer2"] < 0.45
+    assert "layer1.2" not in shares and "layer3.0" in shares
+
+
+def test_heads_of_resnet50_by_hand():
+    cost = default_cost("resnet50")
+    # depthwise 9, pointwise 256 and 512 a channel; 28**2 and 14**2 pixels; a thousand classes
+    first = 28**2 * (256 * 9 + 256 * 256) + 256 * 1000
+    second = 14**2 * (512 * 9 + 512 * 512) + 512 * 1000
+    assert cost.head_macs == (first, second, 0)
+    assert cost.head_params[0] == 256 * 9 + 256 * 256 + 4 * 256 + 256 * 1000 + 1000
+
+
+def test_unsupported_network_is_refused_with_the_nearest_named():
+    with pytest.raises(UserError, match="'resnet51'.*did you mean resnet5"):
+        networks.build_network("resnet51")
+    with pytest.raises(UserError, match="'alexnet'.*--list-archs"):
+        networks.build_network("alexnet")
+
+
+def test_unknown_place_is_refused_with_the_nearest_named():
+    with pytest.raises(UserError, match="'layer5'.*did you mean layer"):
+        networks.build_network("resnet18", ("layer5",))
+
+
+def test_vit_takes_images_of_another_size():
+    network = networks.build_network("vit_b_32", ("encoder.0",), num_classes=3, image_size=96)
+    assert network.image_shape == (3, 96, 96)
+    assert [tuple(said.shape) for said in network.eval()(torch.zeros(2, 3, 96, 96))] == [(2, 3)] * 2
