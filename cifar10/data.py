@@ -5,7 +5,6 @@ function of its position: resuming in the middle of an epoch needs nothing but t
 """
 
 import dataclasses
-import hashlib
 import http.client
 import logging
 import pickle
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from early_exit.errors import UserError
+from early_exit.splits import halves, index_hash, stratified
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Data:
     std: tuple[float, ...]
     flip: bool
     """Whether a mirrored image shows the same thing."""
+    eval_batch: int = 500
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -119,9 +120,7 @@ class Data:
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of two stratified halves of test: the first to be val, the second test."""
-        targets = self.splits["test"].targets.cpu().numpy()
-        chosen = stratified(targets, len(targets) // 2, seed)
-        return chosen, np.setdiff1d(np.arange(len(targets)), chosen)
+        return halves(self.splits["test"].targets.cpu().numpy(), seed)
 
     def cut_test(self, seed: int) -> "Data":
         """The same data whose val and test are the two halves of test.
@@ -156,30 +155,6 @@ def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
         mirrored = mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
         images = torch.where(mirrored, images.flip(-1), images)
     return images
-
-
-def stratified(targets: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Indices (size,), sorted, of a random sample with every class in its share.
-
-    Where the shares are not whole numbers, the classes with the largest rests get one more.
-    """
-    rng = np.random.default_rng(seed)
-    classes, counts = np.unique(targets, return_counts=True)
-    quota = counts * size / len(targets)
-    take = np.floor(quota).astype(int)
-    for index in np.argsort(take - quota, kind="stable")[: size - take.sum()]:
-        take[index] += 1
-    chosen = [
-        rng.permutation(np.flatnonzero(targets == label))[:number]
-        for label, number in zip(classes, take, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen))
-
-
-def index_hash(name: str, indices: np.ndarray) -> str:
-    """A short hash of which images of `name` are held out."""
-    content = name.encode() + np.asarray(indices, dtype="<i8").tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cifar10 import data, resnet
 from early_exit import cli, experiment, training
-from early_exit.config import DataConfig, ModelConfig
+from early_exit.config import Config, DataConfig
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
 
@@ -28,8 +28,9 @@ DIGITS = {
 log = logging.getLogger(__name__)
 
 
-def build_network(model: ModelConfig, num_classes: int) -> MultiExitNetwork:
-    """The network that `model` describes."""
+def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
+    """The network that the configuration describes."""
+    model = config.model
     return resnet.build_network(model.arch, model.exits, model.head, num_classes)
 
 
@@ -53,7 +54,7 @@ def parser() -> cli.Parser:
         group, "--data", setting="data.root", metavar="DIR",
         help="where cifar-10-batches-py lies, or is put (default: data/ in the repository)",
     )
-    cli.add_training_flags(parser)
+    cli.add_training_flags(parser, Config())
     parser.add_argument(
         "-j", "--workers", action=cli.Elsewhere,
         hint="the whole data set lies in memory as a tensor, so there are no workers;"

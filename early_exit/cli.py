@@ -51,9 +51,8 @@ def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
     group.add_argument(*flags, dest=setting, default=argparse.SUPPRESS, **options)
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags every trainer has, each for one setting of `Config`."""
-    default = Config()
+def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None:
+    """The flags every trainer has, each for one setting of its configuration `default`."""
     group = parser.add_argument_group("network")
     add_setting(
         group, "-a", "--arch", setting="model.arch", metavar="NAME",
@@ -66,7 +65,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_setting(
         group, "--head", setting="model.head", metavar="KIND",
-        help=f"conv, separable, linear or mixed_pool: the early exits' heads (default {default.model.head})",
+        help="conv, separable, linear or mixed_pool: the early exits' heads"
+        f" (default {default.model.head})",
     )
     add_setting(
         group, "--backbone", setting="model.backbone", metavar="FILE",
@@ -338,15 +338,18 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve_config(
-    namespace: argparse.Namespace, saved: dict[str, Any] | None, own: dict[str, Any] | None = None
+    namespace: argparse.Namespace,
+    saved: dict[str, Any] | None,
+    own: dict[str, Any] | None = None,
+    cls: type[Config] = Config,
 ) -> Config:
-    """Defaults < the script's own < a resumed run's < preset < flags."""
+    """Defaults of `cls` < the script's own < a resumed run's < preset < flags."""
     values = configs.merge(own or {}, saved or {})
     if namespace.config:
         preset = configs.load_preset(namespace.config)
-        configs.build(Config, preset)  # a mistake in the preset is named as the preset's
+        configs.build(cls, preset)  # a mistake in the preset is named as the preset's
         values = configs.merge(values, preset)
-    return configs.build(Config, configs.merge(values, settings_of(namespace)))
+    return configs.build(cls, configs.merge(values, settings_of(namespace)))
 
 
 def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:

@@ -24,7 +24,7 @@ from early_exit.calibration import fit_temperature
 from early_exit.config import Config
 from early_exit.cost import Cost, network_cost
 from early_exit.errors import UserError
-from early_exit.experiment import EVAL_BATCH, Data, FrontDoor, layout, plan_phases, setup
+from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.inference import infer
 from early_exit.latency import Timing, measure
 from early_exit.metrics import expected_calibration_error, mean_std
@@ -160,7 +160,7 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
     if path is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")
     state = checkpoint.load(path)
-    config = configs.build(Config, configs.merge(state["config"], overrides))
+    config = configs.build(door.config, configs.merge(state["config"], overrides))
     device, precision = setup(config)
     data = door.load_data(config.data).normalised_by(state["normalisation"])
     if data.val_hash != state["val_hash"]:
@@ -168,7 +168,7 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
             f"{path} held out other val images ({state['val_hash']}) than this data set gives"
             f" ({data.val_hash}); check the data under --data"
         )
-    network = door.build_network(config.model, len(state["classes"]))
+    network = door.build_network(config, len(state["classes"]))
     checkpoint.load_into(network, state["network"], path)
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
@@ -220,7 +220,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     spill = directory.with_name(f".{directory.name}.npy")
     made = record(
         network,
-        data.eval_batches(split, EVAL_BATCH),
+        data.eval_batches(split, data.eval_batch),
         data.size(split),
         info,
         trained.device,

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from early_exit import checkpoint, runtime
-from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig
+from early_exit.config import Config, OptimConfig
 from early_exit.engine import Tally, score_batches
 from early_exit.errors import UserError
 from early_exit.losses import joint_loss, resolve_weights
 from early_exit.network import MultiExitNetwork
-
-EVAL_BATCH = 500
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +30,7 @@ class Data(Protocol):
     val_hash: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    eval_batch: int  # held-out images that go through the network at a time
 
     def to(self, device: torch.device) -> "Data": ...
     def normalised_by(self, normalisation: dict | None) -> "Data": ...
@@ -50,10 +49,12 @@ class Data(Protocol):
 class FrontDoor:
     """What the scripts of a data set bring along."""
 
-    build_network: Callable[[ModelConfig, int], MultiExitNetwork]
-    """From the network's settings and the number of classes."""
-    load_data: Callable[[DataConfig], Data]
+    build_network: Callable[[Config, int], MultiExitNetwork]
+    """From the configuration and the number of classes."""
+    load_data: Callable[[Any], Data]
     """From the data's settings."""
+    config: type[Config] = Config
+    """The configuration's class, with the data set's own settings."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def score(
     those of `config.model.backbone`, whose early exits, if any, would be untrained."""
     device, precision = setup(config)
     data = door.load_data(config.data)
-    network = door.build_network(config.model, len(data.classes))
+    network = door.build_network(config, len(data.classes))
     if saved:
         checkpoint.load_into(network, saved["network"], Path("the checkpoint"))
         meta = saved
@@ -146,7 +147,8 @@ def score(
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     autocast = partial(runtime.autocast, precision, device)
-    for _ in score_batches(network, data.eval_batches(split, EVAL_BATCH), loss_fn, autocast, tally):
+    batches = data.eval_batches(split, data.eval_batch)
+    for _ in score_batches(network, batches, loss_fn, autocast, tally):
         pass
     return network.exit_names, tally.read()[1]
 

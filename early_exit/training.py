@@ -29,7 +29,6 @@ from early_exit.engine import (
 )
 from early_exit.errors import UserError
 from early_exit.experiment import (
-    EVAL_BATCH,
     Data,
     FrontDoor,
     Phase,
@@ -139,7 +138,7 @@ def train(
     """
     device, precision = setup(config)
     data = door.load_data(config.data)
-    network = door.build_network(config.model, len(data.classes))
+    network = door.build_network(config, len(data.classes))
     cost = network_cost(network)
     phases = plan_phases(config, network.num_exits)
     directory = run_dir or default_run_dir(runs, config, network.exit_names)
@@ -327,7 +326,7 @@ def walk_phase(
         held_out = Tally(len(phase.weights), run.device)
         for _ in score_batches(
             forward,
-            run.data.eval_batches("val", EVAL_BATCH),
+            run.data.eval_batches("val", run.data.eval_batch),
             partial(joint_loss, weights=phase.weights),
             partial(runtime.autocast, run.precision, run.device),
             held_out,

@@ -193,8 +193,8 @@ def default_places(arch: str) -> tuple[str, ...]:
 
 @functools.cache
 def place_shares(arch: str) -> dict[str, float]:
-    """Every place of an exit, in order, and the share of the MACs that lies before it, for images
-    of 224x224. The last block of a stage is called by the stage: `layer1` for `layer1.2`.
+    """Every place of an exit, in order, and the share of MACs that lies before it, for images of
+    224x224. The last block of a stage is called by the stage: `layer1` for `layer1.2`.
     """
     try:
         with torch.device("meta"):  # no weights are made or moved

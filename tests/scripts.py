@@ -22,7 +22,7 @@ import torch
 
 from cifar10 import data, resnet, trainer
 from early_exit import cli
-from early_exit.config import DataConfig, ModelConfig
+from early_exit.config import Config, DataConfig
 from early_exit.experiment import FrontDoor
 from early_exit.network import MultiExitNetwork
 
@@ -35,8 +35,9 @@ TINY = (
 )
 
 
-def tiny_network(model: ModelConfig, num_classes: int) -> MultiExitNetwork:
+def tiny_network(config: Config, num_classes: int) -> MultiExitNetwork:
     """A CIFAR ResNet of one block a stage, whatever `model.arch` says."""
+    model = config.model
     backbone = resnet.ResNet(1, num_classes)
     places = resnet.DEFAULT_EXITS if model.exits is None else model.exits
     return MultiExitNetwork(

@@ -25,6 +25,7 @@ PACKAGE = Path(early_exit.__file__).parent
 ORDER = (
     "errors",
     "heads", "losses", "criteria", "calibration", "metrics", "config", "checkpoint", "runtime",
+    "splits",
     "network", "policy", "cost",
     "records", "thresholds", "inference",
     "engine", "journal", "latency", "report", "plots",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cifar10 import data
 from cifar10.data import Data, ImageSet
+from early_exit import splits
 from early_exit.errors import UserError
 
 
@@ -394,7 +395,7 @@ class TestStratified:
     def test_every_class_gets_its_share_to_within_one(self, targets, share, seed):
         targets = np.array(targets)
         size = int(share * len(targets))
-        chosen = data.stratified(targets, size, seed)
+        chosen = splits.stratified(targets, size, seed)
         assert len(chosen) == size
         assert chosen.tolist() == sorted(set(chosen.tolist()))
         for label in np.unique(targets):
@@ -403,22 +404,22 @@ class TestStratified:
 
     def test_the_seed_decides(self):
         targets = np.arange(100) % 5
-        first, again, other = (data.stratified(targets, 20, seed) for seed in (0, 0, 1))
+        first, again, other = (splits.stratified(targets, 20, seed) for seed in (0, 0, 1))
         assert np.array_equal(first, again)
         assert not np.array_equal(first, other)
 
     def test_every_image_can_be_chosen(self):
         targets = np.arange(20) % 2
-        chosen = [data.stratified(targets, 4, seed) for seed in range(100)]
+        chosen = [splits.stratified(targets, 4, seed) for seed in range(100)]
         assert set(np.concatenate(chosen)) == set(range(20))
 
 
 class TestHash:
     def test_names_the_images(self):
-        one = data.index_hash("cifar10", np.array([1, 2, 3]))
-        assert one == data.index_hash("cifar10", np.array([1, 2, 3], dtype=np.int32))
-        assert one != data.index_hash("cifar10", np.array([1, 2, 4]))
-        assert one != data.index_hash("digits", np.array([1, 2, 3]))
+        one = splits.index_hash("cifar10", np.array([1, 2, 3]))
+        assert one == splits.index_hash("cifar10", np.array([1, 2, 3], dtype=np.int32))
+        assert one != splits.index_hash("cifar10", np.array([1, 2, 4]))
+        assert one != splits.index_hash("digits", np.array([1, 2, 3]))
 
 
 class TestCutTest:

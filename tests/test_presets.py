@@ -52,7 +52,7 @@ def test_its_second_line_says_what_it_is(path):
 
 def test_its_network_builds_and_its_exits_save_work(path):
     with torch.device("meta"):
-        network = trainer.build_network(configured(path).model, 10)
+        network = trainer.build_network(configured(path), 10)
     shares = network_cost(network).shares()
     assert all(share < 0.98 for share in shares[:-1])
 
@@ -60,6 +60,6 @@ def test_its_network_builds_and_its_exits_save_work(path):
 def test_its_phases_can_be_planned(path):
     config = configured(path)
     with torch.device("meta"):
-        network = trainer.build_network(config.model, 10)
+        network = trainer.build_network(config, 10)
     phases = plan_phases(config, network.num_exits)
     assert phases[-1].optim == config.optim

@@ -123,7 +123,7 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
         digits = cli.settings_of(args).get("data", {}).get("dataset") == "digits"
         config = cli.resolve_config(args, None, trainer.DIGITS if digits else None)
         with torch.device("meta"):
-            network = trainer.build_network(config.model, 10)
+            network = trainer.build_network(config, 10)
         assert args.evaluate or plan_phases(config, network.num_exits)
 
 
