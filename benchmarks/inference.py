@@ -8,14 +8,18 @@ Needs no data and no training: time does not depend on the weights, and threshol
 quantiles at which the wanted shares of random images leave.
 """
 
-import argparse
 import itertools
+import typing
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from cifar10 import resnet
-from early_exit import runtime
+from early_exit import cli, runtime
+from early_exit.config import Amp
+from early_exit.errors import UserError
+from early_exit.heads import HEADS
 from early_exit.inference import infer
 from early_exit.latency import measure
 from early_exit.policy import NEVER, Policy
@@ -32,7 +36,7 @@ def policy_that_lets_leave(
     )
     with torch.inference_mode(), autocast():
         logits = torch.cat([torch.stack(network(part), 1) for part in images.split(256)])
-    left = torch.zeros(len(images), dtype=torch.bool)
+    left = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     thresholds = []
     for exit_index, share in enumerate(shares):
         scores = policy.score(exit_index, logits[:, exit_index])[1]
@@ -45,26 +49,44 @@ def policy_that_lets_leave(
     )
 
 
-def main() -> None:
-    """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+def parser() -> cli.Parser:
+    """The benchmark's flags."""
+    parser = cli.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
     parser.add_argument("--arch", default="resnet56", help="default resnet56")
     parser.add_argument("--exits", nargs="+", default=["layer1", "layer2"])
-    parser.add_argument("--head", default="conv", help="conv, linear or mixed_pool (default conv)")
-    parser.add_argument("--criterion", default="max_prob", help="default max_prob")
+    parser.add_argument(
+        "--head", choices=HEADS, default="conv", metavar="KIND",
+        help=f"{', '.join(HEADS)} (default conv)",
+    )
+    parser.add_argument(
+        "--criterion", choices=("max_prob", "entropy", "margin"), default="max_prob",
+        metavar="NAME", help="max_prob, entropy or margin (default max_prob)",
+    )
     parser.add_argument(
         "--leave", type=float, nargs="+", default=[0.5, 0.3],
         help="share of images that leaves at each early exit (default 0.5 0.3)",
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--images", type=int, default=1024, help="default 1024")
-    parser.add_argument("--amp", default="off", help="off, bf16, fp16 or auto (default off)")
+    parser.add_argument(
+        "--amp", choices=typing.get_args(Amp), default="off", metavar="MODE",
+        help="off, bf16, fp16 or auto (default off)",
+    )
     parser.add_argument("--compile", action="store_true", help="compile every stage")
     parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, default=30, help="per batch size (default 30)")
-    args = parser.parse_args()
-    if len(args.leave) != len(args.exits):
-        parser.error(f"--leave needs {len(args.exits)} shares, one per early exit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints a table."""
+    args = parser().parse_args(argv)
+    if len(args.leave) != len(args.exits) or min(args.leave) < 0 or sum(args.leave) > 1:
+        raise UserError(
+            f"--leave takes {len(args.exits)} shares, one per early exit, that add up to at most 1"
+        )
+    if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
+        raise UserError(f"--batch-sizes lie between 1 and the {args.images} --images")
     device = runtime.choose_device(args.device)
     precision = runtime.choose_precision(args.amp, device)
     autocast = partial(runtime.autocast, precision, device)
@@ -84,9 +106,9 @@ def main() -> None:
         network.backbone.compile(dynamic=True)
 
     print(
-        f"{args.arch}, exits after {', '.join(args.exits)}, {args.head} heads, {precision},"
-        f" {'compiled, ' if args.compile else ''}{runtime.describe_device(device)},"
-        f" torch {torch.__version__}"
+        f"{args.arch}, exits after {', '.join(args.exits)}, {args.head} heads,"
+        f" {runtime.PRECISIONS[precision]}, {'compiled, ' if args.compile else ''}"
+        f"{runtime.describe_device(device)}, torch {torch.__version__}"
     )
     named = zip(network.exit_names, shares, strict=True)
     print("leaving: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in named))
@@ -107,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "inference.py")

@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import statistics
 import time
+import typing
 from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,9 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from cifar10 import data, resnet
-from early_exit import runtime
-from early_exit.config import OptimConfig
+from early_exit import cli, runtime
+from early_exit.config import Amp, OptimConfig
 from early_exit.engine import Tally, make_optimizer, train_steps
+from early_exit.errors import UserError
 from early_exit.losses import joint_loss
 
 BATCH = 128
@@ -82,7 +84,8 @@ def our_loop(
     """What the trainer runs: a step per `next`."""
     splits = {"train": images}
     names = tuple(map(str, range(10)))
-    source = data.Data("random", names, splits, "", data.MEAN, data.STD, True).to(device)
+    source = data.Data("random", names, splits, "", data.MEAN, data.STD, True)
+    source = source.to(device, torch.channels_last)
     network = resnet.build_backbone(args.arch)
     network.to(device, memory_format=torch.channels_last).train()
     if args.compile:
@@ -146,12 +149,16 @@ def compare(loops: Sequence[str], args: argparse.Namespace, steps: int) -> dict[
     pipes, processes = {}, []
     for loop in loops:
         pipes[loop], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(loop, args, theirs)))
+        processes.append(context.Process(target=serve, args=(loop, args, theirs), daemon=True))
         processes[-1].start()
+        theirs.close()  # so that a loop that fails ends the run instead of leaving it waiting
 
     def seconds_of(loop: str, count: int) -> float:
         pipes[loop].send(count)
-        return pipes[loop].recv()
+        try:
+            return pipes[loop].recv()
+        except EOFError:
+            raise UserError(f"the loop {loop!r} failed; its error stands above") from None
 
     for loop in loops:
         seconds_of(loop, 5)
@@ -174,27 +181,35 @@ def show(seconds: dict[str, list[float]], steps: int) -> None:
     print(f"  ratio {statistics.median(ratios):.2f} (turns {min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+def parser() -> cli.Parser:
+    """The benchmark's flags."""
+    parser = cli.build_parser("training.py", "python benchmarks/training.py [flags]", __doc__)
     parser.add_argument("--arch", default="resnet20", help="default resnet20")
-    parser.add_argument("--amp", default="auto", help="auto, bf16, fp16 or off (default auto)")
+    parser.add_argument(
+        "--amp", choices=typing.get_args(Amp), default="auto", metavar="MODE",
+        help="auto, bf16, fp16 or off (default auto)",
+    )
     parser.add_argument("--compile", action="store_true", help="compile our loop")
     parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
     parser.add_argument("--steps", type=int, default=40, help="steps a turn (default 40)")
     parser.add_argument("--turns", type=int, default=5, help="default 5")
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = parser().parse_args(argv)
     device = runtime.choose_device(args.device)
     precision = runtime.choose_precision(args.amp, device)
     print(f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {BATCH}")
     print("data alone, one process: PIL in a DataLoader, tensors")
     show(compare(["pil", "tensors"], args, args.steps), args.steps)
     print(
-        f"training {args.arch}: usual loop in float32, ours in {precision}"
+        f"training {args.arch}: usual loop in float32, ours in {runtime.PRECISIONS[precision]}"
         f"{', compiled' if args.compile else ''}"
     )
     show(compare(["usual", "ours"], args, args.steps), args.steps)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "training.py")

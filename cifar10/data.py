@@ -61,6 +61,7 @@ class Data:
     std: tuple[float, ...]
     flip: bool
     """Whether a mirrored image shows the same thing."""
+    layout: torch.memory_format = torch.channels_last
     eval_batch: int = 500
 
     @property
@@ -68,13 +69,13 @@ class Data:
         """Channels, height and width of an image."""
         return tuple(self.splits["train"].images.shape[1:])
 
-    def to(self, device: torch.device) -> "Data":
-        """The same data with its tensors on `device`."""
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
+        """The same data with its tensors on `device`, giving batches of that layout."""
         splits = {
             split: ImageSet(part.images.to(device), part.targets.to(device))
             for split, part in self.splits.items()
         }
-        return dataclasses.replace(self, splits=splits)
+        return dataclasses.replace(self, splits=splits, layout=layout)
 
     def normalised_by(self, normalisation: dict | None) -> "Data":
         """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
@@ -112,10 +113,10 @@ class Data:
             yield self.normalise(part.images[rows]), part.targets[rows]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to float32, channels last, with the set's mean and deviation."""
+        """uint8 (B, 3, H, W) to float32 with the set's mean and deviation."""
         mean = torch.tensor(self.mean, device=images.device).mul_(255).view(-1, 1, 1)
         scale = torch.tensor(self.std, device=images.device).mul_(255).reciprocal_().view(-1, 1, 1)
-        images = images.to(torch.float32, memory_format=torch.channels_last)
+        images = images.to(torch.float32, memory_format=self.layout)
         return images.sub_(mean).mul_(scale)
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:

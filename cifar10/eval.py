@@ -19,7 +19,7 @@ def parser() -> cli.Parser:
     parser = cli.build_parser("eval.py", "python cifar10/eval.py RUN [flags]", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory that trainer.py made")
     cli.add_setting(
-        parser, "--data", setting="data.root", metavar="DIR",
+        parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
         help="where the data set lies (default: where it lay in training)",
     )
     cli.add_evaluation_flags(parser, list(CRITERIA))

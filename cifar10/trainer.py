@@ -6,12 +6,13 @@
     python cifar10/trainer.py --arch resnet20 --exits none --backbone FILE -e --split test
 """
 
-import logging
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cifar10 import data, resnet
-from early_exit import cli, experiment, training
+from early_exit import cli, experiment
 from early_exit.config import Config, DataConfig
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
@@ -24,8 +25,6 @@ DIGITS = {
     "model": {"arch": "resnet20", "exits": ["layer1", "layer2"]},
     "optim": {"epochs": 25, "batch_size": 64, "schedule": "cosine"},
 }
-
-log = logging.getLogger(__name__)
 
 
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
@@ -51,7 +50,7 @@ def parser() -> cli.Parser:
         help="cifar10, or digits, which needs no network (default cifar10)",
     )
     cli.add_setting(
-        group, "--data", setting="data.root", metavar="DIR",
+        group, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
         help="where cifar-10-batches-py lies, or is put (default: data/ in the repository)",
     )
     cli.add_training_flags(parser, Config())
@@ -72,28 +71,15 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    _, saved = training.find_resumed(args.resume, args.save_dir)
-    config = cli.resolve_config(args, saved and saved["config"], CIFAR10)
-    if config.data.dataset == "digits":
-        config = cli.resolve_config(args, saved and saved["config"], DIGITS)
-    if args.evaluate:
-        split = args.split or "val"
-        if saved is None and config.model.backbone is None:
-            raise UserError("-e scores trained weights; name them with --resume or --backbone")
-        names, accuracy = experiment.score(config, DOOR, split, saved)
-        for name, value in zip(names, accuracy, strict=True):
-            print(f"{split} {name:9s} {100 * value:6.2f} %")
-        return
-    if args.split:
+    if args.split and not args.evaluate:
         raise UserError("--split goes with -e")
-    run_dir = args.save_dir
-    if run_dir is None and args.resume not in (None, "auto"):
-        path = Path(args.resume)
-        run_dir = path if path.is_dir() else path.parent
-    run_dir = training.train(
-        config, DOOR, runs=RUNS, run_dir=run_dir, resume=args.resume, start_epoch=args.start_epoch
-    )
-    print(f"trained: {run_dir}\nnext: python {ROOT / 'cifar10' / 'eval.py'} {run_dir}")
+    cli.train_or_score(args, DOOR, own_settings(args), RUNS, ROOT / "cifar10" / "eval.py")
+
+
+def own_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The defaults that go with the data set that the flags or their preset name."""
+    given = cli.resolve_config(args, None, CIFAR10)
+    return DIGITS if given.data.dataset == "digits" else CIFAR10
 
 
 if __name__ == "__main__":

@@ -2,17 +2,25 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from early_exit import config as configs
+from early_exit import experiment, training
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.evaluation import Goal
+from early_exit.experiment import FrontDoor
 from early_exit.runtime import Stopped, check_torchvision
 from early_exit.training import Diverged
+
+
+def absolute(path: str) -> str:
+    """A path that means the same from every working directory."""
+    return str(Path(path).absolute())
 
 
 # How an evaluation uses the machine, whatever training did. Float32 unless asked: the reference,
@@ -196,7 +204,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, criteria: Sequence[str
     goal.add_argument(
         "--thresholds", type=float, nargs="+", metavar="SCORE",
         help="given scores: one for all early exits, or one each; with --criterion entropy minus"
-        " BranchyNet's T",
+        " BranchyNet's T, as in --thresholds=-0.3",
     )
     group.add_argument(
         "--criterion", choices=criteria, default="max_prob", metavar="NAME",
@@ -329,11 +337,8 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
         nested.setdefault(section, {})[name] = value
     exits = nested.get("model", {}).get("exits")
     if exits is not None:
-        names = [exits] if isinstance(exits, str) else exits
-        if "none" in names and len(names) > 1:
-            raise UserError("--exits none stands alone: it asks for the plain network")
         # no names: the default place, which the configuration writes as null
-        nested["model"]["exits"] = [] if names == ["none"] else names or None
+        nested["model"]["exits"] = exits or None
     return nested
 
 
@@ -350,6 +355,42 @@ def resolve_config(
         configs.build(cls, preset)  # a mistake in the preset is named as the preset's
         values = configs.merge(values, preset)
     return configs.build(cls, configs.merge(values, settings_of(namespace)))
+
+
+def train_or_score(
+    args: argparse.Namespace, door: FrontDoor, own: dict[str, Any], runs: Path, eval_script: Path
+) -> None:
+    """What a trainer's flags ask for: a training, or with -e the accuracy of every exit.
+
+    own: the script's own defaults; runs: where run directories lie; eval_script: what comes next.
+    """
+    run_dir = args.save_dir
+    if run_dir is None and args.resume == "auto":  # the directory that these flags would make
+        fresh = resolve_config(args, None, own, door.config)
+        exit_names = door.build_network(fresh, 10).exit_names
+        run_dir = training.default_run_dir(runs, fresh, exit_names)
+    _, saved = training.find_resumed(args.resume, run_dir)
+    config = resolve_config(args, saved and saved["config"], own, door.config)
+    if args.evaluate:
+        if saved is None and config.model.backbone is None:
+            raise UserError("-e scores trained weights; name them with --resume or --backbone")
+        machine = configs.merge({"run": EVALUATION}, settings_of(args))
+        config = configs.build(door.config, configs.merge(configs.to_dict(config), machine))
+        split = args.split or "val"
+        names, accuracy = experiment.score(config, door, split, saved)
+        for name, value in zip(names, accuracy, strict=True):
+            print(f"{split} {name:9s} {100 * value:6.2f} %")
+        return
+    if run_dir is None and args.resume is not None:
+        path = Path(args.resume)
+        run_dir = path if path.is_dir() else path.parent
+    run_dir = training.train(
+        config, door, runs=runs, run_dir=run_dir, resume=args.resume, start_epoch=args.start_epoch
+    )
+    following = [str(eval_script), str(run_dir)]
+    if config.model.exits == ():  # a plain network has nothing to choose
+        following = [sys.argv[0], "-e", "--split", "test", "--resume", str(run_dir)]
+    print(f"trained: {run_dir}\nnext: {shlex.join([sys.executable, *following])}")
 
 
 def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:

@@ -52,11 +52,18 @@ class ModelConfig:
     arch: str = "resnet32"
     """Name of the backbone."""
     exits: tuple[str, ...] | None = None
-    """Blocks followed by an exit; absent: the architecture's default; empty: the plain network."""
+    """Blocks followed by an exit; absent: the arch's default; empty, or none: the plain network."""
     head: Literal["conv", "separable", "linear", "mixed_pool"] = "conv"
     """Kind of the early exits' heads."""
     backbone: str | None = None
     """Checkpoint with the backbone's weights."""
+
+    def __post_init__(self) -> None:
+        if self.exits and "none" in self.exits:
+            _require(
+                self.exits == ("none",), "exits: none stands alone; it asks for the plain network"
+            )
+            object.__setattr__(self, "exits", ())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from early_exit.report import (
     Live,
     Point,
     Report,
-    Spread,
+    MeanStd,
     finite,
     headline,
     table,
@@ -89,8 +89,11 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     Raises UserError where the goal cannot be reached or the criterion does not fit the exits.
     """
     names = val.info.exit_names
-    if len(names) == 1:
-        raise UserError("this is a plain network without early exits; there is nothing to choose")
+    if goal.criterion == "entropy" and goal.thresholds and max(goal.thresholds) > 0:
+        raise UserError(
+            "scores of entropy are minus nats, so a threshold is at most 0; BranchyNet's T of 0.3"
+            " is --thresholds=-0.3"
+        )
     temperatures = (1.0,) * len(names)
     if goal.calibrate:
         targets = torch.from_numpy(val.targets)
@@ -124,8 +127,8 @@ def outcome(scored: Scores, policy: Policy, cost: Cost) -> tuple[Point, np.ndarr
     return Point(float(right.mean()), float(shares[taken].mean())), taken
 
 
-def drawn_by_lot(scored: Scores, taken: np.ndarray) -> float:
-    """Accuracy if as many images left at each exit, but which ones were drawn by lot."""
+def random_exit_accuracy(scored: Scores, taken: np.ndarray) -> float:
+    """The random-exit baseline: accuracy if as many left at each exit, whichever they are."""
     shares = np.bincount(taken, minlength=scored.scores.shape[1]) / len(taken)
     return float(shares @ scored.right.mean(axis=0))
 
@@ -184,7 +187,7 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
         run_dir=run_dir,
         config=config,
         network=network,
-        data=data.to(device),
+        data=data.to(device, layout(config)),
         cost=network_cost(network),
         device=device,
         precision=precision,
@@ -207,29 +210,29 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         device=runtime.describe_device(trained.device),
     )
     directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
-    if directory.exists():
-        try:
-            stored = ExitRecord.load(directory)
-        except UserError as error:
-            log.warning("%s; recording anew", error)
-        else:
-            if stored.info == info:
-                return stored
-    log.info("recording every exit on %s", split)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    spill = directory.with_name(f".{directory.name}.npy")
-    made = record(
-        network,
-        data.eval_batches(split, data.eval_batch),
-        data.size(split),
-        info,
-        trained.device,
-        trained.autocast,
-        spill,
-    )
-    made.save(directory)
-    spill.unlink(missing_ok=True)
-    return ExitRecord.load(directory)
+    with runtime.locked(directory.parent, wait=True):  # another evaluation may be making it
+        if directory.exists():
+            try:
+                stored = ExitRecord.load(directory)
+            except UserError as error:
+                log.warning("%s; recording anew", error)
+            else:
+                if stored.info == info:
+                    return stored
+        log.info("recording every exit on %s", split)
+        spill = directory.with_name(f".{directory.name}.npy")
+        made = record(
+            network,
+            data.eval_batches(split, data.eval_batch),
+            data.size(split),
+            info,
+            trained.device,
+            trained.autocast,
+            spill,
+        )
+        made.save(directory)
+        spill.unlink(missing_ok=True)
+        return ExitRecord.load(directory)
 
 
 def val_and_test(
@@ -277,6 +280,11 @@ def evaluate(
     if cuts > 1 and val_from != "test":
         raise UserError("--cuts repeats the cut of the test set and goes with --val-from test")
     trained = load_run(run_dir, door, overrides)
+    if trained.network.num_exits == 1:
+        raise UserError(
+            f"{run_dir} is a plain network without early exits, so there is nothing to choose; the"
+            f" trainer scores it: -e --resume {run_dir} --split test"
+        )
     val, test, data, val_words = val_and_test(trained, val_from, cut_seed)
     cost, network = trained.cost, trained.network
 
@@ -306,18 +314,19 @@ def evaluate(
         arch=trained.config.model.arch,
         regime=trained.config.run.regime,
         chosen_by=str(goal),
+        thresholds_given=goal.thresholds is not None,
         criterion=goal.criterion,
         calibrated=goal.calibrate,
         val_from=val_words,
         val_images=len(val),
         test_images=len(test),
         weights=trained.weights,
-        precision=trained.precision,
+        precision=runtime.PRECISIONS[trained.precision],
         device=runtime.describe_device(trained.device),
         plain_macs=cost.plain_macs,
         val=val_point,
         test=test_point,
-        random_accuracy=drawn_by_lot(test_scored, taken),
+        random_accuracy=random_exit_accuracy(test_scored, taken),
         final_accuracy=float(test_scored.right[:, -1].mean()),
         exits=_exit_rows(val, val_scored, test_scored, taken, policy, cost),
         curve=_curve(val_scored, test_scored, policy, cost),
@@ -342,9 +351,9 @@ def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
         finals.append(float(scored.right[:, -1].mean()))
     return Cuts(
         cuts,
-        Spread(*mean_std([point.accuracy for point in points])),
-        Spread(*mean_std([point.macs_share for point in points])),
-        Spread(*mean_std(finals)),
+        MeanStd(*mean_std([point.accuracy for point in points])),
+        MeanStd(*mean_std([point.macs_share for point in points])),
+        MeanStd(*mean_std(finals)),
     )
 
 
@@ -391,7 +400,7 @@ def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePo
                 threshold=finite(threshold),
                 val=Point(float(curve.accuracy[index]), float(curve.macs[index] / cost.plain_macs)),
                 test=test_point,
-                random=drawn_by_lot(test_scored, taken),
+                random=random_exit_accuracy(test_scored, taken),
             )
         )
     return tuple(points)

@@ -32,7 +32,7 @@ class Data(Protocol):
     std: tuple[float, ...]
     eval_batch: int  # held-out images that go through the network at a time
 
-    def to(self, device: torch.device) -> "Data": ...
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Data": ...
     def normalised_by(self, normalisation: dict | None) -> "Data": ...
     def size(self, split: str) -> int: ...
     def steps_per_epoch(self, batch_size: int) -> int: ...
@@ -120,8 +120,10 @@ def setup(config: Config) -> tuple[torch.device, str]:
     device = runtime.choose_device(config.run.device)
     if device.type == "cpu":
         runtime.keep_freed_memory()
+    precision = runtime.choose_precision(config.run.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic
-    return device, runtime.choose_precision(config.run.amp, device)
+    torch.backends.cudnn.allow_tf32 = precision != "off"  # float32 means float32
+    return device, precision
 
 
 @torch.no_grad()
@@ -142,7 +144,7 @@ def score(
         meta = load_backbone(network, Path(config.model.backbone))
     if split == "val" and meta.get("unseen_val") != data.val_hash:
         log.warning("these weights may have been trained on images of val; --split test is fair")
-    data = data.normalised_by(meta.get("normalisation")).to(device)
+    data = data.normalised_by(meta.get("normalisation")).to(device, layout(config))
     network.to(device, memory_format=layout(config)).eval()
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from early_exit.errors import UserError
 
-MOST_WEIGHTS = 50_000  # of a linear layer on pooled features, if a coarser grid can help it
+MOST_WEIGHTS = 100_000  # of a linear layer on pooled features, if a coarser grid can help it
 
 
 def finest_grid(channels: int, num_classes: int, finest: int) -> int:
     """The side of the grid that features are pooled to before a linear layer: `finest`, or half of
-    it as often as the layer would have more than 50,000 weights. An early stage of a small network
+    it as often as the layer would have more than 100,000 weights. An early stage of a small network
     has few channels, and their global averages alone say little; where there are many channels and
     classes, the averages do."""
     grid = finest
@@ -25,19 +25,21 @@ def finest_grid(channels: int, num_classes: int, finest: int) -> int:
     return grid
 
 
-class LinearHead(nn.Sequential):
-    """Average pooling to a grid of at most 8x8 and a linear classifier, as in CDL
-    (arXiv:1509.08971). The normalisation before it scales what it learns from; in eval mode the
-    head is linear in the features."""
+class LinearHead(nn.Module):
+    """A linear classifier, as in CDL (arXiv:1509.08971), on the averages and the maxima of a grid
+    of at most 8x8. The normalisation before it scales what it learns from."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
-        grid = finest_grid(channels, num_classes, finest=8)
-        super().__init__(
-            nn.AdaptiveAvgPool2d(grid),
-            nn.BatchNorm2d(channels),
-            nn.Flatten(),
-            nn.Linear(channels * grid**2, num_classes),
-        )
+        super().__init__()
+        self.grid = finest_grid(2 * channels, num_classes, finest=8)
+        self.norm = nn.BatchNorm2d(2 * channels)
+        self.linear = nn.Linear(2 * channels * self.grid**2, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        average = nn.functional.adaptive_avg_pool2d(features, self.grid)
+        largest = nn.functional.adaptive_max_pool2d(features, self.grid)
+        pooled = torch.cat([average, largest], dim=1)  # (B, 2C, grid, grid)
+        return self.linear(self.norm(pooled).flatten(1))
 
 
 class ConvHead(nn.Sequential):

@@ -37,7 +37,7 @@ def accuracy_vs_macs(report: Report, path: Path) -> None:
         )
         axes.plot(
             macs, [100 * point.random for point in curve], color=GREY, lw=1.5, ls="--",
-            label="as many at each exit, drawn by lot",
+            label="as many at each exit, at random",
         )
         alone = [row for row in report.exits[:-1] if row.on]
         axes.plot(
@@ -51,14 +51,14 @@ def accuracy_vs_macs(report: Report, path: Path) -> None:
             )
         final = report.exits[-1]
         axes.plot(
-            100.0, 100 * final.accuracy, "D", color="black", ms=7,
-            label=f"plain network, {100 * final.accuracy:.2f} %",
+            100 * final.macs_share, 100 * final.accuracy, "D", color="black", ms=7,
+            label=f"everybody at the final exit: {100 * final.accuracy:.2f} %",
         )
         axes.plot(
             100 * report.test.macs_share, 100 * report.test.accuracy, "*", color=GREEN, ms=17,
             mec="black", mew=0.7, zorder=5,
-            label=f"chosen on val: {100 * report.test.accuracy:.2f} % at"
-            f" {100 * report.test.macs_share:.1f} %",
+            label=f"{'given' if report.thresholds_given else 'chosen on val'}:"
+            f" {100 * report.test.accuracy:.2f} % at {100 * report.test.macs_share:.1f} %",
         )
         axes.set_xlabel("multiply-adds, % of the plain network")
         axes.set_ylabel("accuracy on test, %")

@@ -55,7 +55,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanStd:
     """A number over several cuts or seeds."""
 
     mean: float
@@ -67,9 +67,9 @@ class Cuts:
     """The same choice repeated over several cuts of the test set into val and test."""
 
     count: int
-    accuracy: Spread
-    macs_share: Spread
-    final_accuracy: Spread
+    accuracy: MeanStd
+    macs_share: MeanStd
+    final_accuracy: MeanStd
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Report:
     arch: str
     regime: str
     chosen_by: str
+    thresholds_given: bool
+    """Whether the user gave the thresholds, so that they were not chosen on val."""
     criterion: str
     calibrated: bool
     val_from: str
@@ -153,7 +155,7 @@ def headline(report: Report) -> str:
         f"{100 * report.test.accuracy:.2f} % on test at {100 * report.test.macs_share:.1f} % of the"
         f" plain network's MACs; its final exit alone {100 * report.final_accuracy:.2f} %"
         f" ({'no loss' if lost <= 0 else f'{lost:.2f} points less'}),"
-        f" exits drawn by lot {100 * report.random_accuracy:.2f} %"
+        f" exits taken at random {100 * report.random_accuracy:.2f} %"
     )
 
 
@@ -202,9 +204,8 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         table(report),
         "MACs are those of everything that ran up to the exit, heads included, as a share of the"
         " plain network's"
-        f" {report.plain_macs / 1e6:.2f} M. *Alone*: if every test image left there. Thresholds"
-        f" and temperatures were fitted on {report.val_images:,} images of val"
-        f" ({report.val_from}); test ({report.test_images:,} images) was only reported.",
+        f" {report.plain_macs / 1e6:.2f} M. *Alone*: if every test image left there. "
+        + _provenance(report),
         f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
         f" {100 * report.val.macs_share:.1f} %.",
     ]
@@ -251,6 +252,21 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _provenance(report: Report) -> str:
+    """What was fitted on val."""
+    fitted = [
+        *(() if report.thresholds_given else ("thresholds",)),
+        *(("temperatures",) if report.calibrated else ()),
+    ]
+    where = f"{report.val_images:,} images of val ({report.val_from})"
+    sentence = (
+        f"{' and '.join(fitted).capitalize()} were fitted on {where};"
+        if fitted
+        else f"Nothing was fitted on {where};"
+    )
+    return f"{sentence} test ({report.test_images:,} images) was only reported."
+
+
 def finite(value: float) -> float | None:
     """JSON has no infinity: a threshold nobody reaches is null."""
     return value if math.isfinite(value) else None
@@ -260,5 +276,5 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.2f}"
 
 
-def _percent(spread: Spread) -> str:
+def _percent(spread: MeanStd) -> str:
     return f"{100 * spread.mean:.2f} ± {100 * spread.std:.2f}"

@@ -20,6 +20,7 @@ import torch
 from early_exit.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}  # as reports name them
 
 
 class Stopped(Exception):
@@ -60,7 +61,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"there is no device {name!r}; try cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"there is no device {name!r}; try cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs here;"
@@ -142,8 +145,11 @@ def set_rng_state(state: dict) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds the directory for this process alone; ends with the process, however that ends."""
+def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the directory for this process alone; ends with the process, however that ends.
+
+    Where another process holds it: a UserError, or with `wait` until that one is done.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = open(directory / ".lock", "w")
@@ -153,7 +159,7 @@ def locked(directory: Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError(
                 f"{directory} is in use by another process; wait for it, or choose another"

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,12 @@ from early_exit.network import MultiExitNetwork
 log = logging.getLogger(__name__)
 
 # Settings that a resumed run cannot change without being another run.
-FIXED = ("data.", "model.", "run.regime", "run.seed", "optim.batch_size")
+FIXED = (
+    "data.", "model.", "run.regime", "run.seed", "optim.batch_size", "optim.decay_norm"
+)
 MOVABLE = ("data.root",)
+# Settings that make a difference as long as there is something left to train.
+RECIPE = ("optim.", "backbone_phase.", "loss.", "run.amp", "run.deterministic")
 
 
 class Diverged(RuntimeError):
@@ -89,7 +93,7 @@ class Trainee:
     sums: Tally
 
 
-def default_run_dir(runs: Path, config: Config, exit_names: tuple[str, ...]) -> Path:
+def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
     """runs/NAME, where the name says data set, network, exits, regime and seed."""
     parts = [config.data.dataset, config.model.arch]
     parts += [*exit_names[:-1], config.run.regime] if len(exit_names) > 1 else ["plain"]
@@ -141,6 +145,13 @@ def train(
     network = door.build_network(config, len(data.classes))
     cost = network_cost(network)
     phases = plan_phases(config, network.num_exits)
+    if config.run.deterministic and device.type == "cuda" and (
+        config.model.head in ("linear", "mixed_pool") and phases[-1].name == "joint"
+    ):
+        raise UserError(
+            f"--deterministic on a GPU goes with {config.model.head} heads only on a frozen"
+            " backbone: pooling to a grid has no deterministic gradient there; take --head conv"
+        )
     directory = run_dir or default_run_dir(runs, config, network.exit_names)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; choose another --save-dir")
@@ -165,10 +176,13 @@ def train(
         elif config.model.backbone:
             meta = load_backbone(network, Path(config.model.backbone))
             unseen_val = data.val_hash if meta.get("unseen_val") == data.val_hash else None
-        data = data.normalised_by(meta.get("normalisation")).to(device)
+        data = data.normalised_by(meta.get("normalisation")).to(device, layout(config))
         network.to(device=device, memory_format=layout(config))
         run = Run(config, data, network, cost, phases, directory, device, precision, unseen_val)
         position = restore(run, path, state) if state else nth_epoch(phases, start_epoch)
+        if position.phase == len(phases):
+            log.info("%s is trained already", directory)
+            return directory
         describe(run)
         walk(run, position, state)
     return directory
@@ -236,7 +250,7 @@ def save(run: Run, trainee: Trainee, following: Position | None = None) -> None:
     except OSError as error:
         raise UserError(
             f"no checkpoint could be written to {run.directory} ({error.strerror});"
-            f" the last good one is whole: {run.last_good}"
+            f" the last good one: {run.last_good}"
         ) from None
     run.last_good = str(run.directory / checkpoint.NAME)
 
@@ -249,7 +263,10 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
     changed = list(configs.differences(state["config"], configs.to_dict(run.config)))
     for name, before, after in changed:
         # another file may bring the backbone; whether one does decides which phases there are
-        moved = name in MOVABLE or (name == "model.backbone" and before and after)
+        moved = name in MOVABLE or (name == "model.backbone" and before and after) or (
+            # the default places may be named or not
+            name == "model.exits" and state["exit_names"] == list(run.network.exit_names)
+        )
         if name.startswith(FIXED) and not moved:
             raise UserError(
                 f"{path} was trained with {name} = {_shown(before)}, this run asks for"
@@ -267,14 +284,16 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
         epochs = run.phases[position.phase].optim.epochs
         if position.epoch >= epochs:
             raise UserError(f"{path} has done {position.epoch} epochs, --epochs asks for {epochs}")
-    elif state["config"]["optim"]["epochs"] != run.config.optim.epochs:
-        raise UserError(
-            f"{path} has finished its {state['config']['optim']['epochs']} epochs, --epochs asks"
-            f" for {run.config.optim.epochs}; start another --save-dir"
-        )
+    else:
+        late = [change for change in changed if change[0].startswith(RECIPE)]
+        for name, before, after in late:
+            raise UserError(
+                f"{path} has finished its training with {name} = {_shown(before)}, this run asks"
+                f" for {_shown(after)}; start another --save-dir"
+            )
     log.info(
-        "going on from %s: phase %d, epoch %d, step %d%s",
-        path, position.phase, position.epoch, position.step,
+        "going on from %s: after epoch %d and step %d of phase %d%s",
+        path, position.epoch, position.step, position.phase + 1,
         "".join(f"; {name} was {_shown(a)}, now {_shown(b)}" for name, a, b in changed),
     )
     return position
@@ -416,7 +435,8 @@ def put_back(trainee: Trainee, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state["optimizer"])
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
-    trainee.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the run was not in fp16 until now
+        trainee.scaler.load_state_dict(state["scaler"])
     if state["tally"]:
         trainee.sums.load_state_dict(state["tally"])
 
@@ -425,9 +445,9 @@ def stop_if_diverged(run: Run, trainee: Trainee, held_out: Tally | None = None) 
     """Raises Diverged once a loss was not finite, on train or (held_out) on val."""
     bad = int((held_out or trainee.sums).bad_step)
     if bad >= 0:
-        where = "on val after" if held_out else f"at step {bad} of"
+        where = "on val after" if held_out else f"at step {bad + 1} of"
         raise Diverged(
-            f"the loss is not finite {where} epoch {trainee.position.epoch} of the phase"
+            f"the loss is not finite {where} epoch {trainee.position.epoch + 1} of the phase"
             f" {run.phases[trainee.position.phase].name}; the last good checkpoint:"
             f" {run.last_good}; try a lower --lr or a longer warm-up"
         )
@@ -440,8 +460,8 @@ def leave_if_asked(run: Run, trainee: Trainee, stop: runtime.StopSignals) -> Non
     stop_if_diverged(run, trainee)
     save(run, trainee)
     raise runtime.Stopped(
-        f"stopped by signal {stop.signum} and saved at epoch {trainee.position.epoch}, step"
-        f" {trainee.position.step}; go on with --resume {run.directory}",
+        f"stopped by signal {stop.signum} and saved in epoch {trainee.position.epoch + 1} after"
+        f" step {trainee.position.step}; go on with --resume {run.directory}",
         stop.signum,
     )
 

@@ -145,7 +145,8 @@ def list_archs() -> list[str]:
 
 def units_of(arch: str, net: nn.Module) -> Units:
     """The blocks of torchvision's `arch` in order; one after the other they are its forward."""
-    return next(list_units for name, list_units in FAMILIES.items() if re.fullmatch(name, arch))(net)
+    family = next(pattern for pattern in FAMILIES if re.fullmatch(pattern, arch))
+    return FAMILIES[family](net)
 
 
 def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) -> nn.Module:

@@ -165,7 +165,7 @@ def policy_of(tiny_net, tmp_path, monkeypatch):
     def policy_of(val, test, goal):
         trained = Trained(
             run_dir=tmp_path, config=Config(), network=tiny_net, data=None,
-            cost=network_cost(tiny_net), device=torch.device("cpu"), precision="float32",
+            cost=network_cost(tiny_net), device=torch.device("cpu"), precision="off",
             weights="some weights", unseen_val="hash",
         )
         data = type("Data", (), {"name": "wallpapers"})()

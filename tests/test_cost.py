@@ -98,8 +98,8 @@ def test_parameters_by_hand(cost20):
 @pytest.mark.parametrize(
     "kind, macs, params",
     [
-        # 16 channels of 8x8 cells, and their normalisation
-        ("linear", 16 * 64 * 10, 16 * 64 * 10 + 10 + 32),
+        # averages and maxima of 16 channels on 8x8 cells, and their normalisation
+        ("linear", 32 * 64 * 10, 32 * 64 * 10 + 10 + 64),
         # 16 channels of 4x4 cells, and the mixture's one number
         ("mixed_pool", 16 * 16 * 10, 16 * 16 * 10 + 10 + 1),
     ],

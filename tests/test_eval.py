@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -474,9 +475,13 @@ class TestMistakes:
         assert not (copy / "eval").exists()
 
     def test_a_plain_network(self, refusal, plain):
-        assert refusal(plain) == (
-            "this is a plain network without early exits; there is nothing to choose"
-        )
+        message = refusal(plain)
+        assert message.startswith(f"{plain} is a plain network without early exits, so there is")
+        assert not (plain / "records").exists()
+
+    def test_branchynets_t_without_its_minus(self, refusal, copy):
+        message = refusal(copy, "--criterion", "entropy", "--thresholds", "0.3")
+        assert message.endswith("BranchyNet's T of 0.3 is --thresholds=-0.3")
 
     def test_patience_with_one_early_exit(self, refusal, one_exit):
         message = refusal(one_exit, "--criterion", "patience")
@@ -577,7 +582,7 @@ class TestFiles:
     def test_policy_yaml_gives_the_reports_accuracy_live(self, written):
         policy = Policy.load(written / "policy.yaml")
         report = json.loads((written / "report.json").read_text())
-        network = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).eval()
+        network = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).eval()
         network.load_state_dict(checkpoint.load(written.parent.parent)["network"])
         whole = some_digits(DataConfig())
         ((images, targets),) = whole.eval_batches("test", 120)
@@ -663,7 +668,7 @@ class TestFiles:
         checkpoint.save(copy, state)
         run_main(script.main, "eval.py", monkeypatch, capsys, copy, "--name", "mine", *FLAGS)
         report = json.loads((copy / "eval" / "mine" / "report.json").read_text())
-        assert report["precision"] == "off"
+        assert report["precision"] == "float32"
 
     def test_the_screen_shows_the_table_and_where_the_files_are(self, copy, monkeypatch, capsys):
         monkeypatch.setattr(script, "DOOR", DOOR)
@@ -745,9 +750,20 @@ class TestRecords:
     def test_another_precision_has_records_of_its_own(self, copy, recorded):
         quickly(copy, Goal(max_drop=0.0), overrides={"run": {**CPU["run"], "amp": "bf16"}})
         assert sorted(recorded) == ["test", "val"]
-        assert {path.name for path in (copy / "records").iterdir()} == {
+        assert {path.name for path in (copy / "records").iterdir() if path.is_dir()} == {
             "val-off", "test-off", "val-bf16", "test-bf16"
         }
+
+    def test_two_evaluations_at_once_record_once(self, copy, recorded):
+        """The second waits for the first, and finds what it made."""
+        shutil.rmtree(copy / "records")
+        with ThreadPoolExecutor() as pool:
+            jobs = [
+                pool.submit(quickly, copy, Goal(max_drop=0.0), name=name) for name in ("one", "two")
+            ]
+            (one, _), (two, _) = (job.result() for job in jobs)
+        assert one["test"] == two["test"]
+        assert sorted(recorded) == ["test", "val"]
 
 
 class TestUnfinished:

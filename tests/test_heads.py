@@ -26,26 +26,26 @@ def test_head_maps_features_to_logits(kind, batch):
 def test_linear_head_by_hand():
     head = LinearHead(channels=2, num_classes=1).eval()
     with torch.no_grad():
-        head[-1].weight.zero_()
-        head[-1].weight[0, 1] = 3.0  # of the first channel's 64 cells the second
-        head[-1].weight[0, 64] = 0.5  # of the second channel's the first
-        head[-1].bias.fill_(1.0)
-        head[1].running_var.fill_(4.0 - head[1].eps)  # features are halved
-        head[1].running_mean[0] = 1.0  # and the first channel's lowered by 1 before
+        head.linear.weight.zero_()
+        head.linear.weight[0, 1] = 3.0  # the first channel's average in the second of 64 cells
+        head.linear.weight[0, 3 * 64] = 0.5  # the second channel's maximum in the first
+        head.linear.bias.fill_(1.0)
+        head.norm.running_var.fill_(4.0 - head.norm.eps)  # features are halved
+        head.norm.running_mean[0] = 1.0  # and the first average lowered by 1 before
     # 16x16 features pooled to 8x8 cells of 2x2
     features = torch.zeros(1, 2, 16, 16)
     features[0, 0, :2, 2:4] = torch.tensor([[1.0, 2.0], [2.0, 3.0]])  # mean 2
-    features[0, 1, 1, 1] = 8.0  # mean 2
+    features[0, 1, 1, 1] = 8.0  # a maximum of 8
     features[0, 1, 15, 15] = 100.0  # in a cell of weight 0
-    assert head(features).item() == pytest.approx(3 * (2 - 1) / 2 + 0.5 * 2 / 2 + 1)
+    assert head(features).item() == pytest.approx(3 * (2 - 1) / 2 + 0.5 * 8 / 2 + 1)
 
 
 @pytest.mark.parametrize(
     "channels, num_classes, finest, grid",
     [
-        (64, 10, 8, 8),  # 40,960 weights
-        (79, 10, 8, 4),  # 50,560 on 8x8
-        (64, 10, 4, 4),
+        (128, 10, 8, 8),  # 81,920 weights
+        (157, 10, 8, 4),  # 100,480 on 8x8
+        (128, 10, 4, 4),
         (16, 100, 8, 4),  # 102,400 on 8x8, 25,600 on 4x4
         (256, 1000, 8, 1),  # 256,000 at least
     ],

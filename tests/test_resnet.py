@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from cifar10.resnet import DEPTHS, BasicBlock, ResNet, build_backbone, build_network
 from early_exit.errors import UserError
+from early_exit.heads import LinearHead
 
 ARCHS = [pytest.param(arch, marks=[pytest.mark.slow] * (arch == "resnet1202")) for arch in DEPTHS]
 
@@ -58,7 +59,7 @@ def test_named_exits_head_and_classes_are_built():
     network = build_network("resnet20", ("layer1.0", "layer2"), head="linear", num_classes=7).eval()
     assert network.exit_names == ("layer1.0", "layer2", "final")
     assert [said.shape[1] for said in network(torch.zeros(1, 3, 32, 32))] == [7] * 3
-    assert isinstance(network.heads["layer2"][0], nn.AdaptiveAvgPool2d)
+    assert isinstance(network.heads["layer2"], LinearHead)
 
 
 def test_unknown_network_is_refused_with_the_known_ones_named():

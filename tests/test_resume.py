@@ -160,7 +160,7 @@ class TestStopped:
             go(tmp_path / "run")
         assert stopped.value.code == 143
         assert str(stopped.value) == (
-            f"stopped by signal 15 and saved at epoch 0, step 2; go on with --resume"
+            f"stopped by signal 15 and saved in epoch 1 after step 2; go on with --resume"
             f" {tmp_path / 'run'}"
         )
 
@@ -333,12 +333,50 @@ class TestOtherSettings:
         trainer.main(["--resume", str(half)])
         assert_same_run(half, whole)
 
-    def test_more_epochs_for_a_finished_run_are_refused(self, whole, tmp_path):
-        """Silence would leave a config.yaml that names epochs nobody trained."""
+    @pytest.mark.parametrize("change", [{"epochs": 4}, {"lr": 0.01}, {"label_smoothing": 0.1}])
+    def test_another_recipe_for_a_finished_run_is_refused(self, whole, tmp_path, change):
+        """Silence would leave a config.yaml that tells what nobody trained."""
         shutil.copytree(whole, tmp_path / "run")
-        optim = dataclasses.replace(tiny_config().optim, epochs=4)
-        with pytest.raises(UserError):
+        optim = dataclasses.replace(tiny_config().optim, **change)
+        with pytest.raises(UserError, match=f"has finished .* optim.{next(iter(change))}"):
             go(tmp_path / "run", dataclasses.replace(tiny_config(), optim=optim))
+
+    def test_a_finished_run_is_left_as_it_is(self, whole, tmp_path, caplog):
+        directory = shutil.copytree(whole, tmp_path / "run")
+        (directory / "versions.json").write_text("those of the training")
+        with caplog.at_level(logging.INFO):
+            go(directory)
+        assert caplog.messages[-1] == f"{directory} is trained already"
+        assert (directory / "versions.json").read_text() == "those of the training"
+
+    def test_the_default_places_may_be_named(self, tmp_path, monkeypatch):
+        model = dataclasses.replace(tiny_config().model, exits=None)
+        at_batch(monkeypatch, 7, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run", dataclasses.replace(tiny_config(), model=model))
+        go(tmp_path / "run")  # with exits=("layer1",)
+
+    def test_another_precision_is_taken(self, half, whole, monkeypatch):
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+        trainer.main(["--resume", str(half), "--amp", "fp16"])
+        assert checkpoint.load(half)["scaler"]
+        assert checkpoint.load(half)["position"] == checkpoint.load(whole)["position"]
+
+    def test_another_set_of_decayed_parameters_is_refused(self, refusal):
+        message = refusal("--set", "optim.decay_norm=false")
+        assert "was trained with optim.decay_norm = True, this run asks for False" in message
+
+    def test_auto_without_a_directory_takes_the_runs_own_settings(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(trainer, "DOOR", DOOR)
+        monkeypatch.setattr(trainer, "RUNS", tmp_path)
+        flags = ("--dataset", "digits", "--threads", "1")
+        with monkeypatch.context() as patch:
+            at_batch(patch, 4, crash)
+            with pytest.raises(Crash):
+                trainer.main([*flags, "--epochs", "2", "-b", "16", "--lr", "0.01"])
+        trainer.main([*flags, "--resume", "auto"])
+        (directory,) = tmp_path.iterdir()
+        assert [record["epochs"] for record in journal(directory)] == [2, 2]
 
 
 class TestPaths:
@@ -437,7 +475,7 @@ class TestProcesses:
     def test_a_signal_that_asks_is_one_line_and_its_code(self, ends, name, code):
         returncode, said, _ = ends[name]
         assert returncode == code
-        assert said.startswith(f"trainer.py: stopped by signal {code - 128} and saved at epoch ")
+        assert said.startswith(f"trainer.py: stopped by signal {code - 128} and saved in epoch ")
         assert said.count("\n") == 1
 
     # batch 8 is step 2 of epoch 1, batch 9 + 13 = 22 is step 4 of epoch 3, counted from 0
@@ -513,3 +551,8 @@ class TestManyKills:
         done = finish(start(script, *flags, *resumed, cwd=tmp_path))
         assert (done.returncode, done.stderr) == (0, "")
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+        flags = ("--threads", "1", "--timing-images", "32", "--batch-sizes", "8")
+        done = finish(start("cifar10/eval.py", "run", *flags, cwd=tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "live inference on 360 test images" in done.stdout
+        assert list((tmp_path / "run" / "eval").glob("*/accuracy_vs_macs.png"))

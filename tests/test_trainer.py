@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import logging
 import math
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from scripts import DOOR, TINY, few_digits, finish, run_main, start, tiny_network
 
 from cifar10 import trainer
-from early_exit import checkpoint, training
+from early_exit import checkpoint, experiment, training
 from early_exit import config as configs
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -92,7 +94,7 @@ def slow_accuracy(directory: Path, split: str) -> dict[str, float]:
     """Accuracy of every exit, one image after the other, of the checkpoint in `directory`."""
     saved = checkpoint.load(directory)
     config = configs.build(Config, saved["config"])
-    network = tiny_network(config.model, 10).eval()
+    network = tiny_network(config, 10).eval()
     network.load_state_dict(saved["network"])
     part = few_digits(config.data.split_seed).splits[split]
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -148,7 +150,7 @@ class TestMistakes:
 
     def test_exits_none_with_others(self, refusal):
         message = refusal(*TINY, "--exits", "layer1", "none")
-        assert message == "--exits none stands alone: it asks for the plain network"
+        assert message == "exits: none stands alone; it asks for the plain network"
 
     def test_a_value_of_the_wrong_kind(self, refusal):
         assert refusal("--epochs", "ten") == "optim.epochs must be a whole number, got 'ten'"
@@ -229,6 +231,10 @@ class TestMistakes:
     def test_a_device_that_is_not_there(self, refusal):
         assert refusal(*TINY, "--device", "gpu").startswith("there is no device 'gpu'; try cpu")
 
+    @pytest.mark.parametrize("device", ["mps", "meta", "xpu:0"])
+    def test_a_device_of_another_kind(self, refusal, device):
+        assert refusal(*TINY, "--device", device).startswith(f"there is no device '{device}'")
+
     def test_a_preset_that_is_missing(self, refusal, tmp_path):
         message = refusal("--config", tmp_path / "no.yaml")
         assert message == f"there is no preset at {tmp_path / 'no.yaml'}; check --config"
@@ -240,7 +246,7 @@ class TestMistakes:
         monkeypatch.setattr(checkpoint, "save", full)
         assert refusal(*TINY, "--save-dir", tmp_path / "run") == (
             f"no checkpoint could be written to {tmp_path / 'run'} (No space left on device);"
-            " the last good one is whole: none was saved"
+            " the last good one: none was saved"
         )
 
 
@@ -265,7 +271,7 @@ class TestDivergence:
         assert code == 1
         assert err.count("\n") == 1
         assert err.startswith("trainer.py: the loss is not finite at step ")
-        assert "of epoch 0 of the phase joint" in err
+        assert "of epoch 1 of the phase joint" in err
         assert "the last good checkpoint: none was saved" in err
         assert not (tmp_path / "run" / checkpoint.NAME).exists()
 
@@ -274,7 +280,7 @@ class TestDivergence:
         code, _, err = run(*TINY, "--save-dir", tmp_path / "run")
         newest = tmp_path / "run" / checkpoint.NAME
         assert code == 1
-        assert "at step 2 of epoch 1 of the phase joint" in err
+        assert "at step 3 of epoch 2 of the phase joint" in err
         assert f"the last good checkpoint: {newest};" in err
         assert checkpoint.load(newest)["position"] == {"phase": 0, "epoch": 1, "step": 0}
 
@@ -583,7 +589,8 @@ class TestRegimes:
         before = checkpoint.load(tmp_path / "run" / checkpoint.PREVIOUS)["network"]
         after = checkpoint.load(tmp_path / "run")["network"]
         torch.manual_seed(0)
-        untrained = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).state_dict()
+        config = Config(model=ModelConfig(exits=("layer1", "layer2")))
+        untrained = tiny_network(config, 10).state_dict()
         heads = [name for name in after if name.startswith("heads.")]
         assert all(torch.equal(before[name], untrained[name]) for name in heads)
         assert not all(torch.equal(after[name], untrained[name]) for name in heads)
@@ -610,7 +617,8 @@ class TestRegimes:
 
     def test_frozen_trains_the_heads(self, frozen):
         torch.manual_seed(0)
-        untrained = tiny_network(ModelConfig(exits=("layer1", "layer2")), 10).state_dict()
+        config = Config(model=ModelConfig(exits=("layer1", "layer2")))
+        untrained = tiny_network(config, 10).state_dict()
         trained = checkpoint.load(frozen)["network"]
         weights = [n for n in trained if n.startswith("heads.") and n.endswith("weight")]
         assert not any(torch.equal(trained[name], untrained[name]) for name in weights)
@@ -637,7 +645,86 @@ class TestRegimes:
         assert checkpoint.load(tmp_path / "run")["unseen_val"] is None
 
 
+class TestFlags:
+    """Flags that change how a run is computed: each trains, and none is ignored."""
+
+    @pytest.fixture
+    def weights(self, tmp_path):
+        """A function that gives the backbone's weights after a run of two epochs with flags."""
+
+        def call(*flags) -> dict[str, torch.Tensor]:
+            return checkpoint.load(train(tmp_path / "run", *flags))["network"]
+
+        return call
+
+    @pytest.mark.parametrize("amp", ["bf16", "fp16"])
+    def test_amp(self, weights, joint, amp):
+        name, reference = "backbone.conv1.weight", checkpoint.load(joint)["network"]
+        found = weights("--amp", amp)[name]
+        assert not torch.equal(found, reference[name])
+        torch.testing.assert_close(found, reference[name], rtol=0.1, atol=0.05)
+
+    def test_distill_teaches_the_early_exits(self, weights, joint):
+        name, reference = "heads.layer1.5.weight", checkpoint.load(joint)["network"]
+        assert not torch.equal(weights("--distill", "0.5")[name], reference[name])
+
+    @pytest.mark.parametrize("flags, layout", [
+        ((), torch.channels_last), (("--no-channels-last",), torch.contiguous_format),
+    ])
+    def test_channels_last(self, monkeypatch, tmp_path, flags, layout):
+        seen = []
+
+        def spying(settings):
+            network = tiny_network(settings, 10)
+            network.backbone.layer2[0].register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=layout))
+            )
+            return network
+
+        monkeypatch.setattr(
+            trainer, "DOOR", FrontDoor(lambda settings, _: spying(settings), DOOR.load_data)
+        )
+        trainer.main([*TINY, "--epochs", "1", "--save-dir", str(tmp_path / "run"), *flags])
+        # dry run and cost count apart, which see images of no layout
+        assert len(seen) > 2 and all(seen[2:])
+
+    @pytest.mark.slow
+    def test_compile(self, weights, joint):
+        name, reference = "backbone.conv1.weight", checkpoint.load(joint)["network"]
+        torch.testing.assert_close(weights("--compile")[name], reference[name], rtol=1, atol=0.01)
+
+
+class TestWhatIsNext:
+    def next_of(self, out: str) -> list[str]:
+        return shlex.split(out.splitlines()[-1].removeprefix("next: "))
+
+    def test_an_evaluation(self, run, tmp_path):
+        directory = tmp_path / "a run"
+        code, out, _ = run(*TINY, "--epochs", "1", "--save-dir", directory)
+        assert code == 0
+        python, script, run_dir = self.next_of(out)
+        assert (python, run_dir) == (sys.executable, str(directory))
+        assert script.endswith("eval.py") and Path(script).is_file()
+
+    def test_the_score_of_a_plain_network(self, run, tmp_path):
+        directory = tmp_path / "run"
+        _, out, _ = run(*TINY, "--epochs", "1", "--save-dir", directory, "--exits", "none")
+        code, out, _ = run(*self.next_of(out)[2:])
+        assert code == 0
+        assert out.startswith("test final ")
+
+
 class TestEvaluate:
+    def test_it_is_in_float32_unless_asked(self, run, joint, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            experiment, "setup",
+            lambda config: asked.append(config.run.amp) or (torch.device("cpu"), "off"),
+        )
+        run("-e", "--resume", joint)
+        run("-e", "--resume", joint, "--amp", "bf16")
+        assert asked == ["off", "bf16"]
+
     def shown(self, out: str) -> dict[str, float]:
         """The accuracies printed, by exit, and that they name `split`."""
         rows = [line.split() for line in out.splitlines() if line.endswith(" %")]
