@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -81,14 +82,16 @@ def fenced(page: Path) -> list[tuple[str, str]]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every shown command that runs a script: in the pages' fenced blocks and in the scripts' own
-    docstrings, which explain it after two spaces. Each with where it stands."""
+    """Every shown command that runs a script: in the pages' fenced blocks and lines, and in the
+    scripts' own docstrings, which explain it after two spaces. Each with where it stands."""
     found = []
     for page in PAGES:
         for _, block in fenced(page):
             for line in block.replace("\\\n", " ").splitlines():
                 found.append((relative(page), line.strip().removeprefix("$ ")))
-    for path in SOURCES:
+        for line in re.findall(r"`(python [^`]+)`", page.read_text()):
+            found.append((relative(page), " ".join(line.split())))
+    for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("docs-src/**/*.py")]:
         docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
         for line in docstring.splitlines():
             if line.startswith("    python "):
@@ -112,7 +115,9 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
     monkeypatch.chdir(ROOT)
     _, script, *flags = shlex.split(command, comments=True)
     assert (ROOT / script).exists()
-    if not script.startswith(tuple(f"{name}/" for name in PACKAGES)):
+    if script.startswith("docs-src/"):
+        module = runpy.run_path(str(ROOT / script))
+        module["parser"]().parse_args(flags)
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     args = module.parser().parse_args(flags)

@@ -227,12 +227,17 @@ def legend_handles() -> list[Line2D | Patch]:
     return handles
 
 
-def main() -> None:
-    """Trains, chooses the threshold on val, prints the numbers and draws."""
+def parser() -> argparse.ArgumentParser:
+    """The figure's flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, help="the PNG (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Trains, chooses the threshold on val, prints the numbers and draws."""
+    args = parser().parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

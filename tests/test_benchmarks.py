@@ -1,0 +1,65 @@
+"""The benchmarks run, say what they measured, and refuse in one line."""
+
+import re
+
+import pytest
+from scripts import finish, run_main, start
+
+from benchmarks import inference
+
+TINY = (
+    "--arch", "resnet20", "--images", "64", "--batch-sizes", "1", "32", "--seconds", "0.2",
+    "--device", "cpu",
+)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs benchmarks/inference.py: exit code, stdout, stderr."""
+    return lambda *flags: run_main(inference.main, "inference.py", monkeypatch, capsys, *flags)
+
+
+def test_inference_names_the_precision_and_measures_every_batch_size(run):
+    code, out, err = run(*TINY, "--leave", "0.5", "0.25")
+    assert (code, err) == (0, "")
+    assert "conv heads, float32, " in out
+    assert "leaving: layer1 50 %, layer2 25 %, final 25 %" in out
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ x \| ", out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "32"]
+    assert all(float(value) > 0 for row in rows for value in row)
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "margin"])
+def test_the_wanted_shares_leave_by_any_criterion(run, criterion):
+    _, out, _ = run(*TINY, "--criterion", criterion, "--leave", "0.25", "0.5")
+    assert "leaving: layer1 25 %, layer2 50 %, final 25 %" in out
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--leave", "0.5"), "--leave takes 2 shares"),
+    (("--leave", "0.6", "0.6"), "--leave takes 2 shares"),
+    (("--images", "100", "--batch-sizes", "256"), "--batch-sizes lie between 1 and the 100"),
+    (("--amp", "half"), "argument --amp: invalid choice: 'half'"),
+    (("--criterion", "patience"), "argument --criterion: invalid choice: 'patience'"),
+    (("--exits", "layr1", "layer2"), "there is no place 'layr1'"),
+])
+def test_mistakes_end_in_one_line(run, flags, said):
+    code, _, err = run(*flags)
+    assert code == 2
+    assert err.startswith(f"inference.py: {said}") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_training_compares_the_loops(tmp_path):
+    flags = ("--steps", "1", "--turns", "1", "--device", "cpu")
+    done = finish(start("benchmarks/training.py", *flags, cwd=tmp_path))
+    assert done.returncode == 0, done.stderr
+    ratios = re.findall(r"ratio ([\d.]+) ", done.stdout)
+    assert len(ratios) == 2 and all(float(ratio) > 0 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_a_loop_that_fails_ends_the_benchmark(tmp_path):
+    done = finish(start("benchmarks/training.py", "--arch", "resnet21", cwd=tmp_path))
+    assert done.returncode == 2
+    assert "training.py: the loop 'usual' failed; its error stands above" in done.stderr
