@@ -9,6 +9,7 @@ own; the timed stretches take turns, and the ratio printed is the median over tu
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import statistics
@@ -134,13 +135,15 @@ def serve(loop: str, args: argparse.Namespace, pipe: Connection) -> None:
     pixels = rng.integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
     images = data.ImageSet(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 10, IMAGES)))
     steps = LOOPS[loop](images, device, args)
-    while count := pipe.recv():
-        runtime.synchronize(device)
-        began = time.perf_counter()
-        for _ in itertools.islice(steps, count):
-            pass
-        runtime.synchronize(device)
-        pipe.send(time.perf_counter() - began)
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            count = pipe.recv()
+            runtime.synchronize(device)
+            began = time.perf_counter()
+            for _ in itertools.islice(steps, count):
+                pass
+            runtime.synchronize(device)
+            pipe.send(time.perf_counter() - began)
 
 
 def compare(loops: Sequence[str], args: argparse.Namespace, steps: int) -> dict[str, list[float]]:
@@ -149,7 +152,7 @@ def compare(loops: Sequence[str], args: argparse.Namespace, steps: int) -> dict[
     pipes, processes = {}, []
     for loop in loops:
         pipes[loop], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(loop, args, theirs), daemon=True))
+        processes.append(context.Process(target=serve, args=(loop, args, theirs)))
         processes[-1].start()
         theirs.close()  # so that a loop that fails ends the run instead of leaving it waiting
 
@@ -160,15 +163,17 @@ def compare(loops: Sequence[str], args: argparse.Namespace, steps: int) -> dict[
         except EOFError:
             raise UserError(f"the loop {loop!r} failed; its error stands above") from None
 
-    for loop in loops:
-        seconds_of(loop, 5)
     seconds: dict[str, list[float]] = {loop: [] for loop in loops}
-    for _ in range(args.turns):
+    try:
         for loop in loops:
-            seconds[loop].append(seconds_of(loop, steps))
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(0)
-        process.join()
+            seconds_of(loop, 5)
+        for _ in range(args.turns):
+            for loop in loops:
+                seconds[loop].append(seconds_of(loop, steps))
+    finally:
+        for pipe, process in zip(pipes.values(), processes, strict=True):
+            pipe.close()
+            process.join()
     return seconds
 
 
@@ -203,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = runtime.choose_precision(args.amp, device)
     print(f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {BATCH}")
     print("data alone, one process: PIL in a DataLoader, tensors")
-    show(compare(["pil", "tensors"], args, args.steps), args.steps)
+    steps = 5 * args.steps  # they take a fraction of a training step's time
+    show(compare(["pil", "tensors"], args, steps), steps)
     print(
         f"training {args.arch}: usual loop in float32, ours in {runtime.PRECISIONS[precision]}"
         f"{', compiled' if args.compile else ''}"
