@@ -71,9 +71,8 @@ def test_default_exits_are_cheap_and_counted_as_torchvision_counts(arch):
     cost = default_cost(arch)
     assert len(cost.exit_names) == 3
     assert max(cost.head_macs) <= 0.02 * cost.plain_macs
-    # 512 channels into 1000 classes, and up to 1024 mixed into them
-    assert max(cost.head_params) < 1_000_000 or cost.backbone_params > 40_000_000
-    assert max(cost.head_params) < 1_500_000
+    # a million is 512 channels into 1000 classes and 1024 mixed into them; the giants have wider
+    assert max(cost.head_params) < max(1_000_000, 0.03 * cost.backbone_params)
     weights = list(models.get_model_weights(arch))
     assert cost.backbone_params in [each.meta["num_params"] for each in weights]
     at_224 = [each.meta["_ops"] for each in weights if each.transforms().crop_size == [224]]
