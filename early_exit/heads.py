@@ -26,20 +26,33 @@ def finest_grid(channels: int, num_classes: int, finest: int) -> int:
 
 
 class LinearHead(nn.Module):
-    """A linear classifier, as in CDL (arXiv:1509.08971), on the averages and the maxima of a grid
-    of at most 8x8. The normalisation before it scales what it learns from."""
+    """A linear classifier, as in CDL (arXiv:1509.08971), on statistics of grids laid over every
+    channel: averages on a grid of at most 8x8, maxima on one half as fine, standard deviations on
+    one a quarter as fine. The normalisation before it scales what it learns from."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.grid = finest_grid(2 * channels, num_classes, finest=8)
-        self.norm = nn.BatchNorm2d(2 * channels)
-        self.linear = nn.Linear(2 * channels * self.grid**2, num_classes)
+        finest = finest_grid(channels, num_classes, finest=8)
+        self.grids = finest, max(1, finest // 2), max(1, finest // 4)
+        width = channels * sum(grid**2 for grid in self.grids)
+        self.norm = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        average = nn.functional.adaptive_avg_pool2d(features, self.grid)
-        largest = nn.functional.adaptive_max_pool2d(features, self.grid)
-        pooled = torch.cat([average, largest], dim=1)  # (B, 2C, grid, grid)
-        return self.linear(self.norm(pooled).flatten(1))
+        fine, middle, coarse = self.grids
+        average = nn.functional.adaptive_avg_pool2d(features, fine)
+        largest = nn.functional.adaptive_max_pool2d(features, middle)
+        pooled = [average, largest, deviation(features, coarse)]  # (B, C, grid, grid) each
+        return self.linear(self.norm(torch.cat([part.flatten(1) for part in pooled], dim=1)))
+
+
+def deviation(features: Tensor, grid: int) -> Tensor:
+    """Standard deviations within the cells of a grid: (B, C, H, W) to (B, C, grid, grid)."""
+    features = features.float()  # a difference of squares needs the digits
+    average = nn.functional.adaptive_avg_pool2d(features, grid)
+    squares = nn.functional.adaptive_avg_pool2d(features.square(), grid)
+    # the little that is added keeps the root's slope finite where a cell is even
+    return ((squares - average.square()).clamp_min(0) + 1e-5).sqrt()
 
 
 class ConvHead(nn.Sequential):

@@ -98,8 +98,8 @@ def test_parameters_by_hand(cost20):
 @pytest.mark.parametrize(
     "kind, macs, params",
     [
-        # averages and maxima of 16 channels on 8x8 cells, and their normalisation
-        ("linear", 32 * 64 * 10, 32 * 64 * 10 + 10 + 64),
+        # 16 channels: averages of 8x8 cells, maxima of 4x4, deviations of 2x2; a normalisation
+        ("linear", 16 * 84 * 10, 16 * 84 * 10 + 10 + 2 * 16 * 84),
         # 16 channels of 4x4 cells, and the mixture's one number
         ("mixed_pool", 16 * 16 * 10, 16 * 16 * 10 + 10 + 1),
     ],

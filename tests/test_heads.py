@@ -12,6 +12,7 @@ from early_exit.heads import (
     SeparableHead,
     TokenMap,
     build_head,
+    deviation,
     finest_grid,
 )
 
@@ -25,19 +26,34 @@ def test_head_maps_features_to_logits(kind, batch):
 
 def test_linear_head_by_hand():
     head = LinearHead(channels=2, num_classes=1).eval()
+    maxima, deviations = 2 * 64, 2 * (64 + 16)  # where they begin
     with torch.no_grad():
         head.linear.weight.zero_()
-        head.linear.weight[0, 1] = 3.0  # the first channel's average in the second of 64 cells
-        head.linear.weight[0, 3 * 64] = 0.5  # the second channel's maximum in the first
+        head.linear.weight[0, 1] = 3.0  # the first channel's average in the second of 8x8 cells
+        head.linear.weight[0, maxima + 16] = 0.5  # the second channel's maximum, first of 4x4
+        head.linear.weight[0, deviations + 7] = 7.0  # its deviation in the last of 2x2
         head.linear.bias.fill_(1.0)
         head.norm.running_var.fill_(4.0 - head.norm.eps)  # features are halved
-        head.norm.running_mean[0] = 1.0  # and the first average lowered by 1 before
-    # 16x16 features pooled to 8x8 cells of 2x2
+        head.norm.running_mean[1] = 1.0  # and that average lowered by 1 before
     features = torch.zeros(1, 2, 16, 16)
     features[0, 0, :2, 2:4] = torch.tensor([[1.0, 2.0], [2.0, 3.0]])  # mean 2
-    features[0, 1, 1, 1] = 8.0  # a maximum of 8
-    features[0, 1, 15, 15] = 100.0  # in a cell of weight 0
-    assert head(features).item() == pytest.approx(3 * (2 - 1) / 2 + 0.5 * 8 / 2 + 1)
+    features[0, 1, 3, 3] = 8.0  # a maximum of 8
+    features[0, 1, 8:, 8:12] = 6.0  # half of a cell 6, half 0: a deviation of 3
+    expected = 3 * (2 - 1) / 2 + 0.5 * 8 / 2 + 7 * 3 / 2 + 1
+    assert head(features).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_deviation_equals_the_slow_one():
+    features = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    cells = features.unflatten(2, (2, 3)).unflatten(4, (2, 3)).transpose(3, 4)
+    slow = cells.flatten(4).std(dim=4, correction=0)
+    torch.testing.assert_close(deviation(features, 2), slow, rtol=1e-3, atol=1e-4)
+
+
+def test_deviation_of_even_features_has_a_finite_slope():
+    features = torch.full((1, 1, 4, 4), 3.0, requires_grad=True)
+    deviation(features, 1).sum().backward()
+    assert features.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
