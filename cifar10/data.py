@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from early_exit.errors import UserError
-from early_exit.splits import halves, index_hash, stratified
+from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ class Data:
     eval_batch: int = 500
 
     @property
+    def test_hash(self) -> str:
+        """Says which images are test."""
+        return f"{self.name} test"
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image."""
         return tuple(self.splits["train"].images.shape[1:])
@@ -93,23 +98,27 @@ class Data:
         return max(1, len(self.splits["train"]) // batch_size)
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, first_step: int = 0
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from `first_step` on: images (B, 3, H, W), targets (B,)."""
+        """The epoch's batches from `first_step` on: images (B, 3, H, W), targets (B,); of each
+        step its parts that are in `share`."""
         train = self.splits["train"]
         order = torch.randperm(len(train), generator=_generator(seed, epoch))
         order = order.to(train.images.device)
         for step in range(first_step, self.steps_per_epoch(batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
             # from 1 on: a seed sequence of (seed, epoch, 0) is the order's (seed, epoch)
-            images = augment(train.images[rows], _generator(seed, epoch, step + 1), self.flip)
-            yield self.normalise(images), train.targets[rows]
+            draws = Draws.of(len(rows), _generator(seed, epoch, step + 1))
+            for part in share.parts(len(rows)):
+                images = augment(train.images[rows[part]], draws.at(part), self.flip)
+                yield self.normalise(images), train.targets[rows[part]]
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The split's batches in order, not augmented."""
+    def eval_batches(
+        self, split: str, batch_size: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split's batches in order, not augmented; those that are in `share`."""
         part = self.splits[split]
-        for start in range(0, len(part), batch_size):
-            rows = slice(start, start + batch_size)
+        for rows in share.batches(len(part), batch_size):
             yield self.normalise(part.images[rows]), part.targets[rows]
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -139,21 +148,37 @@ class Data:
         return self.splits[split].images[index].permute(1, 2, 0).cpu().numpy()
 
 
-def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about a step's images: the corner of each crop, and who is mirrored."""
+
+    corners: Tensor  # (2, B)
+    mirrored: Tensor  # (B,)
+
+    @classmethod
+    def of(cls, count: int, generator: torch.Generator) -> "Draws":
+        """The draws for `count` images."""
+        corners = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+        return cls(corners, torch.rand(count, generator=generator) < 0.5)
+
+    def at(self, rows: slice) -> "Draws":
+        """Those of some of the images."""
+        return Draws(self.corners[:, rows], self.mirrored[rows])
+
+
+def augment(images: Tensor, draws: Draws, flip: bool) -> Tensor:
     """Random crops after padding with black by 4 pixels, and random mirror images.
 
     The distribution of torchvision's RandomCrop(H, padding=4) and RandomHorizontalFlip, for a
     whole batch at once. images: (B, 3, H, W) uint8, square.
     """
     count, _, height, width = images.shape
-    draws = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    top, left = draws.to(images.device, non_blocking=True)
+    top, left = draws.corners.to(images.device, non_blocking=True)
     padded = F.pad(images, (PAD,) * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
     images = windows[torch.arange(count, device=images.device), :, top, left]
     if flip:
-        mirrored = mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        mirrored = draws.mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
         images = torch.where(mirrored, images.flip(-1), images)
     return images
 
@@ -240,5 +265,4 @@ LOADERS = {"cifar10": _cifar10, "digits": _digits}
 
 def _generator(*numbers: int) -> torch.Generator:
     """A generator on the CPU, so that the order does not depend on the device."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    return torch.Generator().manual_seed(seed_of(*numbers))

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar10.trainer import DOOR
-from early_exit import cli, evaluation
-from early_exit.criteria import CRITERIA
+from early_exit import cli
 
 
 def parser() -> cli.Parser:
@@ -22,17 +21,13 @@ def parser() -> cli.Parser:
         parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
         help="where the data set lies (default: where it lay in training)",
     )
-    cli.add_evaluation_flags(parser, list(CRITERIA))
+    cli.add_evaluation_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, evaluates and prints the table."""
-    args = parser().parse_args(argv)
-    report, directory = evaluation.evaluate(
-        args.run, DOOR, cli.goal_of(args), **cli.evaluation_options(args)
-    )
-    print(evaluation.summary(report, directory))
+    cli.evaluate(parser().parse_args(argv), DOOR)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 from cifar10 import data, resnet
 from early_exit import cli, experiment
 from early_exit.config import Config, DataConfig
-from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +70,6 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    if args.split and not args.evaluate:
-        raise UserError("--split goes with -e")
     cli.train_or_score(args, DOOR, own_settings(args), RUNS, ROOT / "cifar10" / "eval.py")
 
 

@@ -63,7 +63,11 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError, one line, where it is missing, torn, or not one of ours.
     """
-    path = (newest(path) or path / NAME) if path.is_dir() else path
+    if path.is_dir():
+        found, state = newest(path)
+        if found:
+            return state
+        path = path / NAME
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
@@ -73,8 +77,8 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run directory, or None where there is none at all.
+def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest whole checkpoint of a run directory and its path, or nothing where there is none.
 
     A torn newest one falls back to the one before, with a warning; raises UserError where
     checkpoints exist and none is whole.
@@ -85,16 +89,21 @@ def newest(directory: Path) -> Path | None:
         if not path.exists():
             continue
         try:
-            load(path)
+            state = load(path)
         except UserError as error:
             problem = error
             continue
         if problem:
             log.warning("%s; going on from %s", problem, path.name)
-        return path
+        return path, state
     if problem:
         raise problem
-    return None
+    return None, None
+
+
+def reported(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are reported: the running average's where there is one."""
+    return state.get("average") or state["network"]
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,16 +113,15 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint of ours the `backbone.` part is taken) and, of a checkpoint of ours, what it says
     of itself (else an empty dictionary).
     """
-    path = (newest(path) or path / NAME) if path.is_dir() else path
-    state = _load(path)
+    state = load(path) if path.is_dir() else _load(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         prefix = "backbone."
         weights = {
             name.removeprefix(prefix): value
-            for name, value in state["network"].items()
+            for name, value in reported(state).items()
             if name.startswith(prefix)
         }
-        return weights, {key: value for key, value in state.items() if key != "network"}
+        return weights, {k: v for k, v in state.items() if k not in ("network", "average")}
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(
@@ -137,7 +145,8 @@ def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -
         if weights[name].shape != own[name].shape:
             raise UserError(
                 f"{path} holds {name!r} of shape {tuple(weights[name].shape)}, this network has"
-                f" {tuple(own[name].shape)}: it was made for another --arch or other --exits"
+                f" {tuple(own[name].shape)}: it was made for another --arch, other --exits or"
+                " another number of classes"
             )
     extra = next((name for name in weights if name not in own), None)
     if extra:

@@ -1,19 +1,23 @@
 """The command line: flags that both trainers share, and how a program ends."""
 
 import argparse
+import itertools
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from early_exit import config as configs
-from early_exit import experiment, training
+from early_exit import distributed, evaluation, experiment, runtime, training
 from early_exit.config import Config
+from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
 from early_exit.evaluation import Goal
 from early_exit.experiment import FrontDoor
+from early_exit.heads import HEADS
 from early_exit.runtime import Stopped, check_torchvision
 from early_exit.training import Diverged
 
@@ -59,7 +63,9 @@ def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
     group.add_argument(*flags, dest=setting, default=argparse.SUPPRESS, **options)
 
 
-def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None:
+def add_training_flags(
+    parser: argparse.ArgumentParser, default: Config, default_split: str = "val"
+) -> None:
     """The flags every trainer has, each for one setting of its configuration `default`."""
     group = parser.add_argument_group("network")
     add_setting(
@@ -68,12 +74,13 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     )
     add_setting(
         group, "--exits", setting="model.exits", nargs="*", metavar="PLACE",
-        help="places that get an exit, such as layer1 layer2.0; no names: the default place;"
-        " none: the plain network (default: layer1)",
+        help="places that get an exit, such as layer1 layer2.0; no names: the default places;"
+        " none: the plain network (default:"
+        f" {'none' if default.model.exits == () else 'the default places'})",
     )
     add_setting(
         group, "--head", setting="model.head", metavar="KIND",
-        help="conv, separable, linear or mixed_pool: the early exits' heads"
+        help=f"{', '.join(HEADS)}: the early exits' heads"
         f" (default {default.model.head})",
     )
     add_setting(
@@ -101,7 +108,12 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     )
     add_setting(
         group, "-b", "--batch-size", setting="optim.batch_size", metavar="N",
-        help=f"images a step (default {default.optim.batch_size})",
+        help=f"images a step, over all processes (default {default.optim.batch_size})",
+    )
+    add_setting(
+        group, "--accumulate", setting="optim.accumulate", metavar="N",
+        help="goes in which a process computes its images of a step, to save memory"
+        f" (default {default.optim.accumulate})",
     )
     add_setting(
         group, "--lr", "--learning-rate", setting="optim.lr", metavar="RATE",
@@ -109,8 +121,9 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     )
     add_setting(
         group, "--schedule", setting="optim.schedule", metavar="NAME",
-        help="step: a tenth of the rate after 50 %% and 75 %% of the epochs; cosine"
-        f" (default {default.optim.schedule})",
+        help="step: a tenth of the rate after"
+        f" {' and '.join(f'{mark:.0%}' for mark in default.optim.milestones)} of the epochs; cosine"
+        f" (default {default.optim.schedule})".replace("%", "%%"),
     )
     add_setting(
         group, "--momentum", setting="optim.momentum", metavar="M",
@@ -119,6 +132,11 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     add_setting(
         group, "--wd", "--weight-decay", setting="optim.weight_decay", metavar="W",
         help=f"weight decay (default {default.optim.weight_decay:g})",
+    )
+    add_setting(
+        group, "--ema", setting="optim.ema", metavar="DECAY",
+        help="report a running average of the weights, of this decay a step, such as 0.999"
+        " (default: none)",
     )
     add_setting(
         group, "--loss-weights", setting="loss.weights", nargs="+", metavar="W",
@@ -167,13 +185,21 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     )
     group.add_argument(
         "--split", choices=("val", "test"), default=None,
-        help="the split that -e scores (default val)",
+        help=f"the split that -e scores (default {default_split})",
     )
     add_setting(
         group, "--tensorboard", setting="run.tensorboard", action="store_const", const=True,
         help="write TensorBoard files into the run directory",
     )
-    add_machine_flags(parser, default.run.amp)
+    group.add_argument(
+        "--check", action="store_true",
+        help="read everything, open the data, print the resolved run and leave: 0 or 2",
+    )
+    group = add_machine_flags(parser, default.run.amp)
+    add_setting(
+        group, "--sync-bn", setting="run.sync_bn", action="store_const", const=True,
+        help="BatchNorm over the images of all GPUs",
+    )
     group = parser.add_argument_group("reproducibility")
     add_setting(
         group, "--seed", setting="run.seed", metavar="N",
@@ -189,7 +215,7 @@ def add_training_flags(parser: argparse.ArgumentParser, default: Config) -> None
     )
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser, criteria: Sequence[str]) -> None:
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags every evaluation has."""
     group = parser.add_argument_group("choosing (on val)")
     goal = group.add_mutually_exclusive_group()
@@ -207,8 +233,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, criteria: Sequence[str
         " BranchyNet's T, as in --thresholds=-0.3",
     )
     group.add_argument(
-        "--criterion", choices=criteria, default="max_prob", metavar="NAME",
-        help=f"{', '.join(criteria)} (default max_prob)",
+        "--criterion", choices=list(CRITERIA), default="max_prob", metavar="NAME",
+        help=f"{', '.join(CRITERIA)} (default max_prob)",
     )
     group.add_argument(
         "--no-calibration", action="store_true", help="no temperatures: logits as they come"
@@ -248,6 +274,14 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, criteria: Sequence[str
     add_machine_flags(parser, "off")
 
 
+def evaluate(args: argparse.Namespace, door: FrontDoor) -> None:
+    """What an evaluation's flags ask for; prints the table."""
+    report, directory = evaluation.evaluate(
+        args.run, door, goal_of(args), **evaluation_options(args)
+    )
+    print(evaluation.summary(report, directory))
+
+
 def goal_of(args: argparse.Namespace) -> Goal:
     """What the evaluation's flags ask for; nothing: half a point."""
     max_drop = args.max_drop
@@ -276,7 +310,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if name is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"--name is {name!r}; it names one directory, without a path")
     return {
-        "overrides": configs.merge({"run": EVALUATION}, settings_of(args)),
+        "overrides": for_evaluation(args),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
@@ -297,8 +331,9 @@ def build_parser(prog: str, usage: str, docstring: str) -> Parser:
     )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> None:
-    """The flags that say how the machine is used; shared by training and evaluation."""
+def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> Any:
+    """The flags that say how the machine is used, shared by training and evaluation; returns their
+    group."""
     group = parser.add_argument_group("machine")
     add_setting(
         group, "--device", setting="run.device", metavar="NAME",
@@ -321,6 +356,7 @@ def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> None:
         group, "--no-channels-last", setting="run.channels_last", action="store_const",
         const=False, help="images and weights channels first",
     )
+    return group
 
 
 def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -337,9 +373,20 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
         nested.setdefault(section, {})[name] = value
     exits = nested.get("model", {}).get("exits")
     if exits is not None:
-        # no names: the default place, which the configuration writes as null
+        for place in exits if isinstance(exits, list) else ():
+            if "/" in place or Path(place).is_dir():
+                raise UserError(
+                    f"--exits took the directory {place} for a place; put the directory before the"
+                    " flags, or -- between"
+                )
+        # no names: the default places, which the configuration writes as null
         nested["model"]["exits"] = exits or None
     return nested
+
+
+def for_evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """What an evaluation changes in a run's settings."""
+    return configs.merge({"run": EVALUATION}, settings_of(args))
 
 
 def resolve_config(
@@ -358,12 +405,20 @@ def resolve_config(
 
 
 def train_or_score(
-    args: argparse.Namespace, door: FrontDoor, own: dict[str, Any], runs: Path, eval_script: Path
+    args: argparse.Namespace,
+    door: FrontDoor,
+    own: dict[str, Any],
+    runs: Path,
+    eval_script: Path,
+    default_split: str = "val",
 ) -> None:
     """What a trainer's flags ask for: a training, or with -e the accuracy of every exit.
 
-    own: the script's own defaults; runs: where run directories lie; eval_script: what comes next.
+    own: the script's own defaults; runs: where run directories lie; eval_script: what comes next;
+    default_split: what -e scores.
     """
+    if args.split and not args.evaluate:
+        raise UserError("--split goes with -e")
     run_dir = args.save_dir
     if run_dir is None and args.resume == "auto":  # the directory that these flags would make
         fresh = resolve_config(args, None, own, door.config)
@@ -374,29 +429,40 @@ def train_or_score(
     if args.evaluate:
         if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
-        machine = configs.merge({"run": EVALUATION}, settings_of(args))
-        config = configs.build(door.config, configs.merge(configs.to_dict(config), machine))
-        split = args.split or "val"
-        names, accuracy = experiment.score(config, door, split, saved)
-        for name, value in zip(names, accuracy, strict=True):
-            print(f"{split} {name:9s} {100 * value:6.2f} %")
+        scored = configs.merge(configs.to_dict(config), for_evaluation(args))
+        score(configs.build(door.config, scored), door, args.split or default_split, saved)
         return
     if run_dir is None and args.resume is not None:
         path = Path(args.resume)
         run_dir = path if path.is_dir() else path.parent
     run_dir = training.train(
-        config, door, runs=runs, run_dir=run_dir, resume=args.resume, start_epoch=args.start_epoch
+        config, door, runs=runs, run_dir=run_dir, resume=args.resume,
+        start_epoch=args.start_epoch, check=args.check,
     )
+    if args.check or distributed.rank() > 0:
+        return
     following = [str(eval_script), str(run_dir)]
     if config.model.exits == ():  # a plain network has nothing to choose
         following = [sys.argv[0], "-e", "--split", "test", "--resume", str(run_dir)]
     print(f"trained: {run_dir}\nnext: {shlex.join([sys.executable, *following])}")
 
 
+def score(config: Config, door: FrontDoor, split: str, saved: dict | None) -> None:
+    """Prints the accuracy of every exit on a split."""
+    with distributed.joined(runtime.choose_device(config.run.device)) as group:
+        names, tally = experiment.score(config, door, split, saved, group)
+    if group.leads:
+        _, top1 = tally.read()
+        for name, one, five in itertools.zip_longest(names, top1, tally.top5()):
+            also = "" if five is None else f"   top 5 {100 * five:6.2f} %"
+            print(f"{split} {name:9s} {100 * one:6.2f} %{also}")
+
+
 def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
     """Runs a script's `main` and leaves: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
     signal and saved, 1 anything else."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    level = logging.WARNING if distributed.rank() else logging.INFO
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
     try:
         check_torchvision()
         main(None)
@@ -415,5 +481,8 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
 
 def _fail(prog: str, message: object, code: int) -> int:
     sys.stdout.flush()
+    if distributed.rank() > 0:
+        # mostly the first process says the same, and torchrun ends this one as soon as it leaves
+        time.sleep(3)
     print(f"{prog}: {message}", file=sys.stderr)
     return code

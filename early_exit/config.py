@@ -73,7 +73,9 @@ class OptimConfig:
     epochs: int = 200
     """Epochs of the phase."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step, over all processes."""
+    accumulate: int = 1
+    """Goes in which a process computes its images of a step; more go through less memory."""
     lr: float = 0.1
     """Peak learning rate, for the batch size above."""
     momentum: float = 0.9
@@ -92,6 +94,9 @@ class OptimConfig:
     """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it."""
     label_smoothing: float = 0.0
     """Mass moved from the target to all classes."""
+    ema: float = 0.0
+    """Decay a step of the running average of the weights, which is then what is reported; 0: no
+    average. It forgets faster in the first steps of a phase."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
@@ -117,6 +122,8 @@ class OptimConfig:
             0 <= self.label_smoothing < 1,
             f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",
         )
+        _require(self.accumulate >= 1, f"optim.accumulate must be at least 1: {self.accumulate}")
+        _require(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +183,8 @@ class RunConfig:
     """Whether images and weights lie channels last."""
     compile: bool = False
     """Whether torch.compile is used."""
+    sync_bn: bool = False
+    """Whether BatchNorm's statistics are those of all processes' images; for GPUs."""
     deterministic: bool = False
     """Whether only deterministic algorithms are allowed."""
     save_every: int = 1

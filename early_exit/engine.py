@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from early_exit.config import OptimConfig
-from early_exit.metrics import top1
+from early_exit.distributed import Group
+from early_exit.metrics import MANY_CLASSES, top1, top5
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -26,12 +28,15 @@ class Tally:
     steps: int = 0
     loss: Tensor = field(init=False)
     correct: Tensor = field(init=False)
+    among5: Tensor = field(init=False)
+    """Targets among each exit's five likeliest; none are counted where there are few classes."""
     bad_step: Tensor = field(init=False)
     """The first step whose loss was not finite, or -1."""
 
     def __post_init__(self) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros(self.num_exits, dtype=torch.int64, device=self.device)
+        self.among5 = torch.zeros_like(self.correct)
         self.bad_step = torch.full((), -1, device=self.device)
 
     @torch.no_grad()
@@ -42,13 +47,34 @@ class Tally:
         )
         self.loss += loss.double() * len(target)
         self.correct += torch.stack([top1(exit_logits, target) for exit_logits in logits])
+        if logits[0].shape[1] > MANY_CLASSES:
+            self.among5 += torch.stack([top5(exit_logits, target) for exit_logits in logits])
         self.images += len(target)
         self.steps += 1
+
+    def gathered(self, group: Group) -> "Tally":
+        """The sums of all processes."""
+        if group.world == 1:
+            return self
+        whole = Tally(self.num_exits, torch.device("cpu"), steps=self.steps)
+        whole.loss.copy_(group.total(self.loss))
+        counts = torch.cat([self.correct, self.among5, self.correct.new_tensor([self.images])])
+        *counts, whole.images = group.total(counts).tolist()
+        whole.correct.copy_(torch.tensor(counts[: self.num_exits]))
+        whole.among5.copy_(torch.tensor(counts[self.num_exits :]))
+        whole.bad_step.copy_(group.most(self.bad_step))
+        return whole
 
     def read(self) -> tuple[float, list[float]]:
         """Mean loss, and each exit's accuracy."""
         images = max(1, self.images)
         return float(self.loss) / images, [count / images for count in self.correct.tolist()]
+
+    def top5(self) -> list[float]:
+        """How often the target is among each exit's five likeliest; empty where that was not
+        counted."""
+        counts = self.among5.tolist()
+        return [count / max(1, self.images) for count in counts] if any(counts) else []
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint in the middle of an epoch keeps."""
@@ -57,6 +83,7 @@ class Tally:
             "steps": self.steps,
             "loss": float(self.loss),
             "correct": self.correct.tolist(),
+            "among5": self.among5.tolist(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -64,6 +91,7 @@ class Tally:
         self.images, self.steps = state["images"], state["steps"]
         self.loss.fill_(state["loss"])
         self.correct.copy_(torch.tensor(state["correct"]))
+        self.among5.copy_(torch.tensor(state["among5"]))
 
 
 def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
@@ -95,6 +123,21 @@ def lr_at(optim: OptimConfig, epoch: float) -> float:
     return optim.lr * 0.1 ** sum(epoch >= mark * optim.epochs for mark in optim.milestones)
 
 
+def make_average(network: nn.Module, decay: float) -> AveragedModel:
+    """The running average of the network's weights and statistics, which begins at the weights.
+
+    After n steps a step's weights count 1 - min(decay, (1 + n) / (10 + n)), so that the average
+    does not hang on what the network was before it learned.
+    """
+
+    def step(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, weights, count)
+
+    average = AveragedModel(network, multi_avg_fn=step, use_buffers=True)
+    return average.requires_grad_(False).eval()
+
+
 def train_steps(
     forward: Forward,
     batches: Batches,
@@ -104,25 +147,37 @@ def train_steps(
     autocast: Callable[[], AbstractContextManager],
     learning_rates: Iterable[float],
     tally: Tally,
-) -> Iterator[None]:
-    """One optimiser step per batch, yielding after each, so that the caller can look around.
+    goes: int = 1,
+    apart: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[bool]:
+    """One optimiser step per `goes` batches, yielding after each batch whether that ended a step,
+    so that the caller can look around.
 
-    forward: images (B, 3, H, W) -> N logits (B, K); learning_rates: one per batch.
+    forward: images (B, 3, H, W) -> N logits (B, K); learning_rates: one per step; apart: a context
+    in which gradients are not sent to other processes.
     """
-    for (images, target), lr in zip(batches, learning_rates, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    learning_rates = iter(learning_rates)
+    for number, (images, target) in enumerate(batches, 1):
+        if number % goes == 1 % goes:
+            lr = next(learning_rates, None)
+            if lr is None:
+                return
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+        ended = number % goes == 0
         images = images.to(tally.device, non_blocking=True)
         target = target.to(tally.device, non_blocking=True)
-        with autocast():
-            logits = forward(images)
-        loss = loss_fn(logits, target)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with nullcontext() if ended else apart():
+            with autocast():
+                logits = forward(images)
+            loss = loss_fn(logits, target)
+            scaler.scale(loss / goes).backward()
+        if ended:
+            scaler.step(optimizer)
+            scaler.update()
         tally.add(loss.detach(), logits, target)
-        yield
+        yield ended
 
 
 @torch.no_grad()

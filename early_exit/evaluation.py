@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from early_exit import checkpoint, plots, runtime, thresholds
+from early_exit import checkpoint, distributed, plots, runtime, thresholds
 from early_exit import config as configs
 from early_exit.calibration import fit_temperature
 from early_exit.config import Config
@@ -37,8 +37,8 @@ from early_exit.report import (
     ExitRow,
     Live,
     Point,
-    Report,
     MeanStd,
+    Report,
     finite,
     headline,
     table,
@@ -159,10 +159,9 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
     """The newest checkpoint of a run directory, its settings changed by `overrides`."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory at {run_dir}; training prints the one it made")
-    path = checkpoint.newest(run_dir)
-    if path is None:
+    path, state = checkpoint.newest(run_dir)
+    if state is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")
-    state = checkpoint.load(path)
     config = configs.build(door.config, configs.merge(state["config"], overrides))
     device, precision = setup(config)
     data = door.load_data(config.data).normalised_by(state["normalisation"])
@@ -172,7 +171,7 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
             f" ({data.val_hash}); check the data under --data"
         )
     network = door.build_network(config, len(state["classes"]))
-    checkpoint.load_into(network, state["network"], path)
+    checkpoint.load_into(network, checkpoint.reported(state), path)
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.numpy().tobytes())
@@ -182,6 +181,7 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
         phase = phases[position["phase"]]
         where = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
         log.warning("this run is not finished: its weights are those of %s", where)
+    where += ", running average" if state.get("average") else ""
     network.to(device, memory_format=layout(config)).eval()
     return Trained(
         run_dir=run_dir,
@@ -201,7 +201,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     data, network, cost = trained.data, trained.network, trained.cost
     info = RecordInfo(
         split=split,
-        split_hash=data.val_hash if split == "val" else f"{data.name} test",
+        split_hash=data.val_hash if split == "val" else data.test_hash,
         exit_names=network.exit_names,
         stage_macs=cost.stage_macs,
         head_macs=cost.head_macs,
@@ -277,6 +277,8 @@ def evaluate(
     draw: bool = True,
 ) -> tuple[Report, Path]:
     """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory."""
+    if distributed.world_size() > 1:
+        raise UserError("an evaluation runs in one process; start it without torchrun")
     if cuts > 1 and val_from != "test":
         raise UserError("--cuts repeats the cut of the test set and goes with --val-from test")
     trained = load_run(run_dir, door, overrides)

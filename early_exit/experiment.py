@@ -14,10 +14,12 @@ from torch import Tensor
 
 from early_exit import checkpoint, runtime
 from early_exit.config import Config, OptimConfig
+from early_exit.distributed import Group
 from early_exit.engine import Tally, score_batches
 from early_exit.errors import UserError
 from early_exit.losses import joint_loss, resolve_weights
 from early_exit.network import MultiExitNetwork
+from early_exit.splits import WHOLE, Share
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class Data(Protocol):
     name: str
     classes: tuple[str, ...]
     val_hash: str
+    test_hash: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_batch: int  # held-out images that go through the network at a time
@@ -37,9 +40,11 @@ class Data(Protocol):
     def size(self, split: str) -> int: ...
     def steps_per_epoch(self, batch_size: int) -> int: ...
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, first_step: int = 0
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def eval_batches(
+        self, split: str, batch_size: int, share: Share = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
     def cut_test(self, seed: int) -> "Data": ...
     def picture(self, split: str, index: int) -> np.ndarray: ...
@@ -128,31 +133,32 @@ def setup(config: Config) -> tuple[torch.device, str]:
 
 @torch.no_grad()
 def score(
-    config: Config, door: FrontDoor, split: str, saved: dict | None
-) -> tuple[tuple[str, ...], list[float]]:
-    """Names and accuracies (N,) of every exit on a split, for a checkpoint's weights (`saved`) or
+    config: Config, door: FrontDoor, split: str, saved: dict | None, group: Group
+) -> tuple[tuple[str, ...], Tally]:
+    """Names of the exits and what was counted on a split, for a checkpoint's weights (`saved`) or
     those of `config.model.backbone`, whose early exits, if any, would be untrained."""
     device, precision = setup(config)
-    data = door.load_data(config.data)
+    with group.leader_first():
+        data = door.load_data(config.data)
     network = door.build_network(config, len(data.classes))
     if saved:
-        checkpoint.load_into(network, saved["network"], Path("the checkpoint"))
+        checkpoint.load_into(network, checkpoint.reported(saved), Path("the checkpoint"))
         meta = saved
     elif network.num_exits > 1:
         raise UserError("--backbone alone brings no heads to score; add --exits none")
     else:
         meta = load_backbone(network, Path(config.model.backbone))
-    if split == "val" and meta.get("unseen_val") != data.val_hash:
+    if split == "val" and meta.get("unseen_val") != data.val_hash and group.leads:
         log.warning("these weights may have been trained on images of val; --split test is fair")
     data = data.normalised_by(meta.get("normalisation")).to(device, layout(config))
     network.to(device, memory_format=layout(config)).eval()
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     autocast = partial(runtime.autocast, precision, device)
-    batches = data.eval_batches(split, data.eval_batch)
+    batches = data.eval_batches(split, data.eval_batch, Share(group.rank, group.world))
     for _ in score_batches(network, batches, loss_fn, autocast, tally):
         pass
-    return network.exit_names, tally.read()[1]
+    return network.exit_names, tally.gathered(group)
 
 
 def layout(config: Config) -> torch.memory_format:

@@ -50,9 +50,11 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         log.info(
-            "%s %d/%d: lr %.4f, loss %.4f, val %s, %.0f images/s",
+            "%s %d/%d: lr %.4f, loss %.4f, val %s%s, %.0f images/s, peak %.2f GiB",
             record["phase"], record["epoch"] + 1, record["epochs"], record["lr"],
-            record["train_loss"], percents(record["val_top1"]), record["images_per_second"],
+            record["train_loss"], percents(record["val_top1"]),
+            f"; top 5 {percents(record['val_top5'])}" if "val_top5" in record else "",
+            record["images_per_second"], record["peak_memory"] / 2**30,
         )
         if self.writer:
             for key, value in record.items():

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MANY_CLASSES = 10  # with more, it is also told how often the target is among the best five
+
 
 def top1(logits: Tensor, target: Tensor) -> Tensor:
     """How many of the B answers are right: a scalar tensor, so nothing waits for the device.
@@ -11,6 +13,14 @@ def top1(logits: Tensor, target: Tensor) -> Tensor:
     logits: (B, K); target: (B,).
     """
     return (logits.argmax(dim=-1) == target).sum()
+
+
+def top5(logits: Tensor, target: Tensor) -> Tensor:
+    """How many of the B targets are among the five likeliest classes: a scalar tensor.
+
+    logits: (B, K), K at least 5; target: (B,).
+    """
+    return (logits.topk(5, dim=-1).indices == target[:, None]).sum()
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:

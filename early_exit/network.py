@@ -105,6 +105,16 @@ class MultiExitNetwork(nn.Module):
             stage.compile(dynamic=True)
 
 
+def synchronise_norms(network: MultiExitNetwork) -> None:
+    """Makes every BatchNorm one whose statistics are those of all processes' images.
+
+    The network lies on its device already: the stages get modules of their own, which share every
+    tensor with the backbone's.
+    """
+    for part in (network, *network.stages):
+        nn.SyncBatchNorm.convert_sync_batchnorm(part)
+
+
 def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str, int]:
     """Each place, in network order, with the index of the unit it follows.
 

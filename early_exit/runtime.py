@@ -9,14 +9,17 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 
+from early_exit.distributed import local_rank, world_size
 from early_exit.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,18 +58,23 @@ class StopSignals:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one; of several processes each gets a GPU of its own."""
+    several = world_size() > 1
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"there is no device {name!r}; try cpu, cuda or cuda:1")
+    if several and device.index is not None:
+        raise UserError(f"device {name} is one, torchrun's processes each have their own; drop it")
+    if several and device.type == "cuda":
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs here;"
+            f"device {device} was asked for, torch sees {torch.cuda.device_count()} GPUs here;"
             " --device cpu always works"
         )
     return device
@@ -132,16 +140,19 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def rng_state() -> dict[str, object]:
-    """torch's random states, for a checkpoint."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were held at once: on a GPU by tensors since `reset_peak_memory`, on a CPU by
+    this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def set_rng_state(state: dict) -> None:
-    """Puts back what `rng_state` gave; states of GPUs that are not here are left out."""
-    torch.set_rng_state(state["cpu"])
-    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, index)
+def reset_peak_memory(device: torch.device) -> None:
+    """Forgets a GPU's peak; a CPU's cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @contextmanager

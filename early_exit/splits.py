@@ -1,8 +1,46 @@
-"""Cuts of a data set: seeded, stratified, and told apart by a hash."""
+"""Cuts of a data set: seeded, stratified, and told apart by a hash; and of a step's images."""
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes computes of every step, and in how many goes.
+
+    Part k of a step is computed by process k mod `world`. So two processes compute what one
+    computes in two goes, and its gradient is their mean.
+    """
+
+    rank: int = 0
+    world: int = 1
+    goes: int = 1
+
+    @property
+    def numbers(self) -> range:
+        """The parts of a step that are computed here, in order."""
+        return range(self.rank, self.world * self.goes, self.world)
+
+    def parts(self, batch_size: int) -> list[slice]:
+        """The rows of a step of `batch_size` images that are computed here, a go each."""
+        size = batch_size // (self.world * self.goes)
+        return [slice(number * size, (number + 1) * size) for number in self.numbers]
+
+    def batches(self, count: int, batch_size: int) -> list[slice]:
+        """The rows of `count` held-out images that are scored here, every image in one process."""
+        starts = range(self.rank * batch_size, count, self.world * batch_size)
+        return [slice(start, min(start + batch_size, count)) for start in starts]
+
+
+WHOLE = Share()
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that differs wherever one of the `numbers` does, below 2**63."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(seed >> np.uint64(1))
 
 
 def stratified(targets: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -154,14 +154,14 @@ class TestSave:
         interrupt_replace(k)
         with pytest.raises(Interrupted):
             checkpoint.save(tmp_path, state(3))
-        assert stored(checkpoint.newest(tmp_path)) == found
+        assert stored(checkpoint.newest(tmp_path)[0]) == found
 
     @pytest.mark.parametrize(("k", "found"), [(0, None), (1, 1)])
     def test_a_crash_in_the_first_save_of_all(self, tmp_path, interrupt_replace, k, found):
         interrupt_replace(k)
         with pytest.raises(Interrupted):
             checkpoint.save(tmp_path, state(1))
-        newest = checkpoint.newest(tmp_path)
+        newest, _ = checkpoint.newest(tmp_path)
         assert (newest and stored(newest)) == found
 
     @pytest.mark.parametrize("k", [1, 2])
@@ -182,14 +182,14 @@ class TestSave:
         with pytest.raises(Interrupted):
             checkpoint.save(tmp_path, state(2))
         checkpoint.save(tmp_path, state(3))  # its renames come after the k'th
-        assert stored(checkpoint.newest(tmp_path)) == 3
+        assert stored(checkpoint.newest(tmp_path)[0]) == 3
         assert stored(tmp_path / NAME) == 3
         assert not (tmp_path / f"{NAME}.new").exists()
 
 
 class TestNewest:
     def test_none_where_there_is_none(self, tmp_path):
-        assert checkpoint.newest(tmp_path) is None
+        assert checkpoint.newest(tmp_path) == (None, None)
 
     @pytest.mark.parametrize("damage", [truncate, flip, empty])
     def test_a_torn_newest_falls_back_with_a_warning(self, tmp_path, caplog, damage):
@@ -197,7 +197,7 @@ class TestNewest:
         checkpoint.save(tmp_path, state(2))
         damage(tmp_path / NAME)
         with caplog.at_level(logging.WARNING):
-            assert stored(checkpoint.newest(tmp_path)) == 1
+            assert stored(checkpoint.newest(tmp_path)[0]) == 1
         (warning,) = caplog.messages
         assert str(tmp_path / NAME) in warning
         assert warning.endswith(f"going on from {PREVIOUS}")
@@ -205,7 +205,7 @@ class TestNewest:
     def test_no_warning_where_all_is_well(self, tmp_path, caplog):
         checkpoint.save(tmp_path, state(1))
         checkpoint.save(tmp_path, state(2))
-        assert stored(checkpoint.newest(tmp_path)) == 2
+        assert stored(checkpoint.newest(tmp_path)[0]) == 2
         assert not caplog.messages
 
     def test_none_whole_is_an_error(self, tmp_path):

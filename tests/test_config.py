@@ -287,7 +287,7 @@ class TestChecks:
         source = inspect.getsource(configs)
         for section in dataclasses.fields(Config):
             for item in dataclasses.fields(typing.get_type_hints(Config)[section.name]):
-                said = rf'^    {item.name}: .*\n    """.+"""$'
+                said = rf'^    {item.name}: .*\n    """[^"]+"""$'
                 assert re.search(said, source, re.MULTILINE), f"{section.name}.{item.name}"
 
 

@@ -259,10 +259,16 @@ def crop_and_flip(image: np.ndarray, top: int, left: int, mirrored: bool) -> np.
     return crop[:, :, ::-1] if mirrored else crop
 
 
+def augmented(images: torch.Tensor, seed: int, flip: bool) -> torch.Tensor:
+    """`images` after draws of that seed."""
+    draws = data.Draws.of(len(images), torch.Generator().manual_seed(seed))
+    return data.augment(images, draws, flip)
+
+
 @pytest.fixture(scope="module")
 def many() -> torch.Tensor:
     """`coordinates`, augmented 16,200 times: 200 for each of 9 x 9 offsets."""
-    return data.augment(coordinates(16_200), torch.Generator().manual_seed(2), True)
+    return augmented(coordinates(16_200), 2, True)
 
 
 class TestAugment:
@@ -270,7 +276,7 @@ class TestAugment:
     def test_equals_cropping_and_mirroring_one_image_after_the_other(self, flip):
         images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8,
                                generator=torch.Generator().manual_seed(0))
-        found = data.augment(images, torch.Generator().manual_seed(1), flip)
+        found = augmented(images, 1, flip)
         draws = torch.Generator().manual_seed(1)
         tops, lefts = torch.randint(0, 9, (2, 50), generator=draws).tolist()
         mirrored = (torch.rand(50, generator=draws) < 0.5).tolist()
@@ -302,12 +308,12 @@ class TestAugment:
         assert abs(float(share) - 0.5) < 5 * 0.5 / 7000**0.5
 
     def test_without_flip_nothing_is_mirrored(self):
-        found = data.augment(coordinates(500), torch.Generator().manual_seed(2), False)
+        found = augmented(coordinates(500), 2, False)
         assert bool((found[:, 1, 16, 15] < found[:, 1, 16, 16]).all())
 
     def test_the_originals_are_left_alone(self):
         images = coordinates(10)
-        data.augment(images, torch.Generator().manual_seed(0), True)
+        augmented(images, 0, True)
         assert torch.equal(images, coordinates(10))
 
 
@@ -358,13 +364,13 @@ class TestBatches:
         assert len(crops) > 4
 
     def test_every_steps_crops_are_drawn_from_a_stream_of_their_own(self, monkeypatch):
-        seeds, augment = [], data.augment
+        seeds, draw = [], data.Draws.of
 
-        def noted(images, generator, flip):
+        def noted(count, generator):
             seeds.append(generator.initial_seed())
-            return augment(images, generator, flip)
+            return draw(count, generator)
 
-        monkeypatch.setattr(data, "augment", noted)
+        monkeypatch.setattr(data.Draws, "of", noted)
         for epoch in range(3):
             list(numbered(50).train_batches(8, 5, epoch))
         assert len(seeds) == 3 * 6

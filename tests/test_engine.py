@@ -273,4 +273,6 @@ def test_a_tally_goes_on_where_its_state_stands():
 def test_a_tallys_state_is_plain_values():
     tally = Tally(2, CPU)
     add(tally, 0.5, (1, 2), 2)
-    assert tally.state_dict() == {"images": 2, "steps": 1, "loss": 1.0, "correct": [1, 2]}
+    assert tally.state_dict() == {
+        "images": 2, "steps": 1, "loss": 1.0, "correct": [1, 2], "among5": [0, 0]
+    }

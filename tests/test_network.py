@@ -111,8 +111,8 @@ def test_plain_weights_load_strictly_into_the_backbone(resnet20):
 
 def test_every_parameter_is_counted_once(resnet20):
     network = with_exits(resnet20, ["layer1"])
-    # a linear head on 8x8 cells of twice 16 channels has 2 * 32 + 32 * 64 * 10 + 10 parameters
-    assert sum(p.numel() for p in network.parameters()) == 20_554 + sum(
+    # a linear head on 64 + 16 + 4 cells of 16 channels has 2 * 1344 + 1344 * 10 + 10 parameters
+    assert sum(p.numel() for p in network.parameters()) == 16_138 + sum(
         p.numel() for p in resnet20.parameters()
     )
 

@@ -70,7 +70,18 @@ class TestDevice:
     @pytest.mark.parametrize(("there", "expected"), [(False, "cpu"), (True, "cuda")])
     def test_auto_is_the_gpu_where_there_is_one(self, monkeypatch, there, expected):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(there))
         assert runtime.choose_device("auto") == torch.device(expected)
+
+    def test_each_of_several_processes_has_a_gpu_of_its_own(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        assert runtime.choose_device("auto") == torch.device("cuda", 2)
+        assert "one, torchrun's processes each" in refusal(runtime.choose_device, "cuda:1")
+        monkeypatch.setenv("LOCAL_RANK", "4")
+        assert "cuda:4 was asked for, torch sees 4" in refusal(runtime.choose_device, "cuda")
 
     def test_cpu(self):
         assert runtime.choose_device("cpu") == CPU
@@ -254,11 +265,3 @@ class TestSeeds:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         runtime.seed_everything(0, deterministic)
         assert torch.are_deterministic_algorithms_enabled() is deterministic
-
-    def test_a_random_state_goes_on_where_it_was_taken(self):
-        runtime.seed_everything(5)
-        state = runtime.rng_state()
-        first = torch.rand(5)
-        runtime.seed_everything(6)
-        runtime.set_rng_state(state)
-        assert torch.equal(first, torch.rand(5))

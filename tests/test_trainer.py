@@ -414,8 +414,8 @@ class TestRunDirectory:
     def test_versions_json_says_what_ran(self, joint):
         versions = json.loads((joint / "versions.json").read_text())
         assert versions["torch"] == importlib.metadata.version("torch")
-        assert {"python", "torch", "torchvision", "numpy", "git", "device", "precision",
-                "command"} == set(versions)
+        assert {"python", "torch", "torchvision", "numpy", "git", "device", "processes",
+                "precision", "command"} == set(versions)
         assert versions["precision"] == "off"
 
     def test_journal_has_a_record_an_epoch_with_every_exit(self, joint):
@@ -426,6 +426,7 @@ class TestRunDirectory:
             assert list(record["train_top1"]) == ["layer1", "layer2", "final"]
             assert math.isfinite(record["train_loss"]) and math.isfinite(record["val_loss"])
             assert record["images_per_second"] > 0
+            assert record["peak_memory"] > 2**20
 
     def test_journals_last_accuracy_is_the_checkpoints(self, joint):
         assert journal(joint)[-1]["val_top1"] == pytest.approx(slow_accuracy(joint, "val"))

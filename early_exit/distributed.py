@@ -1,0 +1,116 @@
+"""Several processes as one: torchrun starts them, each computes its share of every step.
+
+One process alone is a group of one, in which nothing is sent.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from early_exit.errors import UserError
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 where it did not."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run; `control` carries numbers and names, whatever carries gradients."""
+
+    rank: int = 0
+    world: int = 1
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of every process's `values`, on the CPU."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def most(self, values: Tensor) -> Tensor:
+        """The largest of every process's `values`, each for itself, on the CPU."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
+        values = values.detach().cpu().clone()
+        if self.world > 1:
+            dist.all_reduce(values, operation, group=self.control)
+        return values
+
+    def agree(self, signum: int | None) -> int | None:
+        """The signal that any process has seen; all ask at the same place and get one answer."""
+        if self.world == 1:
+            return signum
+        return int(self.most(torch.tensor(signum or 0))) or None
+
+    def leaders(self, value: Any) -> Any:
+        """What the first process has for `value`."""
+        if self.world == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0, group=self.control)
+        return said[0]
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The first process does what is inside before the others begin, so that it downloads or
+        writes what they will find."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Gives every process the first one's buffers: statistics of BatchNorm are its own."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """The group that this process belongs to, for as long as the context lasts."""
+    if world_size() == 1:
+        yield Group()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"this process is one of {world_size()} by its environment, and they did not meet"
+            f" ({' '.join(str(error).split())[:200]}); start all with torchrun"
+        ) from None
+    try:
+        control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        yield Group(dist.get_rank(), dist.get_world_size(), control)
+    finally:
+        dist.destroy_process_group()

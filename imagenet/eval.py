@@ -1,0 +1,34 @@
+"""Choose exit thresholds on val, run test with exits taken, and report what was saved.
+
+    python imagenet/eval.py RUN                       at most 0.5 points below the final exit
+    python imagenet/eval.py RUN --budget 50           within half of the plain network's MACs
+    python imagenet/eval.py RUN --val-from test       for --pretrained: it has seen all of train
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from early_exit import cli
+from imagenet.main import DOOR, add_data_flags
+
+
+def parser() -> cli.Parser:
+    """The evaluation's flags."""
+    parser = cli.build_parser("eval.py", "python imagenet/eval.py RUN [flags]", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that main.py made")
+    cli.add_setting(
+        parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
+        help="where the data set lies (default: where it lay in training)",
+    )
+    add_data_flags(parser, DOOR.config().data)
+    cli.add_evaluation_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags, evaluates and prints the table."""
+    cli.evaluate(parser().parse_args(argv), DOOR)
+
+
+if __name__ == "__main__":
+    cli.run(main, "eval.py")
