@@ -9,15 +9,10 @@ own; the timed stretches take turns, and the ratio printed is the median over tu
 """
 
 import argparse
-import contextlib
 import itertools
-import multiprocessing
-import statistics
-import time
 import typing
 from collections.abc import Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -25,12 +20,12 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from turns import compare, show
 
 from cifar10 import data, resnet
 from early_exit import cli, runtime
 from early_exit.config import Amp, OptimConfig
 from early_exit.engine import Tally, make_optimizer, train_steps
-from early_exit.errors import UserError
 from early_exit.losses import joint_loss
 
 BATCH = 128
@@ -59,10 +54,17 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
-def usual_loop(
-    images: data.ImageSet, device: torch.device, args: argparse.Namespace
-) -> Iterator[None]:
+def random_images() -> data.ImageSet:
+    """What both loops train on."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
+    targets = rng.integers(0, 10, IMAGES)
+    return data.ImageSet(torch.from_numpy(pixels), torch.from_numpy(targets))
+
+
+def usual_loop(args: argparse.Namespace) -> Iterator[None]:
     """The reference: a step per `next`."""
+    device, images = runtime.choose_device(args.device), random_images()
     network = resnet.build_backbone(args.arch).to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     loader = DataLoader(
@@ -79,11 +81,11 @@ def usual_loop(
             yield
 
 
-def our_loop(
-    images: data.ImageSet, device: torch.device, args: argparse.Namespace
-) -> Iterator[None]:
+def our_loop(args: argparse.Namespace) -> Iterator[None]:
     """What the trainer runs: a step per `next`."""
-    splits = {"train": images}
+    device, splits = runtime.choose_device(args.device), {"train": random_images()}
+    if device.type == "cpu":
+        runtime.keep_freed_memory()  # as the trainer does
     names = tuple(map(str, range(10)))
     source = data.Data("random", names, splits, "", data.MEAN, data.STD, True)
     source = source.to(device, torch.channels_last)
@@ -108,82 +110,18 @@ def our_loop(
         )
 
 
-def pil_batches(images: data.ImageSet, *_: object) -> Iterator:
+def pil_batches(_args: argparse.Namespace) -> Iterator:
     """PIL's batches alone, in one process."""
+    images = PilImages(random_images())
     while True:
-        yield from DataLoader(PilImages(images), BATCH, shuffle=True, drop_last=True)
+        yield from DataLoader(images, BATCH, shuffle=True, drop_last=True)
 
 
-def tensor_batches(images: data.ImageSet, *_: object) -> Iterator:
+def tensor_batches(_args: argparse.Namespace) -> Iterator:
     """Our batches alone."""
-    source = data.Data("random", (), {"train": images}, "", data.MEAN, data.STD, True)
+    source = data.Data("random", (), {"train": random_images()}, "", data.MEAN, data.STD, True)
     for epoch in itertools.count():
         yield from source.train_batches(BATCH, 0, epoch)
-
-
-LOOPS = {
-    "pil": pil_batches, "tensors": tensor_batches, "usual": usual_loop, "ours": our_loop,
-}
-
-
-def serve(loop: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """A process of its own for one loop: takes a number of steps, gives the seconds they took."""
-    device = runtime.choose_device(args.device)
-    if device.type == "cpu" and loop == "ours":
-        runtime.keep_freed_memory()  # as the trainer does
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
-    images = data.ImageSet(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 10, IMAGES)))
-    steps = LOOPS[loop](images, device, args)
-    with contextlib.suppress(EOFError):  # nobody asks any more
-        while True:
-            count = pipe.recv()
-            runtime.synchronize(device)
-            began = time.perf_counter()
-            for _ in itertools.islice(steps, count):
-                pass
-            runtime.synchronize(device)
-            pipe.send(time.perf_counter() - began)
-
-
-def compare(loops: Sequence[str], args: argparse.Namespace, steps: int) -> dict[str, list[float]]:
-    """Seconds of every loop in every turn, after a warm-up; the others wait meanwhile."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for loop in loops:
-        pipes[loop], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(loop, args, theirs)))
-        processes[-1].start()
-        theirs.close()  # so that a loop that fails ends the run instead of leaving it waiting
-
-    def seconds_of(loop: str, count: int) -> float:
-        pipes[loop].send(count)
-        try:
-            return pipes[loop].recv()
-        except EOFError:
-            raise UserError(f"the loop {loop!r} failed; its error stands above") from None
-
-    seconds: dict[str, list[float]] = {loop: [] for loop in loops}
-    try:
-        for loop in loops:
-            seconds_of(loop, 5)
-        for _ in range(args.turns):
-            for loop in loops:
-                seconds[loop].append(seconds_of(loop, steps))
-    finally:
-        for pipe, process in zip(pipes.values(), processes, strict=True):
-            pipe.close()
-            process.join()
-    return seconds
-
-
-def show(seconds: dict[str, list[float]], steps: int) -> None:
-    """Images/s of each loop, and the ratio of the last to the first, turn by turn."""
-    for name, values in seconds.items():
-        print(f"  {name:28s} {steps * BATCH / statistics.median(values):9.0f} images/s")
-    first, *_, last = seconds.values()
-    ratios = [a / b for a, b in zip(first, last, strict=True)]
-    print(f"  ratio {statistics.median(ratios):.2f} (turns {min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def parser() -> cli.Parser:
@@ -209,12 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {BATCH}")
     print("data alone, one process: PIL in a DataLoader, tensors")
     steps = 5 * args.steps  # they take a fraction of a training step's time
-    show(compare(["pil", "tensors"], args, steps), steps)
+    show(compare({"pil": pil_batches, "tensors": tensor_batches}, args, steps), steps * BATCH)
     print(
         f"training {args.arch}: usual loop in float32, ours in {runtime.PRECISIONS[precision]}"
         f"{', compiled' if args.compile else ''}"
     )
-    show(compare(["usual", "ours"], args, args.steps), args.steps)
+    show(compare({"usual": usual_loop, "ours": our_loop}, args, args.steps), args.steps * BATCH)
 
 
 if __name__ == "__main__":

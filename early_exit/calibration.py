@@ -5,25 +5,46 @@ import math
 from torch import Tensor
 
 LIMITS = (0.05, 20.0)  # a val set without an error would drive the temperature to 0
-HALVINGS = 50
+PRECISION = 1e-7  # of ln T
+CHUNK = 1 << 21  # logits looked at at once; those of many classes may lie on the disk
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The temperature T that minimises the cross-entropy of logits / T.
 
     logits: (B, K) of one exit on val; target: (B,). The cross-entropy is convex in 1 / T, and its
-    slope says whether the network expects larger logits than it finds on the targets; so the
-    interval `LIMITS` is halved, in ln T and float64. The answer of an exit does not depend on the
-    temperature, how sure it looks does.
+    slope says whether the network expects larger logits than it finds on the targets; so its root
+    is enclosed within `LIMITS`, in ln T and float64. Each step looks where a straight line between
+    the two ends would cross zero (regula falsi), the end that stays having half its weight so that
+    it moves too (the Illinois rule; Dowell and Jarratt 1971). The answer of an exit does not depend
+    on the temperature, how sure it looks does.
     """
-    logits = logits.double()
-    found = logits.gather(1, target[:, None]).squeeze(1)
-    low, high = map(math.log, LIMITS)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        expected = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1)
-        if (expected - found).mean() > 0:  # too sure of itself: hotter
-            low = middle
+    (low, high), ends = map(math.log, LIMITS), []
+    for at in (low, high):
+        ends.append(_excess(logits, target, math.exp(at)))
+    below, above = ends
+    if below <= 0 or above >= 0:  # the best lies at a limit, or beyond it
+        return LIMITS[0] if below <= 0 else LIMITS[1]
+    kept = None
+    while high - low > PRECISION:
+        at = (low * above - high * below) / (above - below)
+        excess = _excess(logits, target, math.exp(at))
+        if abs(excess) < PRECISION * max(1.0, abs(ends[0])):
+            return math.exp(at)
+        if excess > 0:  # too sure of itself: hotter
+            low, below = at, excess
+            above, kept = above / 2 if kept == "high" else above, "high"
         else:
-            high = middle
+            high, above = at, excess
+            below, kept = below / 2 if kept == "low" else below, "low"
     return math.exp((low + high) / 2)
+
+
+def _excess(logits: Tensor, target: Tensor, temperature: float) -> float:
+    """By how much the logit that the network expects at this temperature exceeds the target's."""
+    size, total = max(1, CHUNK // logits.shape[1]), 0.0
+    for some, their in zip(logits.split(size), target.split(size), strict=True):
+        some = some.double()
+        expected = ((some / temperature).softmax(dim=-1) * some).sum()
+        total += float(expected - some.gather(1, their[:, None]).sum())
+    return total / len(target)

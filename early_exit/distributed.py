@@ -88,7 +88,8 @@ class Group:
             self.wait()
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Gives every process the first one's buffers: statistics of BatchNorm are its own."""
+        """Gives every process the first one's buffers: BatchNorm's statistics differ since the last
+        forward."""
         if self.world > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)

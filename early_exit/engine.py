@@ -29,7 +29,8 @@ class Tally:
     loss: Tensor = field(init=False)
     correct: Tensor = field(init=False)
     among5: Tensor = field(init=False)
-    """Targets among each exit's five likeliest; none are counted where there are few classes."""
+    """Targets among each exit's five likeliest, counted where there are `many` classes."""
+    many: bool = False
     bad_step: Tensor = field(init=False)
     """The first step whose loss was not finite, or -1."""
 
@@ -47,7 +48,8 @@ class Tally:
         )
         self.loss += loss.double() * len(target)
         self.correct += torch.stack([top1(exit_logits, target) for exit_logits in logits])
-        if logits[0].shape[1] > MANY_CLASSES:
+        self.many = logits[0].shape[1] > MANY_CLASSES
+        if self.many:
             self.among5 += torch.stack([top5(exit_logits, target) for exit_logits in logits])
         self.images += len(target)
         self.steps += 1
@@ -57,6 +59,7 @@ class Tally:
         if group.world == 1:
             return self
         whole = Tally(self.num_exits, torch.device("cpu"), steps=self.steps)
+        whole.many = self.many
         whole.loss.copy_(group.total(self.loss))
         counts = torch.cat([self.correct, self.among5, self.correct.new_tensor([self.images])])
         *counts, whole.images = group.total(counts).tolist()
@@ -73,8 +76,9 @@ class Tally:
     def top5(self) -> list[float]:
         """How often the target is among each exit's five likeliest; empty where that was not
         counted."""
-        counts = self.among5.tolist()
-        return [count / max(1, self.images) for count in counts] if any(counts) else []
+        if not self.many:
+            return []
+        return [count / self.images for count in self.among5.tolist()]
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint in the middle of an epoch keeps."""

@@ -27,7 +27,7 @@ from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.inference import infer
 from early_exit.latency import Timing, measure
-from early_exit.metrics import expected_calibration_error, mean_std
+from early_exit.metrics import MANY_CLASSES, expected_calibration_error, mean_std, top5
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import NEVER, Policy, as_thresholds
 from early_exit.records import ExitRecord, RecordInfo, Scores, disagreements, record, score_record
@@ -220,19 +220,15 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                 if stored.info == info:
                     return stored
         log.info("recording every exit on %s", split)
-        spill = directory.with_name(f".{directory.name}.npy")
-        made = record(
+        return record(
             network,
             data.eval_batches(split, data.eval_batch),
             data.size(split),
             info,
             trained.device,
             trained.autocast,
-            spill,
+            directory,
         )
-        made.save(directory)
-        spill.unlink(missing_ok=True)
-        return ExitRecord.load(directory)
 
 
 def val_and_test(
@@ -330,6 +326,7 @@ def evaluate(
         test=test_point,
         random_accuracy=random_exit_accuracy(test_scored, taken),
         final_accuracy=float(test_scored.right[:, -1].mean()),
+        top5=_share(test_scored.among5, taken),
         exits=_exit_rows(val, val_scored, test_scored, taken, policy, cost),
         curve=_curve(val_scored, test_scored, policy, cost),
         cuts=several,
@@ -340,6 +337,14 @@ def evaluate(
     )
     directory = run_dir / "eval" / (name or _name_of(goal))
     return report, _write(report, policy, test, test_scored, taken, data, directory, draw)
+
+
+def _share(among5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
+    """How often the target is among the best five, at one exit or at the one each image takes."""
+    if among5 is None:
+        return None
+    columns = among5[:, exits] if isinstance(exits, int) else among5[np.arange(len(exits)), exits]
+    return float(columns.mean())
 
 
 def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
@@ -379,7 +384,8 @@ def _exit_rows(val, val_scored, test_scored, taken, policy: Policy, cost: Cost):
                 accuracy_val=float(val_scored.right[:, index].mean()),
                 accuracy=float(test_scored.right[:, index].mean()),
                 ece_before=expected_calibration_error(logits, targets),
-                ece_after=expected_calibration_error(logits / policy.temperatures[index], targets),
+                ece_after=expected_calibration_error(logits, targets, policy.temperatures[index]),
+                top5=_share(test_scored.among5, index),
                 taken=float(shares[index]),
                 taken_accuracy=float(test_scored.right[here, index].mean()) if here.any() else None,
             )
@@ -410,16 +416,19 @@ def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePo
 
 def _run_live(trained: Trained, data: Data, test: ExitRecord, policy, batch_size=256) -> Live:
     """Inference with exits taken on all of test, compared with the record."""
-    classes, exits = [], []
-    for images, _ in data.eval_batches("test", batch_size):
+    classes, exits, among5 = [], [], 0
+    for images, target in data.eval_batches("test", batch_size):
         answers = infer(trained.network, images, policy, trained.autocast)
         classes.append(answers.classes.cpu().numpy())
         exits.append(answers.exit_index.cpu().numpy())
+        if test.num_classes > MANY_CLASSES:
+            among5 += int(top5(answers.logits, target.to(answers.logits.device)))
     classes, exits = np.concatenate(classes), np.concatenate(exits)
     differs, unexplained = disagreements(test, policy, classes, exits)
     return Live(
         images=len(classes),
         accuracy=float((classes == test.targets).mean()),
+        top5=among5 / len(classes) if test.num_classes > MANY_CLASSES else None,
         differing=int(differs.sum()),
         differing_beyond_rounding=int(unexplained.sum()),
         batch_size=batch_size,

@@ -29,15 +29,18 @@ def mean_std(values: list[float]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
-def expected_calibration_error(logits: Tensor, target: Tensor, bins: int = 15) -> float:
+def expected_calibration_error(
+    logits: Tensor, target: Tensor, temperature: float = 1.0, bins: int = 15
+) -> float:
     """Mean distance between confidence and accuracy over equal-width bins of confidence
     (arXiv:1706.04599, equation 3), in [0, 1].
 
-    logits: (B, K), already divided by a temperature; target: (B,).
+    logits: (B, K), which are divided by the temperature; target: (B,).
     """
-    confidence, answer = logits.softmax(dim=-1).max(dim=-1)
-    right = (answer == target).double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64)
-    gap.index_add_(0, index, confidence.double() - right)
+    size = max(1, (1 << 21) // logits.shape[1])  # those of many classes may lie on the disk
+    for some, their in zip(logits.split(size), target.split(size), strict=True):
+        confidence, answer = (some / temperature).softmax(dim=-1).max(dim=-1)
+        index = (confidence * bins).long().clamp(max=bins - 1)
+        gap.index_add_(0, index, confidence.double() - (answer == their).double())
     return float(gap.abs().sum() / len(target))

@@ -106,13 +106,17 @@ class MultiExitNetwork(nn.Module):
 
 
 def synchronise_norms(network: MultiExitNetwork) -> None:
-    """Makes every BatchNorm one whose statistics are those of all processes' images.
-
-    The network lies on its device already: the stages get modules of their own, which share every
-    tensor with the backbone's.
-    """
+    """Makes every BatchNorm one whose statistics are those of all processes' images: the same new
+    module in the backbone and in the stage that is a view of it."""
+    synchronised: dict[nn.Module, nn.Module] = {}
     for part in (network, *network.stages):
-        nn.SyncBatchNorm.convert_sync_batchnorm(part)
+        for parent in list(part.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    if child not in synchronised:
+                        made = nn.SyncBatchNorm.convert_sync_batchnorm(child)
+                        synchronised |= {child: made, made: made}
+                    setattr(parent, name, synchronised[child])
 
 
 def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str, int]:

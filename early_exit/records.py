@@ -5,8 +5,8 @@ Every question about thresholds is answered from it, without the network.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from early_exit.checkpoint import write_text
 from early_exit.errors import UserError
+from early_exit.metrics import MANY_CLASSES
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
 
 MAPPED_BYTES = 64 << 20  # records larger than this stay on the disk and are mapped
-CHUNK = 8192  # images scored at a time, so that a mapped record never lies in memory whole
+CHUNK_BYTES = 32 << 20  # of logits looked at at once, so that a mapped record is never in memory
 
 
 @dataclass(frozen=True)
@@ -42,35 +43,52 @@ class RecordInfo:
 class ExitRecord:
     """Logits of every exit for every image of a split.
 
-    logits: (images, exits, classes) float32; targets: (images,) int64.
+    logits: (images, exits, classes) float32, perhaps mapped; targets: (images,) int64; rows: of a
+    part of a mapped record, where its images are in `logits`.
     """
 
     logits: np.ndarray
     targets: np.ndarray
     info: RecordInfo
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def num_classes(self) -> int:
+        """How many logits an exit gives."""
+        return self.logits.shape[2]
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All images, some at a time: which, and their logits (some, exits, classes)."""
+        size = max(1, CHUNK_BYTES // (4 * self.logits.shape[1] * self.num_classes))
+        for start in range(0, len(self), size):
+            chosen = slice(start, min(start + size, len(self)))
+            yield chosen, torch.from_numpy(np.array(self._read(chosen)))
+
+    def _read(self, chosen: slice) -> np.ndarray:
+        return self.logits[chosen if self.rows is None else self.rows[chosen]]
+
     def subset(self, indices: np.ndarray, split: str, split_hash: str) -> "ExitRecord":
-        """The images at `indices` as the record of another split."""
+        """The images at `indices` as the record of another split; a mapped one is not copied."""
         info = RecordInfo(**{**vars(self.info), "split": split, "split_hash": split_hash})
-        return ExitRecord(self.logits[indices], self.targets[indices], info)
+        targets = self.targets[indices]
+        if isinstance(self.logits, np.memmap):
+            rows = indices if self.rows is None else self.rows[indices]
+            return ExitRecord(self.logits, targets, info, rows)
+        return ExitRecord(self.logits[indices], targets, info)
 
     def exit_logits(self, exit_index: int) -> Tensor:
-        """(images, classes) of one exit."""
-        return torch.from_numpy(np.ascontiguousarray(self.logits[:, exit_index]))
+        """(images, classes) of one exit; of a mapped record a view of the file."""
+        rows = slice(None) if self.rows is None else self.rows
+        return torch.from_numpy(self.logits[rows, exit_index])
 
     def save(self, directory: Path) -> None:
         """Writes the record as a directory that appears whole."""
-        partial = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        np.save(partial / "logits.npy", self.logits)
-        np.save(partial / "targets.npy", self.targets)
-        write_text(partial / "info.json", json.dumps(asdict(self.info), indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        with _appears_whole(directory) as partial:
+            np.save(partial / "logits.npy", self.logits)
+            _write_rest(partial, self.targets, self.info)
 
     @classmethod
     def load(cls, directory: Path) -> "ExitRecord":
@@ -79,10 +97,27 @@ class ExitRecord:
             info = json.loads((directory / "info.json").read_text())
             info = {k: tuple(v) if isinstance(v, list) else v for k, v in info.items()}
             large = (directory / "logits.npy").stat().st_size > MAPPED_BYTES
-            logits = np.load(directory / "logits.npy", mmap_mode="r" if large else None)
+            # c: torch wants what it could write to; nobody does, and the file would not change
+            logits = np.load(directory / "logits.npy", mmap_mode="c" if large else None)
             return cls(logits, np.load(directory / "targets.npy"), RecordInfo(**info))
         except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{directory} is not a whole exit record ({error})") from None
+
+
+@contextmanager
+def _appears_whole(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which then takes the place of `directory`."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _write_rest(partial: Path, targets: np.ndarray, info: RecordInfo) -> None:
+    np.save(partial / "targets.npy", targets)
+    write_text(partial / "info.json", json.dumps(asdict(info), indent=2) + "\n")
 
 
 def record(
@@ -92,32 +127,46 @@ def record(
     info: RecordInfo,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-    spill: Path | None = None,
+    directory: Path | None = None,
 ) -> ExitRecord:
-    """Runs every exit on `count` images and keeps what each said.
+    """Runs every exit on `count` images and keeps what each said: in memory, or written as it comes
+    into a `directory`, which appears whole.
 
-    spill: a file that the logits are written into as they come, where they would be large.
+    Raises UserError where the batches hold fewer images: a record that leaves out what could not be
+    read would be a record of another split.
     """
     shape = (count, network.num_exits, network.num_classes)
-    if spill is not None and np.prod(shape) * 4 > MAPPED_BYTES:
-        logits = np.lib.format.open_memmap(spill, "w+", np.float32, shape)
-    else:
-        logits = np.empty(shape, np.float32)
-    targets = np.empty(count, np.int64)
+    if directory is None:
+        made = ExitRecord(np.empty(shape, np.float32), np.empty(count, np.int64), info)
+        _fill(made, network, batches, device, autocast)
+        return made
+    with _appears_whole(directory) as partial:
+        logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
+        made = ExitRecord(logits, np.empty(count, np.int64), info)
+        _fill(made, network, batches, device, autocast)
+        logits.flush()
+        _write_rest(partial, made.targets, info)
+    return ExitRecord.load(directory)
+
+
+def _fill(made: ExitRecord, network, batches, device, autocast) -> None:
+    """Writes what every exit says about the batches into a blank record."""
     network.eval()
-    start = 0
+    start, count = 0, len(made)
     with torch.inference_mode(), autocast():
         for images, target in batches:
             rows = slice(start, start + len(target))
             if rows.stop > count:
                 raise RuntimeError(f"the split gave {rows.stop} images, {count} were announced")
             said = network(images.to(device, non_blocking=True))
-            logits[rows] = torch.stack(said, dim=1).float().cpu().numpy()
-            targets[rows] = target.cpu().numpy()
+            made.logits[rows] = torch.stack(said, dim=1).float().cpu().numpy()
+            made.targets[rows] = target.cpu().numpy()
             start += len(target)
     if start != count:
-        raise RuntimeError(f"the split gave {start} images, {count} were announced")
-    return ExitRecord(logits, targets, info)
+        raise UserError(
+            f"{count - start} of {count} images of {made.info.split} could not be read, and a"
+            " record holds all; mend those named above, or take their files away"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,12 +174,14 @@ class Scores:
     """What a criterion makes of a record: all that thresholds are chosen from.
 
     scores: (images, exits) float32, those of the final exit unused in deciding; answers: (images,
-    exits) the class each exit would answer; targets: (images,).
+    exits) the class each exit would answer; targets: (images,); among5: (images, exits) whether the
+    target is among the five likeliest classes, kept where there are many.
     """
 
     scores: np.ndarray
     answers: np.ndarray
     targets: np.ndarray
+    among5: np.ndarray | None = None
 
     @property
     def right(self) -> np.ndarray:
@@ -149,19 +200,22 @@ class Scores:
 def score_record(record: ExitRecord, policy: Policy) -> Scores:
     """Scores and answers of every exit of a record under a policy's criterion, temperatures and
     switches; its thresholds play no part."""
-    count, num_exits, _ = record.logits.shape
-    scores = np.full((count, num_exits), -np.inf, np.float32)
-    answers = np.zeros((count, num_exits), np.int64)
-    for start in range(0, count, CHUNK):
-        rows = slice(start, start + CHUNK)
-        chunk = torch.from_numpy(np.array(record.logits[rows]))  # (chunk, exits, classes)
+    shape = (len(record), policy.num_exits)
+    scores = np.full(shape, -np.inf, np.float32)
+    answers = np.zeros(shape, np.int64)
+    among5 = np.zeros(shape, bool) if record.num_classes > MANY_CLASSES else None
+    for rows, logits in record.chunks():
+        target = torch.from_numpy(record.targets[rows])[:, None]
         state = None
-        for exit_index in range(num_exits):
+        for exit_index in range(policy.num_exits):
             if policy.is_on(exit_index):
-                answer, score, state = policy.score(exit_index, chunk[:, exit_index], state)
+                answer, score, state = policy.score(exit_index, logits[:, exit_index], state)
                 scores[rows, exit_index] = score.numpy()
                 answers[rows, exit_index] = answer.argmax(dim=-1).numpy()
-    return Scores(scores, answers, record.targets)
+                if among5 is not None:
+                    best = answer.topk(5, dim=-1).indices
+                    among5[rows, exit_index] = (best == target).any(dim=-1).numpy()
+    return Scores(scores, answers, record.targets, among5)
 
 
 @dataclass(frozen=True)
@@ -194,7 +248,8 @@ def disagreements(
     unexplained = np.zeros_like(differs)
     for row in np.flatnonzero(differs):
         met = [i for i in range(max(taken[row], exit_index[row]) + 1) if policy.is_on(i)]
-        second, best = np.sort(record.logits[row, met], axis=-1)[:, -2:].T
+        at = row if record.rows is None else record.rows[row]
+        second, best = np.sort(record.logits[at, met], axis=-1)[:, -2:].T
         early = [i for i in met if i < policy.num_exits - 1]
         if policy.criterion == "patience":
             early = []  # its scores are counts: exact, but for a tie

@@ -28,6 +28,9 @@ class ExitRow:
     ece_before: float
     """Calibration error on val without the temperature."""
     ece_after: float
+    top5: float | None
+    """How often the target is among the best five, if all of test left here; where there are more
+    than ten classes."""
     taken: float
     """Share of test that leaves here under the policy."""
     taken_accuracy: float | None
@@ -78,6 +81,7 @@ class Live:
 
     images: int
     accuracy: float
+    top5: float | None
     differing: int
     """Images that took another exit or got another answer than on the record."""
     differing_beyond_rounding: int
@@ -109,6 +113,8 @@ class Report:
     test: Point
     random_accuracy: float
     final_accuracy: float
+    top5: float | None
+    """How often the target is among the best five of the answer; where there are many classes."""
     exits: tuple[ExitRow, ...]
     curve: tuple[CurvePoint, ...]
     cuts: Cuts | None
@@ -133,16 +139,19 @@ def to_json(report: Report) -> str:
 
 def table(report: Report) -> str:
     """The main table, for the screen and for the page."""
+    five = report.top5 is not None
     lines = [
-        "| exit | MACs | alone, test | leave here | right of those | threshold | temperature |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| exit | MACs | alone, test |{' its top 5 |' if five else ''} leave here | right of those"
+        " | threshold | temperature |",
+        f"| --- | ---: | ---: |{' ---: |' if five else ''} ---: | ---: | ---: | ---: |",
     ]
     for row in report.exits:
+        top5 = f" {100 * row.top5:.2f} % |" if five else ""
         right = "-" if row.taken_accuracy is None else f"{100 * row.taken_accuracy:.2f} %"
         limit = "-" if row.threshold is None else f"{row.threshold:.4f}"
         lines.append(
             f"| {row.name}{'' if row.on else ' (off)'} | {100 * row.macs_share:.1f} %"
-            f" | {100 * row.accuracy:.2f} % | {100 * row.taken:.1f} % | {right} | {limit}"
+            f" | {100 * row.accuracy:.2f} % |{top5} {100 * row.taken:.1f} % | {right} | {limit}"
             f" | {row.temperature:.2f} |"
         )
     return "\n".join(lines)
@@ -151,8 +160,10 @@ def table(report: Report) -> str:
 def headline(report: Report) -> str:
     """The outcome in one sentence."""
     lost = 100 * (report.final_accuracy - report.test.accuracy)
+    five = "" if report.top5 is None else f" (top 5 {100 * report.top5:.2f} %)"
     return (
-        f"{100 * report.test.accuracy:.2f} % on test at {100 * report.test.macs_share:.1f} % of the"
+        f"{100 * report.test.accuracy:.2f} %{five} on test at"
+        f" {100 * report.test.macs_share:.1f} % of the"
         f" plain network's MACs; its final exit alone {100 * report.final_accuracy:.2f} %"
         f" ({'no loss' if lost <= 0 else f'{lost:.2f} points less'}),"
         f" exits taken at random {100 * report.random_accuracy:.2f} %"
@@ -221,7 +232,9 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         parts += [
             "## Exits taken",
             f"Live inference answered {live.images:,} test images at batch {live.batch_size} with"
-            f" {100 * live.accuracy:.2f} % right. {live.differing} of them took another exit or"
+            f" {100 * live.accuracy:.2f} % right"
+            + ("" if live.top5 is None else f" (top 5 {100 * live.top5:.2f} %)")
+            + f". {live.differing} of them took another exit or"
             " got another answer than on the record of all exits,"
             f" {live.differing_beyond_rounding} of these with a score further than 1e-5 from its"
             " threshold.",

@@ -444,7 +444,6 @@ def spread(
         wrapped = DistributedDataParallel(
             network,
             device_ids=[run.device] if run.device.type == "cuda" else None,
-            broadcast_buffers=False,  # `score_val` does, when they are used
             find_unused_parameters=not all(phase.weights),
         )
         apart = wrapped.no_sync

@@ -182,17 +182,27 @@ def collate(items: list[tuple[Tensor, int] | Bad]) -> Batch | list[Bad]:
     return images, targets, good, bad
 
 
-class Pool:
-    """The workers: the same processes for every split and epoch.
+class Wanted:
+    """The batch sampler: the keys of the batches that are wanted next.
 
-    It is the batch sampler of its own loader, which asks it for the keys of the next batches.
+    Apart from the pool, because workers are ended when their loader is forgotten, and in a circle
+    of references that would be too late for it to tell them.
     """
 
+    keys: Iterable[list[Key]] = ()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.keys)
+
+
+class Pool:
+    """The workers: the same processes for every split and epoch."""
+
     def __init__(self, images: Images, workers: int, pinned: bool) -> None:
-        self._keys: Iterable[list[Key]] = ()
+        self._wanted = Wanted()
         self._loader = DataLoader(
             images,
-            batch_sampler=self,
+            batch_sampler=self._wanted,
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -201,12 +211,9 @@ class Pool:
             generator=torch.Generator(),  # its draws would move torch's own random state
         )
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter(self._keys)
-
     def read(self, keys: Iterable[list[Key]]) -> Iterator[Batch | list[Bad]]:
         """The batches of those keys, in their order."""
-        self._keys = keys
+        self._wanted.keys = keys
         return iter(self._loader)
 
 
@@ -375,9 +382,6 @@ def load(config: FolderConfig) -> Data:
     val = stratified(train.targets, size, config.split_seed)
     rest = np.setdiff1d(np.arange(count), val)
     everything = np.arange(len(test.targets))
-    workers = config.workers
-    if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)))
     return Data(
         name=config.dataset,
         classes=classes,
@@ -385,9 +389,19 @@ def load(config: FolderConfig) -> Data:
         splits={"train": ("train", rest), "val": ("train", val), "test": ("test", everything)},
         val_hash=index_hash(train.digest, val),
         test_hash=f"{test.digest} test",
-        workers=workers,
+        workers=processors() if config.workers is None else config.workers,
         bad_files=config.bad_files,
     )
+
+
+def processors() -> int:
+    """How many processes decode unless told otherwise: one for each processor this process may use
+    and shares with no other of its kind, at most 8."""
+    try:
+        here = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        here = os.cpu_count() or 1
+    return max(1, min(8, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _noise(config: FolderConfig) -> tuple[Noise, Noise]:

@@ -153,7 +153,7 @@ def download(config: FolderRun, name: str) -> Path:
     from torchvision import models
 
     arch = config.model.arch
-    networks.build_backbone(arch)  # names the nearest where there is none
+    networks.refuse_unknown(arch)
     known = {weights.name: weights for weights in models.get_model_weights(arch)}
     fitting = [
         weights.name for weights in known.values()

@@ -154,13 +154,18 @@ def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) ->
 
     Raises UserError for a network that is not supported.
     """
+    refuse_unknown(arch)
+    own = {"image_size": image_size} if arch.startswith("vit_") else {}
+    return models.get_model(arch, weights=None, num_classes=num_classes, **own)
+
+
+def refuse_unknown(arch: str) -> None:
+    """Raises UserError for a network that is not supported."""
     known = list_archs()
     if arch not in known:
         close = difflib.get_close_matches(arch, known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"there is no network {arch!r} here; {hint}--list-archs shows all")
-    own = {"image_size": image_size} if arch.startswith("vit_") else {}
-    return models.get_model(arch, weights=None, num_classes=num_classes, **own)
 
 
 def build_network(

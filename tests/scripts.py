@@ -3,6 +3,7 @@
     python tests/scripts.py SIGTERM 8 FLAGS      cifar10/trainer.py with that network and that data,
                                                  sent a signal before its ninth batch
     python tests/scripts.py none 0 FLAGS         the same, left alone
+    python tests/scripts.py SIGTERM@1 8 FLAGS    only the second of torchrun's processes is sent it
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar10 import data, resnet, trainer
 from early_exit import cli
@@ -28,6 +30,7 @@ from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
+FOLDERS = ("ape", "bee", "cat")
 # two epochs of six steps on one CPU thread, in float32
 TINY = (
     "--dataset", "digits", "--epochs", "2", "-b", "8", "--lr", "0.05", "--amp", "off",
@@ -64,10 +67,15 @@ def tiny_data(settings: DataConfig) -> data.Data:
 DOOR = FrontDoor(tiny_network, tiny_data)
 
 
-def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen:
-    """A script of the repository as a process of its own, on one thread."""
+def start(script: str, *arguments: object, cwd: Path, processes: int = 0) -> subprocess.Popen:
+    """A script of the repository as a process of its own, on one thread; or torchrun with as many
+    processes of it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [
+            sys.executable, *(torchrun if processes else ()), str(ROOT / script),
+            *map(str, arguments),
+        ],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
@@ -110,10 +118,24 @@ def at_batch(patch: Any, k: int, act: Callable[[], None], batches: str = "train_
     patch.setattr(data.Data, batches, counted)
 
 
+def make_folders(root: Path, train: int = 8, val: int = 4) -> Path:
+    """Class folders for imagenet/main.py: three classes of JPEGs of 40x30 pixels; the colour tells
+    the class and the brightness which image it is."""
+    for split, count in (("train", train), ("val", val)):
+        for channel, name in enumerate(FOLDERS):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.zeros((30, 40, 3), np.uint8)
+                pixels[..., channel] = 100 + 10 * number
+                Image.fromarray(pixels).save(root / split / name / f"{number}.JPEG", quality=95)
+    return root
+
+
 def main() -> None:
     """The trainer on the tiny network, with a signal sent to itself."""
     _, name, step, *sys.argv[1:] = sys.argv
-    if name != "none":
+    name, _, process = name.partition("@")
+    if name != "none" and process in ("", os.environ.get("RANK")):
         signum = getattr(signal, name)
         at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum))
     trainer.DOOR = DOOR

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from scripts import finish, run_main, start
+from scripts import finish, make_folders, run_main, start
 
 from benchmarks import inference
 
@@ -56,6 +56,18 @@ def test_training_compares_the_loops(tmp_path):
     assert done.returncode == 0, done.stderr
     ratios = re.findall(r"ratio ([\d.]+) ", done.stdout)
     assert len(ratios) == 2 and all(float(ratio) > 0 for ratio in ratios)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_loading_compares_the_pipelines(tmp_path, own):
+    flags = ("--steps", "2", "--turns", "1", "-b", "8", "-j", "1", "--device", "cpu")
+    if own:
+        flags = (make_folders(tmp_path / "set"), *flags, "--crop", "16")
+    done = finish(start("benchmarks/loading.py", *flags, cwd=tmp_path))
+    assert done.returncode == 0, done.stderr
+    (ratio,) = re.findall(r"ratio ([\d.]+) ", done.stdout)
+    assert float(ratio) > 0
 
 
 @pytest.mark.slow

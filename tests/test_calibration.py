@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from early_exit import calibration
 from early_exit.calibration import LIMITS, fit_temperature
 
 # Four images of odds 3 : 1 of which one is the second class, ten of odds 9 : 1 of which one is:
@@ -79,3 +80,23 @@ def test_the_logits_are_left_as_they_are():
     fit_temperature(logits.detach(), TARGET)
     assert torch.equal(logits, before)
     assert logits.grad is None
+
+
+@given(st.floats(math.log(0.06), math.log(16)))
+def test_the_root_is_found_in_few_looks(log_temperature):
+    # each look reads every logit: with a thousand classes, hundreds of megabytes
+    with pytest.MonkeyPatch.context() as patch:
+        looks, excess = [], calibration._excess
+        patch.setattr(
+            calibration, "_excess", lambda *given: looks.append(given[-1]) or excess(*given)
+        )
+        fit_temperature(TRUE_LOGITS * math.exp(log_temperature), TARGET)
+    assert len(looks) <= 25
+
+
+def test_looking_at_some_rows_at_a_time_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    logits, target = 5 * torch.randn(101, 7), torch.randint(7, (101,))
+    whole = fit_temperature(logits, target)
+    monkeypatch.setattr(calibration, "CHUNK", 70)
+    assert fit_temperature(logits, target) == pytest.approx(whole, rel=1e-6)

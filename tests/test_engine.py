@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from early_exit.config import OptimConfig
 from early_exit.engine import (
     Tally,
     lr_at,
+    make_average,
     make_optimizer,
     score_batches,
     set_training_mode,
@@ -276,3 +278,88 @@ def test_a_tallys_state_is_plain_values():
     assert tally.state_dict() == {
         "images": 2, "steps": 1, "loss": 1.0, "correct": [1, 2], "among5": [0, 0]
     }
+
+
+def test_several_goes_are_one_step_of_the_whole_batch():
+    """A mean over the whole batch is the mean over its equal parts."""
+    torch.manual_seed(0)
+    images, target = torch.randn(12, 3, 4, 4), torch.randint(5, (12,))
+
+    def learn(goes):
+        torch.manual_seed(1)
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+        parts = zip(images.split(6 // goes), target.split(6 // goes), strict=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        tally = Tally(1, CPU)
+        ended = list(train_steps(
+            lambda images: [net(images)], parts,
+            lambda logits, target: torch.nn.functional.cross_entropy(logits[0], target),
+            optimizer, torch.amp.GradScaler("cpu", enabled=False), nullcontext, [0.5, 0.1], tally,
+            goes,
+        ))
+        assert ended == ([False] * (goes - 1) + [True]) * 2
+        return net[1].weight, tally.read()
+
+    (whole, read), (parts, same) = learn(1), learn(3)
+    torch.testing.assert_close(whole, parts)
+    assert same == (pytest.approx(read[0]), read[1])
+
+
+def test_gradients_are_sent_with_the_last_go_alone():
+    sent, inside = [], []
+
+    @contextmanager
+    def apart():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    net[1].weight.register_hook(lambda _: sent.append(not inside))
+    batches = [(torch.randn(2, 3, 1, 1), torch.tensor([0, 1]))] * 6
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    list(train_steps(
+        lambda images: [net(images)], batches, lambda logits, _: logits[0].sum(), optimizer,
+        torch.amp.GradScaler("cpu", enabled=False), nullcontext, [0.1] * 2, Tally(1, CPU), 3, apart,
+    ))
+    assert sent == [False, False, True] * 2
+
+
+def test_the_average_by_hand():
+    net = torch.nn.Linear(1, 1, bias=False)
+    average = make_average(net, 0.5)
+    seen = []
+    for value in (1.0, 2.0, 3.0):
+        net.weight.data.fill_(value)
+        average.update_parameters(net)
+        seen.append(average.module.weight.item())
+    # the first is taken as it is; then decays of min(0.5, 2 / 11) and min(0.5, 3 / 12)
+    second = 2 / 11 * 1.0 + 9 / 11 * 2.0
+    assert seen == pytest.approx([1.0, second, 0.25 * second + 0.75 * 3.0])
+
+
+def test_the_average_takes_statistics_too_and_leaves_the_network_alone(make_net):
+    net = make_net()
+    average = make_average(net, 0.9)
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(4, 3, 16, 16))
+            average.update_parameters(net)
+    assert net.training and not average.module.training
+    names = [name for name, _ in net.named_buffers() if "running_mean" in name]
+    assert any(
+        not torch.equal(net.get_buffer(name), average.module.get_buffer(name)) for name in names
+    )
+    images = torch.randn(2, 3, 16, 16)
+    chained = average.module(images)[-1]  # its stages are views of its own backbone
+    assert torch.equal(chained, average.module.backbone(images))
+
+
+def test_many_classes_are_counted_among_five():
+    tally = Tally(1, CPU)
+    logits = torch.arange(12.0).flip(0).repeat(3, 1)  # classes in the order of their logits
+    tally.add(torch.tensor(0.0), [logits], torch.tensor([0, 4, 5]))
+    assert tally.read()[1] == [1 / 3] and tally.top5() == [2 / 3]
+    few = Tally(1, CPU)
+    few.add(torch.tensor(0.0), [logits[:, :10]], torch.tensor([0, 4, 5]))
+    assert few.top5() == []

@@ -10,7 +10,7 @@ from torch import nn
 
 from cifar10.resnet import build_backbone, build_network
 from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork, resolve_places
+from early_exit.network import MultiExitNetwork, resolve_places, synchronise_norms
 
 BLOCKS = [f"layer{layer}.{block}" for layer in (1, 2, 3) for block in range(3)]  # of a ResNet-20
 UNITS = ["stem", *BLOCKS, "classifier"]
@@ -264,3 +264,21 @@ def test_compiled_stages_say_the_same(compiled_net, trained_net, images):
         compiled = in_all_sizes(compiled_net, images, counts)
     for said, expected in zip(compiled, plain, strict=True):
         torch.testing.assert_close(said, expected)
+
+
+def test_synchronised_norms_share_every_tensor_with_the_backbone(make_net):
+    net = make_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images = torch.randn(4, 3, 16, 16)
+    expected = [said.detach() for said in copy.deepcopy(net)(images)]
+    synchronise_norms(net)
+    modules = [module for part in (net, *net.stages) for module in part.modules()]
+    kinds = {type(m) for m in modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {torch.nn.SyncBatchNorm}
+    assert list(net.state_dict()) == list(before)
+    for said, wanted in zip(net(images), expected, strict=True):
+        assert torch.equal(said, wanted)  # one process: its own images are all
+    moved = net.backbone.bn1.running_mean
+    assert not torch.equal(moved, before["backbone.bn1.running_mean"])
+    net.eval()
+    assert torch.equal(net(images)[-1], net.backbone(images))

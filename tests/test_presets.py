@@ -12,25 +12,47 @@ from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.cost import network_cost
 from early_exit.experiment import plan_phases
+from early_exit.network import MultiExitNetwork
+from imagenet import main
+from imagenet.data import FolderRun
 
-PRESETS = sorted((ROOT / "cifar10" / "configs").glob("*.yaml"))
-pytestmark = pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+PRESETS = sorted(ROOT.glob("*/configs/*.yaml"))
+pytestmark = pytest.mark.parametrize(
+    "path", PRESETS, ids=lambda path: "-".join([path.parts[-3], path.stem])
+)
+
+
+def config_class(path) -> type[Config]:
+    """What the preset is a part of."""
+    return FolderRun if path.parts[-3] == "imagenet" else Config
 
 
 def configured(path) -> Config:
     """The configuration that the preset's first line asks for, run in the repository."""
     marker, *words = shlex.split(path.read_text().splitlines()[0])
-    assert [marker, *words[:2]] == ["#", "python", "cifar10/trainer.py"]
-    args = trainer.parser().parse_args(words[2:])
+    assert marker == "#"
+    folders = path.parts[-3] == "imagenet"
+    front, script = (main, "imagenet/main.py") if folders else (trainer, "cifar10/trainer.py")
+    at = words.index(script)
+    assert words[:at] in (["python"], ["torchrun", "--nproc-per-node", "8"])
+    args = front.parser().parse_args(words[at + 1 :])
     assert ROOT / args.config == path
     args.config = ROOT / args.config
     given = cli.settings_of(args)
     digits = given.get("data", {}).get("dataset") == "digits"
-    return cli.resolve_config(args, None, trainer.DIGITS if digits else None)
+    own = main.CLASSIC if front is main else trainer.DIGITS if digits else None
+    return cli.resolve_config(args, None, own, config_class(path))
+
+
+def built(path) -> MultiExitNetwork:
+    """The preset's network, without numbers."""
+    front = main if path.parts[-3] == "imagenet" else trainer
+    with torch.device("meta"):
+        return front.build_network(configured(path), 10)
 
 
 def test_it_is_a_configuration_without_flags(path):
-    assert isinstance(configs.build(Config, configs.load_preset(path)), Config)
+    assert isinstance(configs.build(config_class(path), configs.load_preset(path)), Config)
 
 
 def test_its_first_line_is_a_command_that_the_trainer_accepts(path):
@@ -41,7 +63,7 @@ def test_its_values_survive_its_own_command(path):
     """What the preset sets and its command does not is what the run gets."""
     config = configs.to_dict(configured(path))
     for section, values in configs.load_preset(path).items():
-        expected = configs.to_dict(configs.build(Config, {section: values}))[section]
+        expected = configs.to_dict(configs.build(config_class(path), {section: values}))[section]
         for name in values:
             assert config[section][name] == expected[name], f"{section}.{name}"
 
@@ -51,15 +73,12 @@ def test_its_second_line_says_what_it_is(path):
 
 
 def test_its_network_builds_and_its_exits_save_work(path):
-    with torch.device("meta"):
-        network = trainer.build_network(configured(path), 10)
+    network = built(path)
     shares = network_cost(network).shares()
     assert all(share < 0.98 for share in shares[:-1])
 
 
 def test_its_phases_can_be_planned(path):
-    config = configured(path)
-    with torch.device("meta"):
-        network = trainer.build_network(config, 10)
+    config, network = configured(path), built(path)
     phases = plan_phases(config, network.num_exits)
     assert phases[-1].optim == config.optim

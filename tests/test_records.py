@@ -108,7 +108,9 @@ def test_scoring_in_chunks_changes_nothing(stored, criterion, monkeypatch):
         temperatures=(0.5, 2.0, 1.0, 1.5),
     )
     whole = score_record(stored, policy)
-    monkeypatch.setattr(records, "CHUNK", 300)  # 2,048 images: six chunks and a shorter one
+    # 300 of 2,048 images at a time: six chunks and a shorter one
+    monkeypatch.setattr(records, "CHUNK_BYTES", 300 * stored.logits[0].nbytes)
+    assert [rows.stop - rows.start for rows, _ in stored.chunks()] == [300] * 6 + [248]
     chunked = score_record(stored, policy)
     assert np.array_equal(chunked.scores, whole.scores)
     assert np.array_equal(chunked.answers, whole.answers)
@@ -248,37 +250,70 @@ def test_recording_uses_the_eval_mode_and_moves_nothing(tiny_net, images, target
     assert all(torch.equal(value, before[key]) for key, value in tiny_net.state_dict().items())
 
 
-def test_a_large_record_is_spilled_into_a_file(
-    tiny_net, images, targets, hand, tmp_path, monkeypatch
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_record_may_be_written_as_it_comes(
+    tiny_net, images, targets, hand, tmp_path, monkeypatch, mapped
 ):
-    def make(spill):
-        return record(
-            tiny_net, batches_of(images[:8], targets[:8], 4), 8, hand.info, CPU, torch.no_grad,
-            spill,
-        )
+    def make(directory):
+        batches = batches_of(images[:8], targets[:8], 4)
+        return record(tiny_net, batches, 8, hand.info, CPU, torch.no_grad, directory)
 
-    in_memory = make(tmp_path / "small.npy")
-    monkeypatch.setattr(records, "MAPPED_BYTES", 8 * 4 * 4 * 4 - 1)  # a byte less than it needs
-    spilled = make(tmp_path / "large.npy")
-    assert not (tmp_path / "small.npy").exists()
-    assert isinstance(spilled.logits, np.memmap)
-    assert np.array_equal(np.load(tmp_path / "large.npy"), in_memory.logits)
+    bytes_needed = 8 * 4 * 4 * 4 + 128  # logits, and what a file of numpy begins with
+    monkeypatch.setattr(records, "MAPPED_BYTES", bytes_needed - mapped)
+    written, in_memory = make(tmp_path / "val"), make(None)
+    assert isinstance(written.logits, np.memmap) == mapped
+    assert np.array_equal(written.logits, in_memory.logits)
+    assert np.array_equal(written.targets, in_memory.targets)
+    assert written.info == hand.info
+    assert [path.name for path in tmp_path.iterdir()] == ["val"]
 
 
-@pytest.mark.parametrize(
-    "announced",
-    [
-        7,
-        9,
-    ],
-)
-def test_a_split_of_another_size_than_announced_is_refused(
-    tiny_net, images, targets, hand, announced
-):
-    with pytest.raises(RuntimeError, match="the split gave 8 images"):
+def test_recording_that_fails_leaves_the_earlier_record(tiny_net, images, targets, hand, tmp_path):
+    hand.save(tmp_path / "val")
+    with pytest.raises(UserError, match="1 of 9 images of val could not be read"):
         record(
-            tiny_net, batches_of(images[:8], targets[:8], 4), announced, hand.info, CPU,
-            torch.no_grad,
+            tiny_net, batches_of(images[:8], targets[:8], 4), 9, hand.info, CPU, torch.no_grad,
+            tmp_path / "val",
+        )
+    assert np.array_equal(ExitRecord.load(tmp_path / "val").logits, hand.logits)
+
+
+def test_a_part_of_a_mapped_record_is_not_copied(stored, tmp_path, monkeypatch):
+    stored.save(tmp_path / "all")
+    monkeypatch.setattr(records, "MAPPED_BYTES", -1)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 300 * stored.logits[0].nbytes)
+    mapped = ExitRecord.load(tmp_path / "all")
+    rows = np.random.default_rng(0).permutation(2048)[:700]
+    some, again = mapped.subset(rows, "test", "some"), rows[[5, 600, 7]]
+    assert some.logits is mapped.logits
+    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.6,) * 3)
+    expected = stored.subset(rows, "test", "some")
+    assert np.array_equal(score_record(some, policy).scores, score_record(expected, policy).scores)
+    assert torch.equal(some.exit_logits(1), expected.exit_logits(1))
+    fewer = some.subset(np.array([5, 600, 7]), "test", "three")
+    assert torch.equal(fewer.exit_logits(0), torch.from_numpy(stored.logits[again, 0]))
+    wrong = (replay(some, policy).answers + 1) % 4
+    taken = replay(some, policy).exit_index
+    for either in (some, expected):
+        differs, unexplained = disagreements(either, policy, wrong, taken)
+        assert differs.all()
+        assert unexplained.sum() == disagreements(expected, policy, wrong, taken)[1].sum()
+
+
+def test_with_many_classes_the_best_five_are_looked_at(make_record):
+    logits = np.zeros((3, 2, 12))
+    logits[:, :, :6] = [6, 5, 4, 3, 2, 1]  # classes in the order of their logits
+    stored = make_record(logits, [0, 4, 5])
+    policy = Policy(exit_names=("exit0", "final"), thresholds=(0.5,))
+    assert score_record(stored, policy).among5.tolist() == [[True] * 2, [True] * 2, [False] * 2]
+    few = make_record(logits[:, :, :10], [0, 4, 5])
+    assert score_record(few, policy).among5 is None
+
+
+def test_more_images_than_announced_are_refused(tiny_net, images, targets, hand):
+    with pytest.raises(RuntimeError, match="the split gave 8 images, 7 were announced"):
+        record(
+            tiny_net, batches_of(images[:8], targets[:8], 4), 7, hand.info, CPU, torch.no_grad
         )
 
 

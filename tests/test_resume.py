@@ -131,6 +131,26 @@ class TestStopped:
         go(tmp_path / "run")
         assert_same_run(tmp_path / "run", whole)
 
+    @pytest.mark.parametrize("go_number", [0, 1, 4, 6, 9, 17])
+    def test_after_any_go_of_a_step(self, monkeypatch, tmp_path, go_number):
+        # of two goes a step: one that does not end its step is taken back
+        config = tiny_config()
+        optim = dataclasses.replace(config.optim, accumulate=2, ema=0.9)
+        config = dataclasses.replace(config, optim=optim)
+        whole = go(tmp_path / "whole", config)
+        at_batch(monkeypatch, go_number, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run", config)
+        position = checkpoint.load(tmp_path / "run")["position"]
+        steps = (go_number + 1) // 2
+        assert 3 * (position["phase"] + position["epoch"]) + position["step"] == steps
+        go(tmp_path / "run", config)
+        assert_same_run(tmp_path / "run", whole)
+        ours, theirs = (
+            tensors(checkpoint.load(tmp_path / name)["average"]) for name in ("run", "whole")
+        )
+        assert ours and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
     @pytest.mark.parametrize("epoch", range(EPOCHS))
     def test_while_val_is_scored(self, monkeypatch, whole, tmp_path, epoch):
         at_batch(monkeypatch, epoch, ask_to_stop, "eval_batches")

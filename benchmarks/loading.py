@@ -1,0 +1,114 @@
+"""Speed of the image loader against torchvision's reference pipeline, in one run.
+
+    python benchmarks/loading.py           JPEGs of 500x375 pixels, made for the occasion
+    python benchmarks/loading.py DIR       DIR/train/CLASS/*
+
+The reference pipeline is that of torchvision's classification training: an ImageFolder, a random
+resized crop and a flip of PIL's image, a float tensor, normalised, by workers. Ours sends bytes from
+the workers and normalises a whole batch. The loops take turns, each in a process of its own with as
+many workers; the ratio printed is the median over turns.
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from turns import compare, show
+
+from early_exit import cli, runtime
+from early_exit.errors import UserError
+from imagenet import data
+
+IMAGES = 600
+
+
+def reference(args: argparse.Namespace) -> Iterator:
+    """torchvision's batches."""
+    device = runtime.choose_device(args.device)
+    folder = ImageFolder(
+        Path(args.dir) / "train",
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(args.crop, antialias=True),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+                transforms.ConvertImageDtype(torch.float),
+                transforms.Normalize(data.MEAN, data.STD),
+            ]
+        ),
+    )
+    loader = DataLoader(
+        folder, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True,
+        persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
+    )
+    while True:
+        for images, target in loader:
+            yield images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+
+
+def ours(args: argparse.Namespace) -> Iterator:
+    """The trainer's batches."""
+    config = data.FolderConfig(
+        root=args.dir, workers=args.workers, train_crop=args.crop, val_size=1
+    )
+    source = data.load(config).to(runtime.choose_device(args.device), torch.channels_last)
+    for epoch in itertools.count():
+        yield from source.train_batches(args.batch_size, 0, epoch)
+
+
+def make_images(root: Path) -> None:
+    """Two classes of smooth noise, about as large as ImageNet's files."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("val", 2)):
+        for number in range(count):
+            coarse = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
+            folder = root / split / str(number % 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+            image.save(folder / f"{number}.jpg", quality=90)
+
+
+def parser() -> cli.Parser:
+    """The benchmark's flags."""
+    parser = cli.build_parser("loading.py", "python benchmarks/loading.py [DIR] [flags]", __doc__)
+    parser.add_argument("dir", nargs="?", metavar="DIR", help="directory with train/ and val/")
+    parser.add_argument(
+        "-j", "--workers", type=int, default=data.processors(), metavar="N",
+        help="processes that decode (default: one per processor, at most 8)",
+    )
+    parser.add_argument("-b", "--batch-size", type=int, default=64, help="default 64")
+    parser.add_argument("--crop", type=int, default=224, help="side of the crops (default 224)")
+    parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
+    parser.add_argument("--steps", type=int, default=30, help="batches a turn (default 30)")
+    parser.add_argument("--turns", type=int, default=5, help="default 5")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = parser().parse_args(argv)
+    device = runtime.choose_device(args.device)
+    print(
+        f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
+        f" {args.workers} workers, crops of {args.crop}"
+    )
+    with tempfile.TemporaryDirectory() as made:
+        if args.dir is None:
+            args.dir = made
+            make_images(Path(made))
+        elif not (Path(args.dir) / "train").is_dir():
+            raise UserError(f"there is no {args.dir}/train; give a directory of class folders")
+        loops = {"torchvision's pipeline": reference, "ours": ours}
+        show(compare(loops, args, args.steps), args.steps * args.batch_size)
+
+
+if __name__ == "__main__":
+    cli.run(main, "loading.py")
