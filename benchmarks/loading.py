@@ -4,9 +4,9 @@
     python benchmarks/loading.py DIR       DIR/train/CLASS/*
 
 The reference pipeline is that of torchvision's classification training: an ImageFolder, a random
-resized crop and a flip of PIL's image, a float tensor, normalised, by workers. Ours sends bytes from
-the workers and normalises a whole batch. The loops take turns, each in a process of its own with as
-many workers; the ratio printed is the median over turns.
+resized crop and a flip of PIL's image, a float tensor, normalised, by workers. Ours sends bytes
+from the workers and normalises a whole batch. The loops take turns, each in a process of its own
+with as many workers; the ratio printed is the median over turns.
 """
 
 import argparse
@@ -56,10 +56,13 @@ def reference(args: argparse.Namespace) -> Iterator:
 
 def ours(args: argparse.Namespace) -> Iterator:
     """The trainer's batches."""
+    device = runtime.choose_device(args.device)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()  # as the trainer does
     config = data.FolderConfig(
         root=args.dir, workers=args.workers, train_crop=args.crop, val_size=1
     )
-    source = data.load(config).to(runtime.choose_device(args.device), torch.channels_last)
+    source = data.load(config).to(device, torch.channels_last)
     for epoch in itertools.count():
         yield from source.train_batches(args.batch_size, 0, epoch)
 

@@ -20,8 +20,8 @@ BEFORE = 6  # untimed steps of a turn: workers have prefetched while the others 
 def serve(loop: Loop, args: argparse.Namespace, pipe: Connection) -> None:
     """A process of its own for one loop: takes a number of steps, gives the seconds they took."""
     device = runtime.choose_device(args.device)
-    steps = loop(args)
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    # closed, so that a loader's workers end; an end of the pipe: nobody asks any more
+    with contextlib.closing(loop(args)) as steps, contextlib.suppress(EOFError):
         while True:
             count = pipe.recv()
             for _ in itertools.islice(steps, BEFORE):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from early_exit.errors import UserError
+from early_exit.pixels import normalise
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,7 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to float32 with the set's mean and deviation."""
-        mean = torch.tensor(self.mean, device=images.device).mul_(255).view(-1, 1, 1)
-        scale = torch.tensor(self.std, device=images.device).mul_(255).reciprocal_().view(-1, 1, 1)
-        images = images.to(torch.float32, memory_format=self.layout)
-        return images.sub_(mean).mul_(scale)
+        return normalise(images, self.mean, self.std, self.layout)
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of two stratified halves of test: the first to be val, the second test."""

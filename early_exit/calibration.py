@@ -14,7 +14,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
 
     logits: (B, K) of one exit on val; target: (B,). The cross-entropy is convex in 1 / T, and its
     slope says whether the network expects larger logits than it finds on the targets; so its root
-    is enclosed within `LIMITS`, in ln T and float64. Each step looks where a straight line between
+    is enclosed within `LIMITS`, in ln T. Each step looks where a straight line between
     the two ends would cross zero (regula falsi), the end that stays having half its weight so that
     it moves too (the Illinois rule; Dowell and Jarratt 1971). The answer of an exit does not depend
     on the temperature, how sure it looks does.
@@ -44,7 +44,6 @@ def _excess(logits: Tensor, target: Tensor, temperature: float) -> float:
     """By how much the logit that the network expects at this temperature exceeds the target's."""
     size, total = max(1, CHUNK // logits.shape[1]), 0.0
     for some, their in zip(logits.split(size), target.split(size), strict=True):
-        some = some.double()
-        expected = ((some / temperature).softmax(dim=-1) * some).sum()
-        total += float(expected - some.gather(1, their[:, None]).sum())
+        expected = ((some / temperature).softmax(dim=-1) * some).sum(dim=-1)
+        total += float((expected - some.gather(1, their[:, None]).squeeze(1)).double().sum())
     return total / len(target)

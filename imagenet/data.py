@@ -5,12 +5,15 @@ step alone, so resuming in the middle of an epoch needs nothing but the position
 be read as an image is named; up to a stated number of them are skipped.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import logging
 import os
 import signal
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import v2
 
 from early_exit.config import Config, DataConfig
 from early_exit.errors import UserError
+from early_exit.pixels import normalise
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
@@ -99,9 +103,9 @@ class Files:
         return str(self.root / os.fsdecode(self.names[row]))
 
     def image(self, row: int, transform: v2.Transform) -> Tensor:
-        """One of them, (3, H, W) uint8."""
+        """One of them, (H, W, 3) uint8."""
         with Image.open(self.name(row)) as image:
-            return transform(image.convert("RGB"))
+            return torch.from_numpy(np.array(transform(image.convert("RGB"))))
 
     @cached_property
     def digest(self) -> str:
@@ -122,9 +126,9 @@ class Noise:
         return f"{self.digest} {row}"
 
     def image(self, row: int, _transform: v2.Transform) -> Tensor:
-        """One of them, (3, H, W) uint8."""
+        """One of them, (H, W, 3) uint8."""
         generator = torch.Generator().manual_seed(row)
-        shape = (3, self.side, self.side)
+        shape = (self.side, self.side, 3)
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
@@ -137,7 +141,7 @@ class Bad:
 
 
 class Images(Dataset):
-    """What a worker does: a key becomes an image (3, H, W) uint8 and its target, or a Bad."""
+    """What a worker does: a key becomes an image (H, W, 3) uint8 and its target, or a Bad."""
 
     def __init__(self, sources: dict[str, Files | Noise], config: FolderConfig) -> None:
         self.sources = sources
@@ -145,12 +149,10 @@ class Images(Dataset):
         self.train = v2.Compose([
             v2.RandomResizedCrop(config.train_crop, antialias=True),
             v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
         ])
         self.held_out = v2.Compose([
             v2.Resize(config.val_resize, antialias=True),
             v2.CenterCrop(config.val_crop),
-            v2.PILToTensor(),
         ])
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | Bad:
@@ -160,8 +162,10 @@ class Images(Dataset):
             if chance is None:
                 image = source.image(row, self.held_out)
             else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed_of(*chance, row, 1))
+                # a worker has a random state of its own
+                apart = nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[])
+                with apart:
+                    torch.default_generator.manual_seed(seed_of(*chance, row, 1))
                     image = source.image(row, self.train)
         except Exception as error:  # what bytes of another kind make of a decoder has no bounds
             return Bad(source.name(row), " ".join(str(error).split()) or type(error).__name__)
@@ -172,7 +176,7 @@ Batch = tuple[Tensor, Tensor, list[int], list[Bad]]
 
 
 def collate(items: list[tuple[Tensor, int] | Bad]) -> Batch | list[Bad]:
-    """Images (B, 3, H, W) and targets (B,) of what could be read, which items those are, and what
+    """Images (B, H, W, 3) and targets (B,) of what could be read, which items those are, and what
     could not; that alone where nothing could."""
     good = [number for number, item in enumerate(items) if not isinstance(item, Bad)]
     bad = [item for item in items if isinstance(item, Bad)]
@@ -199,7 +203,7 @@ class Pool:
     """The workers: the same processes for every split and epoch."""
 
     def __init__(self, images: Images, workers: int, pinned: bool) -> None:
-        self._wanted = Wanted()
+        self._wanted, self._ends = Wanted(), False
         self._loader = DataLoader(
             images,
             batch_sampler=self._wanted,
@@ -214,7 +218,18 @@ class Pool:
     def read(self, keys: Iterable[list[Key]]) -> Iterator[Batch | list[Bad]]:
         """The batches of those keys, in their order."""
         self._wanted.keys = keys
-        return iter(self._loader)
+        batches = iter(self._loader)
+        if self._loader.num_workers and not self._ends:
+            self._ends = True
+            atexit.register(_end, weakref.ref(batches))
+        return batches
+
+
+def _end(batches: weakref.ref) -> None:
+    """Ends workers that are still there when Python leaves, as after an error: later it would send
+    them the signal that they do not hear, and wait."""
+    if batches() is not None:
+        batches()._shutdown_workers()
 
 
 def _deaf(_worker: int) -> None:
@@ -277,15 +292,15 @@ class Data:
         there twice."""
         source, rows = self.splits["train"]
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        order = torch.randperm(len(rows), generator=generator).numpy()
-
-        def keys() -> Iterator[list[Key]]:
-            for step in range(first_step, self.steps_per_epoch(batch_size)):
-                chosen = rows[order[step * batch_size : (step + 1) * batch_size]]
-                for part in share.parts(len(chosen)):
-                    yield [(source, int(row), (seed, epoch)) for row in chosen[part]]
-
-        for images, targets, good, bad in self._read(keys()):
+        rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        steps = range(first_step, self.steps_per_epoch(batch_size))
+        # without a reference to the data itself: a loader keeps it, and the data keeps the loader
+        batches = (rows[step * batch_size : (step + 1) * batch_size] for step in steps)
+        keys = (
+            [(source, int(row), (seed, epoch)) for row in batch[part]]
+            for batch in batches for part in share.parts(len(batch))
+        )
+        for images, targets, good, bad in self._read(keys):
             if bad:
                 fill = torch.arange(len(good) + len(bad)) % len(good)
                 images, targets = images[fill], targets[fill]
@@ -327,11 +342,9 @@ class Data:
             yield batch
 
     def _ready(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) to float32 on the device, with the set's mean and deviation."""
-        images = images.to(self.device, non_blocking=True)
-        mean = torch.tensor(self.mean, device=self.device).mul_(255).view(-1, 1, 1)
-        scale = torch.tensor(self.std, device=self.device).mul_(255).reciprocal_().view(-1, 1, 1)
-        images = images.to(torch.float32, memory_format=self.layout).sub_(mean).mul_(scale)
+        """Bytes (B, H, W, 3) to normalised images (B, 3, H, W) on the device."""
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = normalise(images, self.mean, self.std, self.layout)
         return images, targets.to(self.device, non_blocking=True)
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -353,7 +366,7 @@ class Data:
         """One image as (H, W, 3) uint8."""
         source, rows = self.splits[split]
         image, _ = self.images[source, int(rows[index]), None]
-        return image.permute(1, 2, 0).numpy()
+        return image.numpy()
 
 
 def load(config: FolderConfig) -> Data:

@@ -1,8 +1,8 @@
 """Train a torchvision network with early exits on ImageNet, or on any images in class folders.
 
-    python imagenet/main.py --arch resnet50 --exits            data/imagenet; layer1 and layer2
-    python imagenet/main.py DIR --arch resnet18 --exits layer2 DIR/train/CLASS/*, DIR/val/CLASS/*
-    python imagenet/main.py --dummy 2560 --epochs 1 --exits    noise: no data needed
+    python imagenet/main.py --arch resnet50 --exits             data/imagenet; layer1 and layer2
+    python imagenet/main.py DIR --arch resnet18 --exits layer2  DIR/train/CLASS/*, DIR/val/CLASS/*
+    python imagenet/main.py --dummy 2560 --epochs 1 --exits     noise: no data needed
     python imagenet/main.py DIR --pretrained --exits --regime frozen --epochs 10
     torchrun --nproc-per-node 8 imagenet/main.py DIR --config imagenet/configs/modern.yaml
 """

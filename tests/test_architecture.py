@@ -24,8 +24,8 @@ PACKAGE = Path(early_exit.__file__).parent
 # Low to high: a module may import only modules named before it.
 ORDER = (
     "errors",
-    "heads", "losses", "criteria", "calibration", "metrics", "config", "checkpoint", "distributed",
-    "runtime", "splits",
+    "pixels", "heads", "losses", "criteria", "calibration", "metrics", "config", "checkpoint",
+    "distributed", "runtime", "splits",
     "network", "policy", "cost",
     "records", "thresholds", "inference",
     "engine", "journal", "latency", "report", "plots",

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import math
+import re
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from early_exit import records
+from early_exit.cost import Cost
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
+from early_exit.evaluation import Goal, choose
 from early_exit.policy import NEVER, Policy
 from early_exit.records import ExitRecord, disagreements, record, replay, score_record
 
@@ -298,6 +303,43 @@ def test_a_part_of_a_mapped_record_is_not_copied(stored, tmp_path, monkeypatch):
         differs, unexplained = disagreements(either, policy, wrong, taken)
         assert differs.all()
         assert unexplained.sum() == disagreements(expected, policy, wrong, taken)[1].sum()
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are not pages of a file."""
+    said = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(said[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_choosing_on_a_large_record_takes_little_memory(hand, tmp_path):
+    count, exits, classes = 20_000, 3, 1000
+    logits = np.lib.format.open_memmap(
+        tmp_path / "logits.npy", "w+", np.float32, (count, exits, classes)
+    )
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, classes, count)
+    for rows in np.array_split(np.arange(count), 40):
+        logits[rows] = rng.standard_normal((len(rows), exits, classes), np.float32)
+        logits[rows, :, targets[rows]] += rng.uniform(0, 9, (len(rows), 1)).astype(np.float32)
+    logits.flush()
+    info = dataclasses.replace(hand.info, exit_names=("a", "b", "final"))
+    mapped = ExitRecord(np.load(tmp_path / "logits.npy", mmap_mode="c"), targets, info)
+    cost = Cost(("a", "b", "final"), (10, 10, 10), (1, 1, 0), 1, (1, 1, 0))
+    before, most, over = anonymous_memory(), [0], threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            most[0] = max(most[0], anonymous_memory())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    policy = choose(mapped, Goal(max_drop=0.005), cost)
+    over.set()
+    watching.join()
+    assert 0 < policy.thresholds[0] < 1
+    assert most[0] - before < 0.5 * logits.nbytes  # of 240 MB; a copy alone would be all
 
 
 def test_with_many_classes_the_best_five_are_looked_at(make_record):

@@ -16,7 +16,11 @@ from scripts import ROOT
 from cifar10 import eval as evaluation_script
 from cifar10 import trainer
 from early_exit import cli
+from early_exit import config as configs
 from early_exit.experiment import plan_phases
+from imagenet import eval as imagenet_eval
+from imagenet import main
+from imagenet.data import FolderRun
 
 PACKAGES = [name for name in ("early_exit", "cifar10", "imagenet") if (ROOT / name).is_dir()]
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
@@ -89,14 +93,14 @@ def commands() -> list[tuple[str, str]]:
         for _, block in fenced(page):
             for line in block.replace("\\\n", " ").splitlines():
                 found.append((relative(page), line.strip().removeprefix("$ ")))
-        for line in re.findall(r"`(python [^`]+)`", page.read_text()):
+        for line in re.findall(r"`((?:python|torchrun) [^`]+)`", page.read_text()):
             found.append((relative(page), " ".join(line.split())))
     for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("docs-src/**/*.py")]:
         docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
         for line in docstring.splitlines():
-            if line.startswith("    python "):
+            if line.startswith(("    python ", "    torchrun ")):
                 found.append((relative(path), re.split(r"\s{2,}", line.strip())[0]))
-    script = re.compile(r"(\S*/)?python3? (\S+\.py)\b")
+    script = re.compile(r"((\S*/)?python3?|torchrun( --\S+ \d+)*) (\S+\.py)\b")
     return list(dict.fromkeys((where, line) for where, line in found if script.match(line)))
 
 
@@ -113,15 +117,21 @@ def test_commands_are_found_where_they_are_shown():
 )
 def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, script, *flags = shlex.split(command, comments=True)
+    words = shlex.split(command, comments=True)
+    at = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    script, flags = words[at], words[at + 1 :]
     assert (ROOT / script).exists()
     if script.startswith("docs-src/"):
         module = runpy.run_path(str(ROOT / script))
         module["parser"]().parse_args(flags)
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    args = module.parser().parse_args(flags)
-    if module is evaluation_script:
+    try:
+        args = module.parser().parse_args(flags)
+    except SystemExit as left:  # a flag that prints and leaves
+        assert left.code == 0
+        return
+    if module in (evaluation_script, imagenet_eval):
         cli.goal_of(args)
         cli.evaluation_options(args)
     elif module is trainer:
@@ -129,6 +139,13 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
         config = cli.resolve_config(args, None, trainer.DIGITS if digits else None)
         with torch.device("meta"):
             network = trainer.build_network(config, 10)
+        assert args.evaluate or plan_phases(config, network.num_exits)
+    elif module is main:
+        own = configs.merge(main.CLASSIC, {"model": {"backbone": args.pretrained}})
+        # `main` would put a downloaded file there
+        config = cli.resolve_config(args, None, own, FolderRun)
+        with torch.device("meta"):
+            network = main.build_network(config, 1000)
         assert args.evaluate or plan_phases(config, network.num_exits)
 
 
