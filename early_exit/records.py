@@ -21,7 +21,7 @@ from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
 
 MAPPED_BYTES = 64 << 20  # records larger than this stay on the disk and are mapped
-CHUNK_BYTES = 32 << 20  # of logits looked at at once, so that a mapped record is never in memory
+CHUNK_BYTES = 8 << 20  # of logits looked at at once, so that a mapped record is never in memory
 
 
 @dataclass(frozen=True)
