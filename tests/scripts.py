@@ -67,9 +67,11 @@ def tiny_data(settings: DataConfig) -> data.Data:
 DOOR = FrontDoor(tiny_network, tiny_data)
 
 
-def start(script: str, *arguments: object, cwd: Path, processes: int = 0) -> subprocess.Popen:
+def start(
+    script: str, *arguments: object, cwd: Path, processes: int = 0, alone: bool = False
+) -> subprocess.Popen:
     """A script of the repository as a process of its own, on one thread; or torchrun with as many
-    processes of it."""
+    processes of it. alone: in a group of its own, to be signalled as one."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [
@@ -77,7 +79,7 @@ def start(script: str, *arguments: object, cwd: Path, processes: int = 0) -> sub
             *map(str, arguments),
         ],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=alone,
     )
 
 

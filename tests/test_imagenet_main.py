@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
+import signal
+import time
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import yaml
-from scripts import make_folders, run_main
+from scripts import finish, make_folders, run_main, start
 from torchvision import models
 
 from early_exit import checkpoint, cli
@@ -300,3 +303,32 @@ class TestWeights:
 
 def test_default_data_lies_in_the_repository():
     assert data.ROOT == Path(front.ROOT) / "data" / "imagenet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_to_the_whole_group_saves_and_leaves(folders, tmp_path, workers):
+    run = tmp_path / "run"
+    flags = (
+        folders, *SMALL, "--epochs", 100, "-b", 2, "--val-size", 6, "-j", workers, "--ema", 0.9,
+        "--accumulate", 1, "--save-dir", run, "--resume", "auto",
+    )
+    process = start("imagenet/main.py", *flags, cwd=tmp_path, alone=True)
+    began = time.monotonic()
+    while not (run / checkpoint.NAME).exists():
+        assert time.monotonic() - began < 120 and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    done = finish(process)
+    assert done.returncode == 143 and time.monotonic() - asked < 20
+    assert done.stderr.count("\n") == 1 and "stopped by signal 15 and saved" in done.stderr
+    before = checkpoint.load(run)["position"]
+    process = start("imagenet/main.py", *flags, cwd=tmp_path, alone=True)
+    time.sleep(12)
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130, done.stderr
+    assert "going on from" in done.stdout
+    after = checkpoint.load(run)["position"]
+    assert (after["epoch"], after["step"]) > (before["epoch"], before["step"])
