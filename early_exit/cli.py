@@ -470,7 +470,7 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
         sys.exit(_fail(prog, error, 2))
     except Stopped as stopped:
         sys.exit(_fail(prog, stopped, stopped.code))
-    except Diverged as error:
+    except (Diverged, distributed.Lost) as error:
         sys.exit(_fail(prog, error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail(prog, "interrupted", 130))

@@ -31,6 +31,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+class Lost(RuntimeError):
+    """Another process of the group is gone, so nothing can be done together any more."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost("another process of this run is gone; its own last line says why") from error
+
+
 @dataclass(frozen=True)
 class Group:
     """The processes of a run; `control` carries numbers and names, whatever carries gradients."""
@@ -55,7 +67,8 @@ class Group:
     def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
         values = values.detach().cpu().clone()
         if self.world > 1:
-            dist.all_reduce(values, operation, group=self.control)
+            with _together():
+                dist.all_reduce(values, operation, group=self.control)
         return values
 
     def agree(self, signum: int | None) -> int | None:
@@ -69,13 +82,15 @@ class Group:
         if self.world == 1:
             return value
         said = [value]
-        dist.broadcast_object_list(said, src=0, group=self.control)
+        with _together():
+            dist.broadcast_object_list(said, src=0, group=self.control)
         return said[0]
 
     def wait(self) -> None:
         """Returns when every process is here."""
         if self.world > 1:
-            dist.barrier(group=self.control)
+            with _together():
+                dist.barrier(group=self.control)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -91,8 +106,9 @@ class Group:
         """Gives every process the first one's buffers: BatchNorm's statistics differ since the last
         forward."""
         if self.world > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)
+            with _together():
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
 
 
 @contextmanager

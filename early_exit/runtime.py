@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -176,7 +177,23 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
                 f"{directory} is in use by another process; wait for it, or choose another"
                 " --save-dir"
             ) from None
-        yield
+        _held.append(file)
+        _let_children_go()
+        try:
+            yield
+        finally:
+            _held.remove(file)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+_held: list[IO[str]] = []
+
+
+@functools.cache
+def _let_children_go() -> None:
+    """A lock belongs to every process that was forked while it was held, until all have closed it;
+    so they do at once, and a worker that outlives its parent does not keep the directory."""
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def check_torchvision() -> None:

@@ -74,6 +74,16 @@ def test_a_mistake_is_told_once_and_ends_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_that_the_first_finds_is_told_once(tmp_path):
+    done = finish(start(
+        "imagenet/main.py", tmp_path / "none", "--device", "cpu", cwd=tmp_path, processes=2
+    ))
+    assert done.returncode == 1
+    assert done.stderr.count("main.py: there is no directory") == 1
+    assert "[rank1]" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [3, 8])
 def test_a_signal_to_one_stops_all_where_all_can_go_on(pair, tmp_path, batch):
     directory = tmp_path / "run"

@@ -174,7 +174,7 @@ class TestTraining:
     def test_evaluation_chooses_and_reports(self, trained, monkeypatch, capsys):
         code, out, err = run_main(
             evaluation.main, "eval.py", monkeypatch, capsys, trained, "--batch-sizes", 1,
-            "--timing-images", 2, "-j", 0, "--threads", 1, "--device", "cpu",
+            "--timing-images", 2, "-j", 1, "--threads", 1, "--device", "cpu",
         )
         assert code == 0, err
         assert "live inference on 12 test images" in out and "0 unlike the record" in out

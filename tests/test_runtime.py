@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -59,6 +61,23 @@ class TestLock:
     def test_it_makes_the_directory(self, tmp_path):
         with runtime.locked(tmp_path / "a" / "b"):
             assert (tmp_path / "a" / "b").is_dir()
+
+    def test_a_forked_child_does_not_keep_it(self, tmp_path):
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+
+        def linger():
+            theirs.send([file.closed for file in runtime._held])
+            time.sleep(60)
+
+        child = context.Process(target=linger, daemon=True)
+        with runtime.locked(tmp_path):
+            child.start()
+            assert ours.recv() == [True]
+            assert "is in use" in refusal(runtime.locked(tmp_path).__enter__)
+        with runtime.locked(tmp_path):
+            assert child.is_alive()
+        child.kill()
 
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
