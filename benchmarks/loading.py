@@ -85,7 +85,7 @@ def parser() -> cli.Parser:
     parser.add_argument("dir", nargs="?", metavar="DIR", help="directory with train/ and val/")
     parser.add_argument(
         "-j", "--workers", type=int, default=data.processors(), metavar="N",
-        help="processes that decode (default: one per processor, at most 8)",
+        help="processes that decode (default: one per processor)",
     )
     parser.add_argument("-b", "--batch-size", type=int, default=64, help="default 64")
     parser.add_argument("--crop", type=int, default=224, help="side of the crops (default 224)")
@@ -103,12 +103,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
         f" {args.workers} workers, crops of {args.crop}"
     )
+    if min(args.steps, args.turns, args.batch_size) < 1:
+        raise UserError("--steps, --turns and --batch-size must be at least 1")
     with tempfile.TemporaryDirectory() as made:
         if args.dir is None:
             args.dir = made
             make_images(Path(made))
         elif not (Path(args.dir) / "train").is_dir():
             raise UserError(f"there is no {args.dir}/train; give a directory of class folders")
+        images = sum(1 for _ in Path(args.dir).glob("train/*/*")) - 1  # one is val
+        if images < args.batch_size:
+            raise UserError(f"{args.dir} holds {images} images, fewer than a batch; lower -b")
         loops = {"torchvision's pipeline": reference, "ours": ours}
         show(compare(loops, args, args.steps), args.steps * args.batch_size)
 

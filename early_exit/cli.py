@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import logging
+import os
 import shlex
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit import config as configs
-from early_exit import distributed, evaluation, experiment, runtime, training
+from early_exit import checkpoint, distributed, evaluation, experiment, runtime, training
 from early_exit.config import Config
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
@@ -374,7 +375,7 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
     exits = nested.get("model", {}).get("exits")
     if exits is not None:
         for place in exits if isinstance(exits, list) else ():
-            if "/" in place or Path(place).is_dir():
+            if "/" in place or (Path(place) / "train").is_dir():
                 raise UserError(
                     f"--exits took the directory {place} for a place; put the directory before the"
                     " flags, or -- between"
@@ -419,6 +420,8 @@ def train_or_score(
     """
     if args.split and not args.evaluate:
         raise UserError("--split goes with -e")
+    if args.evaluate and (args.check or args.start_epoch):
+        raise UserError("--check and --start-epoch are for training, -e only scores")
     run_dir = args.save_dir
     if run_dir is None and args.resume == "auto":  # the directory that these flags would make
         fresh = resolve_config(args, None, own, door.config)
@@ -432,6 +435,7 @@ def train_or_score(
         scored = configs.merge(configs.to_dict(config), for_evaluation(args))
         score(configs.build(door.config, scored), door, args.split or default_split, saved)
         return
+    saved = None  # of many megabytes; training reads what it goes on from under its lock
     if run_dir is None and args.resume is not None:
         path = Path(args.resume)
         run_dir = path if path.is_dir() else path.parent
@@ -442,6 +446,8 @@ def train_or_score(
     if args.check or distributed.rank() > 0:
         return
     following = [str(eval_script), str(run_dir)]
+    if config.model.backbone and checkpoint.load(run_dir)["unseen_val"] is None:
+        following += ["--val-from", "test"]
     if config.model.exits == ():  # a plain network has nothing to choose
         following = [sys.argv[0], "-e", "--split", "test", "--resume", str(run_dir)]
     print(f"trained: {run_dir}\nnext: {shlex.join([sys.executable, *following])}")
@@ -480,9 +486,13 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
 
 
 def _fail(prog: str, message: object, code: int) -> int:
+    """Prints the one line and returns the code; one of several processes leaves at once, because
+    what connects it with the others can not be taken down alone."""
     sys.stdout.flush()
     if distributed.rank() > 0:
         # mostly the first process says the same, and torchrun ends this one as soon as it leaves
         time.sleep(3)
-    print(f"{prog}: {message}", file=sys.stderr)
+    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    if distributed.world_size() > 1:
+        os._exit(code)
     return code

@@ -36,11 +36,14 @@ class Lost(RuntimeError):
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """What all processes do at once; raises Lost where another one is gone meanwhile."""
     try:
         yield
     except RuntimeError as error:
-        raise Lost("another process of this run is gone; its own last line says why") from error
+        if isinstance(error, dist.DistError) or "onnection" in str(error):  # gloo's has no type
+            raise Lost("another process of this run is gone; its last line says why") from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Group:
     def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
         values = values.detach().cpu().clone()
         if self.world > 1:
-            with _together():
+            with together():
                 dist.all_reduce(values, operation, group=self.control)
         return values
 
@@ -82,14 +85,14 @@ class Group:
         if self.world == 1:
             return value
         said = [value]
-        with _together():
+        with together():
             dist.broadcast_object_list(said, src=0, group=self.control)
         return said[0]
 
     def wait(self) -> None:
         """Returns when every process is here."""
         if self.world > 1:
-            with _together():
+            with together():
                 dist.barrier(group=self.control)
 
     @contextmanager
@@ -106,7 +109,7 @@ class Group:
         """Gives every process the first one's buffers: BatchNorm's statistics differ since the last
         forward."""
         if self.world > 1:
-            with _together():
+            with together():
                 for buffer in module.buffers():
                     dist.broadcast(buffer, src=0)
 
@@ -117,8 +120,6 @@ def joined(device: torch.device) -> Iterator[Group]:
     if world_size() == 1:
         yield Group()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
@@ -126,8 +127,8 @@ def joined(device: torch.device) -> Iterator[Group]:
             f"this process is one of {world_size()} by its environment, and they did not meet"
             f" ({' '.join(str(error).split())[:200]}); start all with torchrun"
         ) from None
-    try:
-        control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-        yield Group(dist.get_rank(), dist.get_world_size(), control)
-    finally:
-        dist.destroy_process_group()
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    yield Group(dist.get_rank(), dist.get_world_size(), control)
+    # Not after an error: taking nccl down is done together, and the others may never come. Torchrun
+    # ends them when this process leaves.
+    dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The loops: a step, an epoch, a pass over held-out images."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from early_exit.config import OptimConfig
 from early_exit.distributed import Group
@@ -127,19 +127,34 @@ def lr_at(optim: OptimConfig, epoch: float) -> float:
     return optim.lr * 0.1 ** sum(epoch >= mark * optim.epochs for mark in optim.milestones)
 
 
-def make_average(network: nn.Module, decay: float) -> AveragedModel:
-    """The running average of the network's weights and statistics, which begins at the weights.
+class Average:
+    """The running average of a network's weights and statistics, which begins at the weights.
 
     After n steps a step's weights count 1 - min(decay, (1 + n) / (10 + n)), so that the average
-    does not hang on what the network was before it learned.
+    does not hang on what the network was before it learned. What is counted rather than measured
+    is taken as it is. (torch's AveragedModel waits for a GPU twice a step, and rounds counts down.)
     """
 
-    def step(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        steps = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, weights, count)
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay, self.steps = decay, 0
+        own = self.module.state_dict()  # views of its tensors
+        self._float = [name for name, value in own.items() if value.is_floating_point()]
+        self._other = [name for name in own if name not in set(self._float)]
+        self._own = own
 
-    average = AveragedModel(network, multi_avg_fn=step, use_buffers=True)
-    return average.requires_grad_(False).eval()
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Takes the weights after a step in."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
+        theirs = network.state_dict()
+        torch._foreach_lerp_(
+            [self._own[name] for name in self._float], [theirs[name] for name in self._float],
+            1 - decay,
+        )
+        for name in self._other:
+            self._own[name].copy_(theirs[name])
+        self.steps += 1
 
 
 def train_steps(

@@ -89,8 +89,9 @@ def plan_phases(config: Config, num_exits: int) -> list[Phase]:
     given, optim = config.model.backbone is not None, config.optim
     if given and (num_exits == 1 or config.run.regime == "joint"):
         raise UserError(
-            "--backbone brings trained weights, but this run would train the backbone from"
-            " scratch; add --regime mixed or --regime frozen and exits, or -e to score it"
+            "--backbone (or --pretrained) brings trained weights, but this run would train the"
+            " backbone from scratch; add --regime mixed or --regime frozen and exits, or -e to"
+            " score it"
         )
     if num_exits == 1:
         return [Phase("plain", optim, (1.0,))]
@@ -125,6 +126,8 @@ def setup(config: Config) -> tuple[torch.device, str]:
     device = runtime.choose_device(config.run.device)
     if device.type == "cpu":
         runtime.keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)  # or what asks for "the GPU" would get the first
     precision = runtime.choose_precision(config.run.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.run.deterministic
     torch.backends.cudnn.allow_tf32 = precision != "off"  # float32 means float32
@@ -152,6 +155,8 @@ def score(
         log.warning("these weights may have been trained on images of val; --split test is fair")
     data = data.normalised_by(meta.get("normalisation")).to(device, layout(config))
     network.to(device, memory_format=layout(config)).eval()
+    if config.run.compile:
+        network.compile()
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     autocast = partial(runtime.autocast, precision, device)

@@ -4,6 +4,7 @@ Every question about thresholds is answered from it, without the network.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -80,7 +81,7 @@ class ExitRecord:
         return ExitRecord(self.logits[indices], targets, info)
 
     def exit_logits(self, exit_index: int) -> Tensor:
-        """(images, classes) of one exit; of a mapped record a view of the file."""
+        """(images, classes) of one exit; of a whole mapped record a view of the file."""
         rows = slice(None) if self.rows is None else self.rows
         return torch.from_numpy(self.logits[rows, exit_index])
 
@@ -110,9 +111,13 @@ def _appears_whole(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    try:
+        yield partial
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _write_rest(partial: Path, targets: np.ndarray, info: RecordInfo) -> None:
@@ -142,11 +147,21 @@ def record(
         return made
     with _appears_whole(directory) as partial:
         logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
+        _claim(partial / "logits.npy")
         made = ExitRecord(logits, np.empty(count, np.int64), info)
         _fill(made, network, batches, device, autocast)
         logits.flush()
         _write_rest(partial, made.targets, info)
     return ExitRecord.load(directory)
+
+
+def _claim(path: Path) -> None:
+    """Makes the disk give a mapped file its room now: later a full one would end the process."""
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot hold the record: {error.strerror}") from None
 
 
 def _fill(made: ExitRecord, network, batches, device, autocast) -> None:
@@ -165,7 +180,7 @@ def _fill(made: ExitRecord, network, batches, device, autocast) -> None:
     if start != count:
         raise UserError(
             f"{count - start} of {count} images of {made.info.split} could not be read, and a"
-            " record holds all; mend those named above, or take their files away"
+            " record holds all; put readable ones in the place of those named above"
         )
 
 

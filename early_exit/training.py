@@ -20,7 +20,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from early_exit import checkpoint, distributed, runtime
@@ -29,9 +28,9 @@ from early_exit.config import Config
 from early_exit.cost import Cost, network_cost
 from early_exit.distributed import Group
 from early_exit.engine import (
+    Average,
     Tally,
     lr_at,
-    make_average,
     make_optimizer,
     score_batches,
     set_training_mode,
@@ -108,7 +107,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: Tally
-    average: AveragedModel | None
+    average: Average | None
 
 
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
@@ -168,7 +167,7 @@ def train(
         network = door.build_network(config, len(data.classes))
         cost = network_cost(network)
         phases = plan_phases(config, network.num_exits)
-        refuse_misfits(config, phases, device, group)
+        refuse_misfits(config, phases, data.size("train"), device, group)
         directory = run_dir or default_run_dir(runs, config, network.exit_names)
         refuse_existing(directory, resume)
         write = group.leads and not check
@@ -215,10 +214,12 @@ def train(
     return directory
 
 
-def refuse_misfits(config: Config, phases: list[Phase], device: torch.device, group: Group) -> None:
+def refuse_misfits(
+    config: Config, phases: list[Phase], images: int, device: torch.device, group: Group
+) -> None:
     """Raises UserError for settings that do not go with this machine or with each other."""
-    pooled = config.model.head in ("linear", "mixed_pool")
-    if config.run.deterministic and device.type == "cuda" and pooled and phases[-1].name == "joint":
+    pooled = config.model.head in ("linear", "mixed_pool") and phases[-1].name == "joint"
+    if config.run.deterministic and device.type == "cuda" and pooled:
         raise UserError(
             f"--deterministic on a GPU goes with {config.model.head} heads only on a frozen"
             " backbone: pooling to a grid has no deterministic gradient there; take --head conv"
@@ -231,6 +232,11 @@ def refuse_misfits(config: Config, phases: list[Phase], device: torch.device, gr
         raise UserError(
             f"a step of {size} images cannot be cut into {parts} equal parts of two or more"
             f" ({group.world} processes, {goes} goes each); change --batch-size or --accumulate"
+        )
+    if size > images:
+        raise UserError(
+            f"a step of {size} images is more than the {images} there are to train on; lower"
+            " --batch-size"
         )
 
 
@@ -304,7 +310,7 @@ def save(run: Run, trainee: Trainee, following: Position | None = None) -> None:
     state = {
         "network": run.network.state_dict(),
         "average": average.module.state_dict() if average else None,
-        "averaged": int(average.n_averaged) if average else 0,
+        "averaged": average.steps if average else 0,
         "optimizer": trainee.optimizer.state_dict(),
         "scaler": trainee.scaler.state_dict(),
         "position": dataclasses.asdict(following or trainee.position),
@@ -401,7 +407,7 @@ def walk_phase(
     """The epochs of one phase from `position` on."""
     phase, config = run.phases[position.phase], run.config
     set_training_mode(run.network, phase.backbone_frozen)
-    average = make_average(run.network, phase.optim.ema) if phase.optim.ema else None
+    average = Average(run.network, phase.optim.ema) if phase.optim.ema else None
     network = run.network.backbone if phase.backbone_only else run.network
     if config.run.compile:
         network.compile()
@@ -416,6 +422,7 @@ def walk_phase(
     )
     if state and (position.epoch or position.step):  # at the start of a phase all is new
         put_back(trainee, state, run.group)
+        state.clear()  # a copy of every weight and momentum
     while position.epoch < phase.optim.epochs:
         set_training_mode(run.network, phase.backbone_frozen)
         runtime.reset_peak_memory(run.device)
@@ -444,7 +451,8 @@ def spread(
         wrapped = DistributedDataParallel(
             network,
             device_ids=[run.device] if run.device.type == "cuda" else None,
-            find_unused_parameters=not all(phase.weights),
+            # an exit of weight 0 gets no gradient; a frozen backbone's final one is not waited for
+            find_unused_parameters=not all(phase.weights[: -1 if phase.backbone_frozen else None]),
         )
         apart = wrapped.no_sync
     return (lambda images: [wrapped(images)]) if phase.backbone_only else wrapped, apart
@@ -516,22 +524,23 @@ def train_epoch(
         optim.accumulate,
         apart,
     )
-    terminal = sys.stderr.isatty() and run.group.leads
+    terminal = run.group.leaders(sys.stderr.isatty())
     every = config.run.print_freq or (20 if terminal else None)
     bar = tqdm(
         total=total * optim.batch_size, initial=here.step * optim.batch_size, unit="img",
-        desc=f"{phase.name} {here.epoch + 1}/{optim.epochs}", leave=False, disable=not terminal,
+        desc=f"{phase.name} {here.epoch + 1}/{optim.epochs}", leave=False,
+        disable=not terminal or not run.group.leads,
         dynamic_ncols=True,
     )
     runtime.synchronize(run.device)
     began, first = time.perf_counter(), here.step
-    with bar:
+    with bar, distributed.together():
         undo = before_step(run, trainee)
         for ended in steps:
             if ended:
                 here.step += 1
                 if trainee.average:
-                    trainee.average.update_parameters(run.network)
+                    trainee.average.update(run.network)
                 bar.update(optim.batch_size)
                 if every and here.step % every == 0:
                     stop_if_diverged(run, trainee)
@@ -591,22 +600,27 @@ def put_back(trainee: Trainee, state: dict[str, Any], group: Group) -> None:
     optimizer = trainee.optimizer
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for parameter, kept in optimizer.state.items():
+        if kept.get("momentum_buffer") is not None:  # in this run's memory layout
+            momentum = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
+            kept["momentum_buffer"] = momentum
     for parameters, settings in zip(optimizer.param_groups, own, strict=True):
         parameters.update(settings)
     if state["scaler"]:  # empty if the run was not in fp16 until now
         trainee.scaler.load_state_dict(state["scaler"])
     if trainee.average and state.get("average"):  # else it begins here
         trainee.average.module.load_state_dict(state["average"])
-        trainee.average.n_averaged.fill_(state["averaged"])
+        trainee.average.steps = state["averaged"]
     if state["tally"] and group.leads:
         trainee.sums.load_state_dict(state["tally"])
 
 
 def stop_if_diverged(run: Run, trainee: Trainee, held_out: Tally | None = None) -> None:
-    """Raises Diverged once a loss was not finite, on train or (held_out) on val."""
-    bad = int((held_out or trainee.sums).bad_step)
+    """Raises Diverged once a loss was not finite in any process, on train or (held_out) on val."""
+    bad = int(run.group.most((held_out or trainee.sums).bad_step))
     if bad >= 0:
-        where = "on val after" if held_out else f"at step {bad + 1} of"
+        step = bad // run.config.optim.accumulate + 1  # sums count goes
+        where = "on val after" if held_out else f"at step {step} of"
         raise Diverged(
             f"the loss is not finite {where} epoch {trainee.position.epoch + 1} of the phase"
             f" {run.phases[trainee.position.phase].name}; the last good checkpoint:"

@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import signal
 import weakref
@@ -49,7 +50,8 @@ class FolderConfig(DataConfig):
     """Where class folders lie, and how their images are read."""
 
     workers: int | None = None
-    """Processes that decode; absent: one per processor, at most 8; 0: none."""
+    """Processes that decode on a machine; absent: one per processor, at most 8 for each process
+    that trains; 0: none."""
     train_crop: int = 224
     """Side of the random crops that are trained on, in pixels."""
     val_resize: int = 256
@@ -60,7 +62,7 @@ class FolderConfig(DataConfig):
     """Images of train held out as val: a number, or a share below 1; absent: 50,000, or a tenth of
     train where that is less."""
     bad_files: int = 0
-    """Files which cannot be read that are skipped before the run stops."""
+    """Files which cannot be read that a process skips before the run stops."""
     dummy: int = 0
     """Noise instead of files: how many images of it; 0: files."""
 
@@ -76,7 +78,7 @@ class FolderConfig(DataConfig):
         for name in ("workers", "bad_files", "dummy"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"data.{name} must not be negative, got {getattr(self, name)}")
-        if self.val_size is not None and self.val_size <= 0:
+        if self.val_size is not None and not 0 < self.val_size < math.inf:
             raise UserError(f"data.val_size must be positive, got {self.val_size:g}")
         if self.dummy and self.dummy < 100:
             raise UserError(f"data.dummy must be 100 images or more, got {self.dummy}")
@@ -172,16 +174,16 @@ class Images(Dataset):
         return image, int(source.targets[row])
 
 
-Batch = tuple[Tensor, Tensor, list[int], list[Bad]]
+Batch = tuple[Tensor | None, Tensor | None, list[int], list[Bad]]
 
 
-def collate(items: list[tuple[Tensor, int] | Bad]) -> Batch | list[Bad]:
-    """Images (B, H, W, 3) and targets (B,) of what could be read, which items those are, and what
-    could not; that alone where nothing could."""
+def collate(items: list[tuple[Tensor, int] | Bad]) -> Batch:
+    """Images (B, H, W, 3) and targets (B,) of what could be read, or None; which items those are;
+    and what could not be read."""
     good = [number for number, item in enumerate(items) if not isinstance(item, Bad)]
     bad = [item for item in items if isinstance(item, Bad)]
     if not good:
-        return bad
+        return None, None, good, bad
     images, targets = default_collate([items[number] for number in good])
     return images, targets, good, bad
 
@@ -215,7 +217,7 @@ class Pool:
             generator=torch.Generator(),  # its draws would move torch's own random state
         )
 
-    def read(self, keys: Iterable[list[Key]]) -> Iterator[Batch | list[Bad]]:
+    def read(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
         """The batches of those keys, in their order."""
         self._wanted.keys = keys
         batches = iter(self._loader)
@@ -301,6 +303,10 @@ class Data:
             for batch in batches for part in share.parts(len(batch))
         )
         for images, targets, good, bad in self._read(keys):
+            if images is None:
+                raise UserError(
+                    f"no file of a whole batch of {len(bad)} can be read, such as {bad[0].name}"
+                )
             if bad:
                 fill = torch.arange(len(good) + len(bad)) % len(good)
                 images, targets = images[fill], targets[fill]
@@ -317,12 +323,12 @@ class Data:
             for part in share.batches(len(rows), batch_size)
         )
         for images, targets, _, _ in self._read(keys):
-            yield self._ready(images, targets)
+            if images is not None:
+                yield self._ready(images, targets)
 
     def _read(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
         """The pool's batches; raises UserError where more than `bad_files` cannot be read."""
-        for batch in self.pool.read(keys):
-            bad = batch if isinstance(batch, list) else batch[3]
+        for images, targets, good, bad in self.pool.read(keys):
             for file in bad:
                 if file.name in self.skipped:
                     continue
@@ -331,15 +337,11 @@ class Data:
                     allowed = f"{self.bad_files} were allowed" if self.bad_files else "none may be"
                     raise UserError(
                         f"{file.name} cannot be read as an image ({file.reason}) and {allowed};"
-                        f" mend or remove it, or skip such files: --bad-files"
+                        f" put a readable one in its place, or skip such files: --bad-files"
                         f" {max(10, 2 * self.bad_files)}"
                     )
                 log.warning("skipping %s: %s", file.name, file.reason)
-            if isinstance(batch, list):
-                raise UserError(
-                    f"no file of a whole batch of {len(bad)} can be read, such as {bad[0].name}"
-                )
-            yield batch
+            yield images, targets, good, bad
 
     def _ready(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes (B, H, W, 3) to normalised images (B, 3, H, W) on the device."""
@@ -402,19 +404,25 @@ def load(config: FolderConfig) -> Data:
         splits={"train": ("train", rest), "val": ("train", val), "test": ("test", everything)},
         val_hash=index_hash(train.digest, val),
         test_hash=f"{test.digest} test",
-        workers=processors() if config.workers is None else config.workers,
+        workers=_workers(config),
         bad_files=config.bad_files,
     )
 
 
 def processors() -> int:
-    """How many processes decode unless told otherwise: one for each processor this process may use
-    and shares with no other of its kind, at most 8."""
+    """The processors that this process may use."""
     try:
-        here = len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        here = os.cpu_count() or 1
-    return max(1, min(8, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        return os.cpu_count() or 1
+
+
+def _workers(config: FolderConfig) -> int:
+    """This process's part of those on its machine."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if config.workers is None:
+        return max(1, min(8, processors() // sharing))
+    return math.ceil(config.workers / sharing)
 
 
 def _noise(config: FolderConfig) -> tuple[Noise, Noise]:

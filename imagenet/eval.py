@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from early_exit import cli
-from imagenet.main import DOOR, add_data_flags
+from imagenet.main import DOOR, add_workers_flag
 
 
 def parser() -> cli.Parser:
@@ -20,7 +20,7 @@ def parser() -> cli.Parser:
         parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
         help="where the data set lies (default: where it lay in training)",
     )
-    add_data_flags(parser, DOOR.config().data)
+    add_workers_flag(parser)
     cli.add_evaluation_flags(parser)
     return parser
 

@@ -8,6 +8,7 @@
 """
 
 import argparse
+import http.client
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,12 @@ def parser() -> cli.Parser:
         help="print every network with its places, their shares of the MACs, and leave",
     )
     group = parser.add_argument_group("data")
-    add_data_flags(group, default.data)
+    add_workers_flag(group)
+    cli.add_setting(
+        group, "--bad-files", setting="data.bad_files", metavar="N",
+        help="unreadable files that a process names and skips before the run stops"
+        f" (default {default.data.bad_files})",
+    )
     cli.add_setting(
         group, "--train-crop", setting="data.train_crop", metavar="PIXELS",
         help=f"side of the crops that are trained on (default {default.data.train_crop})",
@@ -116,16 +122,12 @@ def parser() -> cli.Parser:
     return parser
 
 
-def add_data_flags(group: Any, default: data.FolderConfig) -> None:
-    """The flags that training and evaluation share."""
+def add_workers_flag(group: Any) -> None:
+    """What training and evaluation share."""
     cli.add_setting(
         group, "-j", "--workers", setting="data.workers", metavar="N",
-        help="processes that decode images (default: one per processor, at most 8)",
-    )
-    cli.add_setting(
-        group, "--bad-files", setting="data.bad_files", metavar="N",
-        help="unreadable files that are named and skipped before the run stops"
-        f" (default {default.bad_files})",
+        help="processes that decode images on a machine (default: one per processor, at most 8 for"
+        " each GPU)",
     )
 
 
@@ -159,6 +161,8 @@ def download(config: FolderRun, name: str) -> Path:
         weights.name for weights in known.values()
         if not arch.startswith("vit_") or weights.transforms().crop_size == [config.data.val_crop]
     ]
+    if "/" in name or Path(name, "train").is_dir():
+        raise UserError(f"--pretrained took {name} for weights; put the directory before the flags")
     if not name:
         name = next(iter(fitting), "")
     if name not in fitting:
@@ -171,7 +175,7 @@ def download(config: FolderRun, name: str) -> Path:
         if not path.exists():
             try:
                 net = models.get_model(arch, weights=known[name])
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
                 raise UserError(
                     f"downloading {known[name].url} failed ({' '.join(str(error).split())});"
                     " fetch it elsewhere and name it with --backbone FILE"

@@ -263,10 +263,11 @@ class TestBadFiles:
 
     def test_a_whole_batch_of_them(self, folders):
         loaded = load(folders, bad_files=3)
-        for name in names(loaded, "test")[:2]:
+        for name in [*names(loaded, "test")[:2], names(loaded, "train")[0]]:
             Path(name).write_bytes(b"")
-        with pytest.raises(UserError, match="no file of a whole batch of 2 can be read"):
-            list(loaded.eval_batches("test", 2))
+        assert len(read(loaded.eval_batches("test", 2))[0]) == 10
+        with pytest.raises(UserError, match="no file of a whole batch of 1 can be read"):
+            list(loaded.train_batches(1, 0, 0))
 
 
 class TestLayout:
@@ -304,6 +305,7 @@ class TestSettings:
             ({"val_crop": 21}, "val_crop 21 does not fit into data.val_resize 20"),
             ({"workers": -1}, "workers must not be negative"),
             ({"val_size": 0}, "val_size must be positive"),
+            ({"val_size": float("nan")}, "val_size must be positive"),
             ({"dummy": 7}, "dummy must be 100 images or more"),
         ],
     )

@@ -154,6 +154,14 @@ class TestCheck:
         code, _, err = main(folders, *QUICK, "--accumulate", 4, "--check")
         assert code == 2 and "a step of 6 images cannot be cut into 4 equal parts" in err
 
+    def test_a_step_of_more_images_than_there_are(self, main, folders):
+        code, _, err = main(folders, *SMALL, "-b", 64, "--check")
+        assert code == 2 and "a step of 64 images is more than the 22 there are" in err
+
+    def test_goes_with_training_alone(self, main, folders):
+        code, _, err = main(folders, *QUICK, "--check", "-e", "--resume", "x")
+        assert code == 2 and "-e only scores" in err
+
 
 class TestTraining:
     def test_journal_and_checkpoint(self, trained):

@@ -118,6 +118,21 @@ def ask_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class TestLayout:
+    @pytest.mark.parametrize("before", [True, False])
+    def test_momenta_go_on_in_another_memory_layout(self, monkeypatch, tmp_path, before):
+        whole = go(tmp_path / "whole", tiny_config(regime="joint", channels_last=before))
+        at_batch(monkeypatch, 2, ask_to_stop)
+        with pytest.raises(runtime.Stopped):
+            go(tmp_path / "run", tiny_config(regime="joint", channels_last=before))
+        go(tmp_path / "run", tiny_config(regime="joint", channels_last=not before))
+        found, wanted = (
+            checkpoint.load(path)["network"] for path in (tmp_path / "run", whole)
+        )
+        for name, value in found.items():  # kernels round differently
+            torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 class TestStopped:
     """A signal: everything is saved where the run stands."""
 
