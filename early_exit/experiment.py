@@ -89,9 +89,8 @@ def plan_phases(config: Config, num_exits: int) -> list[Phase]:
     given, optim = config.model.backbone is not None, config.optim
     if given and (num_exits == 1 or config.run.regime == "joint"):
         raise UserError(
-            "--backbone (or --pretrained) brings trained weights, but this run would train the"
-            " backbone from scratch; add --regime mixed or --regime frozen and exits, or -e to"
-            " score it"
+            "--backbone brings trained weights, but this run would train the backbone from"
+            " scratch; add --regime mixed or --regime frozen and exits, or -e to score it"
         )
     if num_exits == 1:
         return [Phase("plain", optim, (1.0,))]

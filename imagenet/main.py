@@ -143,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pretrained is not None:
         if given.model.backbone:
             raise UserError("--pretrained and --backbone both bring weights; drop one")
+        if given.run.regime == "joint" and not args.evaluate:
+            raise UserError(
+                "--pretrained brings trained weights and a joint run begins from scratch; add"
+                " --regime frozen or --regime mixed and exits, or -e to score them"
+            )
         own["model"] = {**own["model"], "backbone": str(download(given, args.pretrained))}
     cli.train_or_score(args, DOOR, own, RUNS, ROOT / "imagenet" / "eval.py", default_split="test")
 

@@ -253,9 +253,14 @@ class TestWeights:
         assert "resnet18" in err and "no route" in err and "--backbone FILE" in err
 
     def test_no_weights_of_that_name(self, main, folders):
-        code, _, err = main(folders, *QUICK, "--pretrained", "IMAGENET1K_V9")
+        flags = (folders, *QUICK, "--exits", "--regime", "frozen")
+        code, _, err = main(*flags, "--pretrained", "IMAGENET1K_V9")
         assert code == 2
         assert "no weights IMAGENET1K_V9 for resnet18" in err and "IMAGENET1K_V1" in err
+
+    def test_a_joint_run_has_no_use_for_them(self, main, folders):
+        code, _, err = main(folders, *QUICK, "--pretrained")
+        assert code == 2 and "add --regime frozen or --regime mixed and exits, or -e" in err
 
     def test_they_are_one_of_two_sources(self, main, folders):
         code, _, err = main(folders, *QUICK, "--pretrained", "--backbone", "x.pth")
