@@ -51,6 +51,7 @@ def pair(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_in_two_goes(pair, tmp_path):
     done = finish(launch(tmp_path / "one", "--accumulate", 2, processes=0))
     assert done.returncode == 0, done.stderr

@@ -146,7 +146,7 @@ class TestStopped:
         go(tmp_path / "run")
         assert_same_run(tmp_path / "run", whole)
 
-    @pytest.mark.parametrize("go_number", [0, 1, 4, 6, 9, 17])
+    @pytest.mark.parametrize("go_number", [1, 6])
     def test_after_any_go_of_a_step(self, monkeypatch, tmp_path, go_number):
         # of two goes a step: one that does not end its step is taken back
         config = tiny_config()
