@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from turns import compare, show
+from turns import add_turns_flags, compare, show
 
 from early_exit import cli, runtime
 from early_exit.errors import UserError
@@ -89,9 +89,7 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("-b", "--batch-size", type=int, default=64, help="default 64")
     parser.add_argument("--crop", type=int, default=224, help="side of the crops (default 224)")
-    parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
-    parser.add_argument("--steps", type=int, default=30, help="batches a turn (default 30)")
-    parser.add_argument("--turns", type=int, default=5, help="default 5")
+    add_turns_flags(parser, 30, "batches")
     return parser
 
 
@@ -103,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
         f" {args.workers} workers, crops of {args.crop}"
     )
-    if min(args.steps, args.turns, args.batch_size) < 1:
-        raise UserError("--steps, --turns and --batch-size must be at least 1")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     with tempfile.TemporaryDirectory() as made:
         if args.dir is None:
             args.dir = made

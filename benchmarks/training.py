@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from turns import compare, show
+from turns import add_turns_flags, compare, show
 
 from cifar10 import data, resnet
 from early_exit import cli, runtime
@@ -133,9 +133,7 @@ def parser() -> cli.Parser:
         help="auto, bf16, fp16 or off (default auto)",
     )
     parser.add_argument("--compile", action="store_true", help="compile our loop")
-    parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
-    parser.add_argument("--steps", type=int, default=40, help="steps a turn (default 40)")
-    parser.add_argument("--turns", type=int, default=5, help="default 5")
+    add_turns_flags(parser, 40, "steps")
     return parser
 
 

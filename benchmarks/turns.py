@@ -34,10 +34,19 @@ def serve(loop: Loop, args: argparse.Namespace, pipe: Connection) -> None:
             pipe.send(time.perf_counter() - began)
 
 
+def add_turns_flags(parser: argparse.ArgumentParser, steps: int, what: str) -> None:
+    """The flags of a comparison; `what`: a step."""
+    parser.add_argument("--device", default="auto", help="default: the GPU where there is one")
+    parser.add_argument("--steps", type=int, default=steps, help=f"{what} a turn (default {steps})")
+    parser.add_argument("--turns", type=int, default=5, help="default 5")
+
+
 def compare(
     loops: Mapping[str, Loop], args: argparse.Namespace, steps: int
 ) -> dict[str, list[float]]:
     """Seconds of every loop in each of `args.turns` turns; the others wait meanwhile."""
+    if min(steps, args.turns) < 1:
+        raise UserError("--steps and --turns must be at least 1")
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name, loop in loops.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from early_exit.errors import UserError
-from early_exit.pixels import normalise
+from early_exit.pixels import ImageData
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(ImageData):
     """A data set cut into train, val and test, giving normalised batches on a device."""
 
     name: str
@@ -83,20 +83,9 @@ class Data:
         }
         return dataclasses.replace(self, splits=splits, layout=layout)
 
-    def normalised_by(self, normalisation: dict | None) -> "Data":
-        """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
-        if not normalisation:
-            return self
-        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
-        return dataclasses.replace(self, mean=mean, std=std)
-
     def size(self, split: str) -> int:
         """How many images a split has."""
         return len(self.splits[split])
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in train; a rest is left out, another one in every epoch."""
-        return max(1, len(self.splits["train"]) // batch_size)
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
@@ -121,10 +110,6 @@ class Data:
         part = self.splits[split]
         for rows in share.batches(len(part), batch_size):
             yield self.normalise(part.images[rows]), part.targets[rows]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to float32 with the set's mean and deviation."""
-        return normalise(images, self.mean, self.std, self.layout)
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of two stratified halves of test: the first to be val, the second test."""

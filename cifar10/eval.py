@@ -7,7 +7,6 @@
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from cifar10.trainer import DOOR
 from early_exit import cli
@@ -15,14 +14,7 @@ from early_exit import cli
 
 def parser() -> cli.Parser:
     """The evaluation's flags."""
-    parser = cli.build_parser("eval.py", "python cifar10/eval.py RUN [flags]", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that trainer.py made")
-    cli.add_setting(
-        parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
-        help="where the data set lies (default: where it lay in training)",
-    )
-    cli.add_evaluation_flags(parser)
-    return parser
+    return cli.evaluation_parser("cifar10", "trainer.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

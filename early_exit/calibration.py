@@ -4,9 +4,10 @@ import math
 
 from torch import Tensor
 
+from early_exit.metrics import in_chunks
+
 LIMITS = (0.05, 20.0)  # a val set without an error would drive the temperature to 0
 PRECISION = 1e-7  # of ln T
-CHUNK = 1 << 21  # logits looked at at once; those of many classes may lie on the disk
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
@@ -19,17 +20,15 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     it moves too (the Illinois rule; Dowell and Jarratt 1971). The answer of an exit does not depend
     on the temperature, how sure it looks does.
     """
-    (low, high), ends = map(math.log, LIMITS), []
-    for at in (low, high):
-        ends.append(_excess(logits, target, math.exp(at)))
-    below, above = ends
+    low, high = map(math.log, LIMITS)
+    below, above = (_excess(logits, target, limit) for limit in LIMITS)
     if below <= 0 or above >= 0:  # the best lies at a limit, or beyond it
         return LIMITS[0] if below <= 0 else LIMITS[1]
-    kept = None
+    enough, kept = PRECISION * max(1.0, below), None
     while high - low > PRECISION:
         at = (low * above - high * below) / (above - below)
         excess = _excess(logits, target, math.exp(at))
-        if abs(excess) < PRECISION * max(1.0, abs(ends[0])):
+        if abs(excess) < enough:
             return math.exp(at)
         if excess > 0:  # too sure of itself: hotter
             low, below = at, excess
@@ -42,8 +41,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
 
 def _excess(logits: Tensor, target: Tensor, temperature: float) -> float:
     """By how much the logit that the network expects at this temperature exceeds the target's."""
-    size, total = max(1, CHUNK // logits.shape[1]), 0.0
-    for some, their in zip(logits.split(size), target.split(size), strict=True):
+    total = 0.0
+    for some, their in in_chunks(logits, target):
         expected = ((some / temperature).softmax(dim=-1) * some).sum(dim=-1)
         total += float((expected - some.gather(1, their[:, None]).squeeze(1)).double().sum())
     return total / len(target)

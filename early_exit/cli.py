@@ -216,8 +216,14 @@ def add_training_flags(
     )
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags every evaluation has."""
+def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
+    """The flags of `folder`/eval.py, which evaluates what `folder`/`trainer` trained."""
+    parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory that {trainer} made")
+    add_setting(
+        parser, "--data", setting="data.root", type=absolute, metavar="DIR",
+        help="where the data set lies (default: where it lay in training)",
+    )
     group = parser.add_argument_group("choosing (on val)")
     goal = group.add_mutually_exclusive_group()
     goal.add_argument(
@@ -273,6 +279,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-plots", action="store_true", help="no pictures")
     add_machine_flags(parser, "off")
+    return parser
 
 
 def evaluate(args: argparse.Namespace, door: FrontDoor) -> None:

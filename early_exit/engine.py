@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from early_exit.config import OptimConfig
 from early_exit.distributed import Group
-from early_exit.metrics import MANY_CLASSES, top1, top5
+from early_exit.metrics import MANY_CLASSES, among5, top1
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -50,7 +50,7 @@ class Tally:
         self.correct += torch.stack([top1(exit_logits, target) for exit_logits in logits])
         self.many = logits[0].shape[1] > MANY_CLASSES
         if self.many:
-            self.among5 += torch.stack([top5(exit_logits, target) for exit_logits in logits])
+            self.among5 += torch.stack([among5(said, target).sum() for said in logits])
         self.images += len(target)
         self.steps += 1
 
@@ -175,9 +175,9 @@ def train_steps(
     forward: images (B, 3, H, W) -> N logits (B, K); learning_rates: one per step; apart: a context
     in which gradients are not sent to other processes.
     """
-    learning_rates = iter(learning_rates)
+    learning_rates, ended = iter(learning_rates), True
     for number, (images, target) in enumerate(batches, 1):
-        if number % goes == 1 % goes:
+        if ended:
             lr = next(learning_rates, None)
             if lr is None:
                 return

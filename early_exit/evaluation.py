@@ -27,7 +27,7 @@ from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.inference import infer
 from early_exit.latency import Timing, measure
-from early_exit.metrics import MANY_CLASSES, expected_calibration_error, mean_std, top5
+from early_exit.metrics import MANY_CLASSES, among5, expected_calibration_error, mean_std
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import NEVER, Policy, as_thresholds
 from early_exit.records import ExitRecord, RecordInfo, Scores, disagreements, record, score_record
@@ -36,8 +36,8 @@ from early_exit.report import (
     Cuts,
     ExitRow,
     Live,
-    Point,
     MeanStd,
+    Point,
     Report,
     finite,
     headline,
@@ -343,8 +343,7 @@ def _share(among5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
     """How often the target is among the best five, at one exit or at the one each image takes."""
     if among5 is None:
         return None
-    columns = among5[:, exits] if isinstance(exits, int) else among5[np.arange(len(exits)), exits]
-    return float(columns.mean())
+    return float(among5[np.arange(len(among5)), exits].mean())
 
 
 def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
@@ -416,19 +415,19 @@ def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePo
 
 def _run_live(trained: Trained, data: Data, test: ExitRecord, policy, batch_size=256) -> Live:
     """Inference with exits taken on all of test, compared with the record."""
-    classes, exits, among5 = [], [], 0
+    classes, exits, best5 = [], [], 0
     for images, target in data.eval_batches("test", batch_size):
         answers = infer(trained.network, images, policy, trained.autocast)
         classes.append(answers.classes.cpu().numpy())
         exits.append(answers.exit_index.cpu().numpy())
         if test.num_classes > MANY_CLASSES:
-            among5 += int(top5(answers.logits, target.to(answers.logits.device)))
+            best5 += int(among5(answers.logits, target).sum())
     classes, exits = np.concatenate(classes), np.concatenate(exits)
     differs, unexplained = disagreements(test, policy, classes, exits)
     return Live(
         images=len(classes),
         accuracy=float((classes == test.targets).mean()),
-        top5=among5 / len(classes) if test.num_classes > MANY_CLASSES else None,
+        top5=best5 / len(classes) if test.num_classes > MANY_CLASSES else None,
         differing=int(differs.sum()),
         differing_beyond_rounding=int(unexplained.sum()),
         batch_size=batch_size,

@@ -1,9 +1,12 @@
 """Numbers about answers."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 21  # logits looked at at once; those of many classes may lie on the disk
 MANY_CLASSES = 10  # with more, it is also told how often the target is among the best five
 
 
@@ -15,12 +18,18 @@ def top1(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.argmax(dim=-1) == target).sum()
 
 
-def top5(logits: Tensor, target: Tensor) -> Tensor:
-    """How many of the B targets are among the five likeliest classes: a scalar tensor.
+def among5(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether each of the B targets is among the five likeliest classes, (B,).
 
     logits: (B, K), K at least 5; target: (B,).
     """
-    return (logits.topk(5, dim=-1).indices == target[:, None]).sum()
+    return (logits.topk(5, dim=-1).indices == target[:, None]).any(dim=-1)
+
+
+def in_chunks(logits: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, K) and targets (B,), some rows at a time."""
+    size = max(1, CHUNK // logits.shape[1])
+    return zip(logits.split(size), target.split(size), strict=True)
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
@@ -38,8 +47,7 @@ def expected_calibration_error(
     logits: (B, K), which are divided by the temperature; target: (B,).
     """
     gap = torch.zeros(bins, dtype=torch.float64)
-    size = max(1, (1 << 21) // logits.shape[1])  # those of many classes may lie on the disk
-    for some, their in zip(logits.split(size), target.split(size), strict=True):
+    for some, their in in_chunks(logits, target):
         confidence, answer = (some / temperature).softmax(dim=-1).max(dim=-1)
         index = (confidence * bins).long().clamp(max=bins - 1)
         gap.index_add_(0, index, confidence.double() - (answer == their).double())

@@ -1,10 +1,35 @@
 """Bytes to what a network takes."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
+
+
+class ImageData:
+    """What every data set does alike; its dataclass has these fields, and `size`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: torch.memory_format
+
+    def normalised_by(self, normalisation: dict | None) -> Self:
+        """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
+        if not normalisation:
+            return self
+        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
+        return dataclasses.replace(self, mean=mean, std=std)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in train; a rest is left out, another one in every epoch."""
+        return max(1, self.size("train") // batch_size)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bytes (B, 3, H, W) to float32 with the set's mean and deviation."""
+        return normalise(images, self.mean, self.std, self.layout)
 
 
 def normalise(

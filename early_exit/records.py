@@ -17,7 +17,7 @@ from torch import Tensor
 
 from early_exit.checkpoint import write_text
 from early_exit.errors import UserError
-from early_exit.metrics import MANY_CLASSES
+from early_exit.metrics import MANY_CLASSES, among5
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
 
@@ -218,19 +218,18 @@ def score_record(record: ExitRecord, policy: Policy) -> Scores:
     shape = (len(record), policy.num_exits)
     scores = np.full(shape, -np.inf, np.float32)
     answers = np.zeros(shape, np.int64)
-    among5 = np.zeros(shape, bool) if record.num_classes > MANY_CLASSES else None
+    best5 = np.zeros(shape, bool) if record.num_classes > MANY_CLASSES else None
     for rows, logits in record.chunks():
-        target = torch.from_numpy(record.targets[rows])[:, None]
+        target = torch.from_numpy(record.targets[rows])
         state = None
         for exit_index in range(policy.num_exits):
             if policy.is_on(exit_index):
                 answer, score, state = policy.score(exit_index, logits[:, exit_index], state)
                 scores[rows, exit_index] = score.numpy()
                 answers[rows, exit_index] = answer.argmax(dim=-1).numpy()
-                if among5 is not None:
-                    best = answer.topk(5, dim=-1).indices
-                    among5[rows, exit_index] = (best == target).any(dim=-1).numpy()
-    return Scores(scores, answers, record.targets, among5)
+                if best5 is not None:
+                    best5[rows, exit_index] = among5(answer, target).numpy()
+    return Scores(scores, answers, record.targets, best5)
 
 
 @dataclass(frozen=True)

@@ -455,7 +455,12 @@ def spread(
             find_unused_parameters=not all(phase.weights[: -1 if phase.backbone_frozen else None]),
         )
         apart = wrapped.no_sync
-    return (lambda images: [wrapped(images)]) if phase.backbone_only else wrapped, apart
+    return listed(wrapped, phase), apart
+
+
+def listed(network: nn.Module, phase: Phase) -> Callable:
+    """The network that a phase computes, giving a list of logits also where it is the plain one."""
+    return (lambda images: [network(images)]) if phase.backbone_only else network
 
 
 def score_val(
@@ -471,7 +476,7 @@ def score_val(
     size, share = run.data.eval_batch, Share(run.group.rank, run.group.world)
     scored = Tally(len(phase.weights), run.device)
     steps = score_batches(
-        (lambda images: [network(images)]) if phase.backbone_only else network,
+        listed(network, phase),
         run.data.eval_batches("val", size, share),
         partial(joint_loss, weights=phase.weights),
         partial(runtime.autocast, run.precision, run.device),

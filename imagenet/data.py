@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torchvision.transforms import v2
 
 from early_exit.config import Config, DataConfig
 from early_exit.errors import UserError
-from early_exit.pixels import normalise
+from early_exit.pixels import ImageData
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ def _deaf(_worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(ImageData):
     """Class folders cut into train, val and test, giving normalised batches on a device."""
 
     name: str
@@ -271,20 +272,9 @@ class Data:
         """The same data, giving batches on `device` and of that layout."""
         return dataclasses.replace(self, device=device, layout=layout)
 
-    def normalised_by(self, normalisation: dict | None) -> "Data":
-        """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
-        if not normalisation:
-            return self
-        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
-        return dataclasses.replace(self, mean=mean, std=std)
-
     def size(self, split: str) -> int:
         """How many images a split has."""
         return len(self.splits[split][1])
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in train; a rest is left out, another one in every epoch."""
-        return max(1, self.size("train") // batch_size)
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
@@ -346,8 +336,7 @@ class Data:
     def _ready(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes (B, H, W, 3) to normalised images (B, 3, H, W) on the device."""
         images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        images = normalise(images, self.mean, self.std, self.layout)
-        return images, targets.to(self.device, non_blocking=True)
+        return self.normalise(images), targets.to(self.device, non_blocking=True)
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of two stratified halves of test: the first to be val, the second test."""
@@ -466,8 +455,8 @@ def _files(folder: Path) -> tuple[tuple[str, ...], Files]:
 
 
 def _refuse_other_classes(root: Path, train: Sequence[str], val: Sequence[str]) -> None:
-    for here, there, names in (("train", "val", train), ("val", "train", val)):
-        missing = sorted(set(names) - set(val if here == "train" else train))
+    for (here, names), (there, others) in permutations((("train", train), ("val", val))):
+        missing = sorted(set(names) - set(others))
         if missing:
             raise UserError(
                 f"{root}/{here} has {len(names)} classes, among them {missing[0]}, which"

@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from early_exit import cli
 from imagenet.main import DOOR, add_workers_flag
@@ -14,14 +13,8 @@ from imagenet.main import DOOR, add_workers_flag
 
 def parser() -> cli.Parser:
     """The evaluation's flags."""
-    parser = cli.build_parser("eval.py", "python imagenet/eval.py RUN [flags]", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that main.py made")
-    cli.add_setting(
-        parser, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
-        help="where the data set lies (default: where it lay in training)",
-    )
+    parser = cli.evaluation_parser("imagenet", "main.py", __doc__)
     add_workers_flag(parser)
-    cli.add_evaluation_flags(parser)
     return parser
 
 

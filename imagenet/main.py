@@ -84,19 +84,15 @@ def parser() -> cli.Parser:
         help="unreadable files that a process names and skips before the run stops"
         f" (default {default.data.bad_files})",
     )
-    cli.add_setting(
-        group, "--train-crop", setting="data.train_crop", metavar="PIXELS",
-        help=f"side of the crops that are trained on (default {default.data.train_crop})",
-    )
-    cli.add_setting(
-        group, "--val-resize", setting="data.val_resize", metavar="PIXELS",
-        help="shorter side of held-out images before their crop"
-        f" (default {default.data.val_resize})",
-    )
-    cli.add_setting(
-        group, "--val-crop", setting="data.val_crop", metavar="PIXELS",
-        help=f"side of that crop (default {default.data.val_crop})",
-    )
+    for name, what in (
+        ("train_crop", "side of the crops that are trained on"),
+        ("val_resize", "shorter side of held-out images before their crop"),
+        ("val_crop", "side of that crop"),
+    ):
+        cli.add_setting(
+            group, f"--{name.replace('_', '-')}", setting=f"data.{name}", metavar="PIXELS",
+            help=f"{what} (default {getattr(default.data, name)})",
+        )
     cli.add_setting(
         group, "--val-size", setting="data.val_size", metavar="N",
         help="images cut from train as val: a number, or a share such as 0.1 (default: 50,000, or a"
@@ -134,12 +130,9 @@ def add_workers_flag(group: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    own = configs.merge(CLASSIC, {"data": {"dataset": "imagenet"}})
-    given = cli.resolve_config(args, None, own, FolderRun)
-    if given.data.dummy:
-        own["data"]["dataset"] = "dummy"
-    elif given.data.root:
-        own["data"]["dataset"] = Path(given.data.root).name
+    given = cli.resolve_config(args, None, CLASSIC, FolderRun)
+    name = "dummy" if given.data.dummy else Path(given.data.root or data.ROOT).name
+    own = configs.merge(CLASSIC, {"data": {"dataset": name}})
     if args.pretrained is not None:
         if given.model.backbone:
             raise UserError("--pretrained and --backbone both bring weights; drop one")
@@ -148,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--pretrained brings trained weights and a joint run begins from scratch; add"
                 " --regime frozen or --regime mixed and exits, or -e to score them"
             )
-        own["model"] = {**own["model"], "backbone": str(download(given, args.pretrained))}
+        fetched = str(download(given, args.pretrained))
+        own = configs.merge(own, {"model": {"backbone": fetched}})
     cli.train_or_score(args, DOOR, own, RUNS, ROOT / "imagenet" / "eval.py", default_split="test")
 
 

@@ -24,7 +24,7 @@ PACKAGE = Path(early_exit.__file__).parent
 # Low to high: a module may import only modules named before it.
 ORDER = (
     "errors",
-    "pixels", "heads", "losses", "criteria", "calibration", "metrics", "config", "checkpoint",
+    "pixels", "heads", "losses", "criteria", "metrics", "calibration", "config", "checkpoint",
     "distributed", "runtime", "splits",
     "network", "policy", "cost",
     "records", "thresholds", "inference",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit import calibration
+from early_exit import calibration, metrics
 from early_exit.calibration import LIMITS, fit_temperature
 
 # Four images of odds 3 : 1 of which one is the second class, ten of odds 9 : 1 of which one is:
@@ -98,5 +98,5 @@ def test_looking_at_some_rows_at_a_time_changes_nothing(monkeypatch):
     torch.manual_seed(0)
     logits, target = 5 * torch.randn(101, 7), torch.randint(7, (101,))
     whole = fit_temperature(logits, target)
-    monkeypatch.setattr(calibration, "CHUNK", 70)
+    monkeypatch.setattr(metrics, "CHUNK", 70)
     assert fit_temperature(logits, target) == pytest.approx(whole, rel=1e-6)
