@@ -3,16 +3,14 @@
 import logging
 import os
 import pickle
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from early_exit.disk import written_whole
 from early_exit.errors import UserError
 
 NAME = "checkpoint.pt"
@@ -20,29 +18,6 @@ PREVIOUS = "checkpoint-previous.pt"
 FORMAT = "early_exit checkpoint 1"
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` only when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
-    with written_whole(path) as file:
-        file.write(text.encode())
 
 
 def save(directory: Path, state: dict[str, Any]) -> None:

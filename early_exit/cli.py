@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -477,12 +478,11 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
     level = logging.WARNING if distributed.rank() else logging.INFO
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
     try:
+        runtime.leave_on_sigterm()
         check_torchvision()
         main(None)
-    except UserError as error:
-        sys.exit(_fail(prog, error, 2))
-    except Stopped as stopped:
-        sys.exit(_fail(prog, stopped, stopped.code))
+    except (UserError, Stopped) as error:
+        sys.exit(_fail(prog, error, error.code))
     except (Diverged, distributed.Lost) as error:
         sys.exit(_fail(prog, error, 1))
     except KeyboardInterrupt:
@@ -498,6 +498,7 @@ def _fail(prog: str, message: object, code: int) -> int:
     sys.stdout.flush()
     if distributed.rank() > 0:
         # mostly the first process says the same, and torchrun ends this one as soon as it leaves
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"{prog}: {message}", file=sys.stderr, flush=True)
     if distributed.world_size() > 1:

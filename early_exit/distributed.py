@@ -4,9 +4,11 @@ One process alone is a group of one, in which nothing is sent.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from early_exit.errors import UserError
+
+
+# How long a process waits for one that says nothing, as where a machine or the network between has
+# vanished; and for the first one to download what the others will find.
+PATIENCE, DOWNLOAD = timedelta(minutes=10), timedelta(hours=2)
 
 
 def rank() -> int:
@@ -41,18 +48,21 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "onnection" in str(error):  # gloo's has no type
+        # gloo's errors have no type
+        if isinstance(error, dist.DistError) or re.search("onnection|imed out|imeout", str(error)):
             raise Lost("another process of this run is gone; its last line says why") from error
         raise
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run; `control` carries numbers and names, whatever carries gradients."""
+    """The processes of a run; `control` carries numbers and names, whatever carries gradients, and
+    `patient` waits longer."""
 
     rank: int = 0
     world: int = 1
     control: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -89,21 +99,21 @@ class Group:
             dist.broadcast_object_list(said, src=0, group=self.control)
         return said[0]
 
-    def wait(self) -> None:
-        """Returns when every process is here."""
+    def wait(self, group: dist.ProcessGroup | None = None) -> None:
+        """Returns when every process is here; `group` instead of `control` carries the question."""
         if self.world > 1:
             with together():
-                dist.barrier(group=self.control)
+                dist.barrier(group=group or self.control)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """The first process does what is inside before the others begin, so that it downloads or
         writes what they will find."""
         if not self.leads:
-            self.wait()
+            self.wait(self.patient)
         yield
         if self.leads:
-            self.wait()
+            self.wait(self.patient)
 
     def share_buffers(self, module: nn.Module) -> None:
         """Gives every process the first one's buffers: BatchNorm's statistics differ since the last
@@ -121,14 +131,14 @@ def joined(device: torch.device) -> Iterator[Group]:
         yield Group()
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"this process is one of {world_size()} by its environment, and they did not meet"
             f" ({' '.join(str(error).split())[:200]}); start all with torchrun"
         ) from None
-    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-    yield Group(dist.get_rank(), dist.get_world_size(), control)
+    control, patient = (dist.new_group(backend="gloo", timeout=t) for t in (PATIENCE, DOWNLOAD))
+    yield Group(dist.get_rank(), dist.get_world_size(), control, patient)
     # Not after an error: taking nccl down is done together, and the others may never come. Torchrun
     # ends them when this process leaves.
     dist.destroy_process_group()

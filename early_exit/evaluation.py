@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import logging
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from early_exit import config as configs
 from early_exit.calibration import fit_temperature
 from early_exit.config import Config
 from early_exit.cost import Cost, network_cost
+from early_exit.disk import locked, made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.inference import infer
@@ -210,7 +210,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         device=runtime.describe_device(trained.device),
     )
     directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
-    with runtime.locked(directory.parent, wait=True):  # another evaluation may be making it
+    with locked(directory.parent, wait=True):  # another evaluation may be making it
         if directory.exists():
             try:
                 stored = ExitRecord.load(directory)
@@ -457,25 +457,20 @@ def _name_of(goal: Goal) -> str:
 
 def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
     """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
-    partial_dir = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    partial_dir.mkdir(parents=True)
-    policy.save(partial_dir / "policy.yaml")
-    images = {}
-    if draw:
-        plots.accuracy_vs_macs(report, partial_dir / "accuracy_vs_macs.png")
-        plots.share_per_exit(report, partial_dir / "share_per_exit.png")
-        rows = _gallery_rows(scored, taken, policy, data)
-        plots.gallery(rows, partial_dir / "gallery.png")
-        images = {
-            "accuracy_vs_macs.png": "Accuracy against multiply-adds",
-            "share_per_exit.png": "Where images leave",
-            "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
-        }
-    checkpoint.write_text(partial_dir / "report.json", to_json(report))
-    checkpoint.write_text(partial_dir / "report.md", to_markdown(report, images))
-    shutil.rmtree(directory, ignore_errors=True)
-    partial_dir.rename(directory)
+    images = {
+        "accuracy_vs_macs.png": "Accuracy against multiply-adds",
+        "share_per_exit.png": "Where images leave",
+        "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
+    }
+    with made_whole(directory) as partial:
+        policy.save(partial / "policy.yaml")
+        if draw:
+            plots.accuracy_vs_macs(report, partial / "accuracy_vs_macs.png")
+            plots.share_per_exit(report, partial / "share_per_exit.png")
+            rows = _gallery_rows(scored, taken, policy, data)
+            plots.gallery(rows, partial / "gallery.png")
+        write_text(partial / "report.json", to_json(report))
+        write_text(partial / "report.md", to_markdown(report, images if draw else {}))
     return directory
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from early_exit.checkpoint import write_text
+from early_exit.disk import write_text, writing
 from early_exit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Journal:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends the record of an epoch everywhere it goes."""
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         log.info(
             "%s %d/%d: lr %.4f, loss %.4f, val %s%s, %.0f images/s, peak %.2f GiB",

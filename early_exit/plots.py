@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from early_exit.checkpoint import written_whole
+from early_exit.disk import written_whole
 from early_exit.errors import UserError
 from early_exit.report import Report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from early_exit.checkpoint import write_text
+from early_exit.disk import write_text
 from early_exit.criteria import get_criterion
 from early_exit.errors import UserError
 

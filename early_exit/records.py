@@ -5,9 +5,8 @@ Every question about thresholds is answered from it, without the network.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from early_exit.checkpoint import write_text
+from early_exit.disk import made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.metrics import MANY_CLASSES, among5
 from early_exit.network import MultiExitNetwork
@@ -87,7 +86,7 @@ class ExitRecord:
 
     def save(self, directory: Path) -> None:
         """Writes the record as a directory that appears whole."""
-        with _appears_whole(directory) as partial:
+        with made_whole(directory) as partial:
             np.save(partial / "logits.npy", self.logits)
             _write_rest(partial, self.targets, self.info)
 
@@ -103,21 +102,6 @@ class ExitRecord:
             return cls(logits, np.load(directory / "targets.npy"), RecordInfo(**info))
         except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{directory} is not a whole exit record ({error})") from None
-
-
-@contextmanager
-def _appears_whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which then takes the place of `directory`."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_rest(partial: Path, targets: np.ndarray, info: RecordInfo) -> None:
@@ -145,7 +129,7 @@ def record(
         made = ExitRecord(np.empty(shape, np.float32), np.empty(count, np.int64), info)
         _fill(made, network, batches, device, autocast)
         return made
-    with _appears_whole(directory) as partial:
+    with made_whole(directory) as partial:
         logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
         _claim(partial / "logits.npy")
         made = ExitRecord(logits, np.empty(count, np.int64), info)
@@ -157,11 +141,8 @@ def record(
 
 def _claim(path: Path) -> None:
     """Makes the disk give a mapped file its room now: later a full one would end the process."""
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot hold the record: {error.strerror}") from None
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _fill(made: ExitRecord, network, batches, device, autocast) -> None:

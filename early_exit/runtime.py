@@ -1,8 +1,7 @@
-"""The machine: device, precision, seeds, signals, the lock, what versions ran."""
+"""The machine: device, precision, seeds, signals, what versions ran."""
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import importlib
 import importlib.metadata
@@ -13,10 +12,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -27,22 +24,44 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}  # as reports name them
 
 
-class Stopped(Exception):
-    """A signal asked for the end and everything is saved; `code` is the exit code to leave with."""
+class Stopped(BaseException):
+    """A signal asked for the end and what matters is saved; `code` is the exit code to leave with.
+
+    No Exception, so that nobody who expects mistakes takes it for one.
+    """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.code = 128 + signum
 
 
+def leave_on_sigterm() -> None:
+    """Lets SIGTERM raise Stopped, as SIGINT raises KeyboardInterrupt: the first process of a
+    container would not hear it at all."""
+
+    def leave(signum: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise Stopped(f"stopped by signal {signum}; there was nothing to save", signum)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+class Interrupted(BaseException):
+    """A signal came where `StopSignals` was told to heed it."""
+
+
 class StopSignals:
     """Within its context SIGTERM and SIGINT only set `signum`; the loop looks at it when it can.
 
     A second signal changes nothing, so it cannot tear the file being written.
+
+    Where the loop may take long to look (a compilation) and what it does need not be saved, it
+    calls `heed`: until `at_once` is cleared the first signal then raises Interrupted.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.at_once = False
 
     def __enter__(self) -> "StopSignals":
         self._before = {
@@ -54,8 +73,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def heed(self) -> None:
+        """Lets the first signal, also one that came already, raise Interrupted."""
+        self.at_once = True
+        if self.signum is not None:
+            raise Interrupted
+
     def _note(self, signum: int, _frame: object) -> None:
-        self.signum = self.signum or signum
+        if self.signum is None:
+            self.signum = signum
+            if self.at_once:
+                raise Interrupted
 
 
 def choose_device(name: str) -> torch.device:
@@ -154,46 +182,6 @@ def reset_peak_memory(device: torch.device) -> None:
     """Forgets a GPU's peak; a CPU's cannot be forgotten."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-@contextmanager
-def locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the directory for this process alone; ends with the process, however that ends.
-
-    Where another process holds it: a UserError, or with `wait` until that one is done.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / ".lock", "w")
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written: {error.strerror}; choose another --save-dir"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError(
-                f"{directory} is in use by another process; wait for it, or choose another"
-                " --save-dir"
-            ) from None
-        _held.append(file)
-        _let_children_go()
-        try:
-            yield
-        finally:
-            _held.remove(file)
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-_held: list[IO[str]] = []
-
-
-@functools.cache
-def _let_children_go() -> None:
-    """A lock belongs to every process that was forked while it was held, until all have closed it;
-    so they do at once, and a worker that outlives its parent does not keep the directory."""
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def check_torchvision() -> None:

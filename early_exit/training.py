@@ -26,6 +26,7 @@ from early_exit import checkpoint, distributed, runtime
 from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.cost import Cost, network_cost
+from early_exit.disk import locked, write_text
 from early_exit.distributed import Group
 from early_exit.engine import (
     Average,
@@ -171,7 +172,7 @@ def train(
         directory = run_dir or default_run_dir(runs, config, network.exit_names)
         refuse_existing(directory, resume)
         write = group.leads and not check
-        with runtime.locked(directory) if write else nullcontext():
+        with locked(directory) if write else nullcontext():
             group.wait()  # nobody reads before the directory is ours
             path, state = find_resumed(resume, directory)
             if group.leaders(str(path)) != str(path):
@@ -272,7 +273,7 @@ def write_settings(run: Run) -> None:
     for stray in run.directory.glob(f".{checkpoint.NAME}*"):
         stray.unlink()  # half a file of a killed process
     written = yaml.safe_dump(configs.to_dict(run.config), sort_keys=False)
-    checkpoint.write_text(run.directory / "config.yaml", written)
+    write_text(run.directory / "config.yaml", written)
     versions = {
         **runtime.versions(),
         "device": runtime.describe_device(run.device),
@@ -280,7 +281,7 @@ def write_settings(run: Run) -> None:
         "precision": run.precision,
         "command": sys.argv,
     }
-    checkpoint.write_text(run.directory / "versions.json", json.dumps(versions, indent=2) + "\n")
+    write_text(run.directory / "versions.json", json.dumps(versions, indent=2) + "\n")
 
 
 def describe(run: Run) -> None:
@@ -325,11 +326,8 @@ def save(run: Run, trainee: Trainee, following: Position | None = None) -> None:
     }
     try:
         checkpoint.save(run.directory, state)
-    except OSError as error:
-        raise UserError(
-            f"no checkpoint could be written to {run.directory} ({error.strerror});"
-            f" the last good one: {run.last_good}"
-        ) from None
+    except UserError as error:
+        raise type(error)(f"{error}; the last good checkpoint: {run.last_good}") from None
     run.last_good = str(run.directory / checkpoint.NAME)
 
 
@@ -392,7 +390,14 @@ def walk(run: Run, position: Position, state: dict[str, Any] | None) -> None:
         for index in range(position.phase, len(run.phases)):
             if index > position.phase:
                 position, state = Position(index), None
-            walk_phase(run, position, state, stop, journal)
+            try:
+                walk_phase(run, position, state, stop, journal)
+            except runtime.Interrupted:
+                raise runtime.Stopped(
+                    f"stopped by signal {stop.signum} before a first step, so there was nothing to"
+                    f" save; the last good checkpoint: {run.last_good}",
+                    stop.signum,
+                ) from None
             gc.collect()  # a wrapper's hooks must be gone before the next one's are set
     run.group.wait()
 
@@ -406,6 +411,7 @@ def walk_phase(
 ) -> None:
     """The epochs of one phase from `position` on."""
     phase, config = run.phases[position.phase], run.config
+    stop.heed()  # until the first step, which may compile for minutes
     set_training_mode(run.network, phase.backbone_frozen)
     average = Average(run.network, phase.optim.ema) if phase.optim.ema else None
     network = run.network.backbone if phase.backbone_only else run.network
@@ -484,8 +490,14 @@ def score_val(
     )
     # as many turns for every process, so that all look around together
     turns = math.ceil(run.data.size("val") / (size * run.group.world))
-    for _ in itertools.zip_longest(range(turns), steps):
+    try:
+        stop.at_once = run.group.world == 1  # here too something may compile; all leave together
+        for _ in itertools.zip_longest(range(turns), steps):
+            leave_if_asked(run, trainee, stop)
+    except runtime.Interrupted:
         leave_if_asked(run, trainee, stop)
+    finally:
+        stop.at_once = False
     scored = scored.gathered(run.group)
     stop_if_diverged(run, trainee, scored)
     val_loss, val_top1 = scored.read()
@@ -542,6 +554,7 @@ def train_epoch(
     with bar, distributed.together():
         undo = before_step(run, trainee)
         for ended in steps:
+            stop.at_once = False
             if ended:
                 here.step += 1
                 if trainee.average:

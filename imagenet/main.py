@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from early_exit import cli, experiment, runtime
+from early_exit import cli, experiment
 from early_exit import config as configs
-from early_exit.checkpoint import written_whole
+from early_exit.disk import locked, written_whole
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
 from imagenet import data, networks
@@ -170,7 +170,7 @@ def download(config: FolderRun, name: str) -> Path:
             f" {config.data.val_crop} pixels; it has {', '.join(known)}"
         )
     path = WEIGHTS / f"{arch}-{name}.pth"
-    with runtime.locked(WEIGHTS, wait=True):  # several processes, or several runs
+    with locked(WEIGHTS, wait=True):  # several processes, or several runs
         if not path.exists():
             try:
                 net = models.get_model(arch, weights=known[name])

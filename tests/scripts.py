@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 
 from cifar10 import data, resnet, trainer
-from early_exit import cli
+from early_exit import cli, distributed
 from early_exit.config import Config, DataConfig
 from early_exit.experiment import FrontDoor
 from early_exit.network import MultiExitNetwork
@@ -68,17 +69,28 @@ DOOR = FrontDoor(tiny_network, tiny_data)
 
 
 def start(
-    script: str, *arguments: object, cwd: Path, processes: int = 0, alone: bool = False
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    processes: int = 0,
+    node: tuple[int, int] | None = None,
+    alone: bool = False,
+    **environment: str,
 ) -> subprocess.Popen:
     """A script of the repository as a process of its own, on one thread; or torchrun with as many
-    processes of it. alone: in a group of its own, to be signalled as one."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    processes of it. node: its number of two, and the port where they meet. alone: in a group of its
+    own, to be signalled as one."""
+    where = ["--standalone"]
+    if node:
+        where = ["--nnodes=2", f"--node-rank={node[0]}", f"--master-port={node[1]}"]
+        where.append("--master-addr=127.0.0.1")
+    torchrun = ["-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [
             sys.executable, *(torchrun if processes else ()), str(ROOT / script),
             *map(str, arguments),
         ],
-        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=alone,
     )
 
@@ -141,6 +153,7 @@ def main() -> None:
         signum = getattr(signal, name)
         at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum))
     trainer.DOOR = DOOR
+    distributed.PATIENCE = timedelta(seconds=float(os.environ.get("PATIENCE", 600)))
     cli.run(trainer.main, "trainer.py")
 
 

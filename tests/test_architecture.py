@@ -23,7 +23,7 @@ from early_exit.records import replay
 PACKAGE = Path(early_exit.__file__).parent
 # Low to high: a module may import only modules named before it.
 ORDER = (
-    "errors",
+    "errors", "disk",
     "pixels", "heads", "losses", "criteria", "metrics", "calibration", "config", "checkpoint",
     "distributed", "runtime", "splits",
     "network", "policy", "cost",

@@ -14,7 +14,7 @@ from torch import nn
 
 from early_exit import checkpoint
 from early_exit.checkpoint import NAME, PREVIOUS
-from early_exit.errors import UserError
+from early_exit.errors import Unavailable, UserError
 
 
 def refusal(call, *arguments) -> str:
@@ -77,42 +77,6 @@ def interrupt_replace(monkeypatch):
     return arm
 
 
-class TestWrittenWhole:
-    def test_content_arrives(self, tmp_path):
-        checkpoint.write_text(tmp_path / "new" / "file", "café")
-        assert (tmp_path / "new" / "file").read_text() == "café"
-
-    def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(self, tmp_path):
-        path = tmp_path / "file"
-        path.write_text("old")
-        with pytest.raises(ZeroDivisionError), checkpoint.written_whole(path) as file:
-            file.write(b"half of the n")
-            raise ZeroDivisionError
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_an_interruption_in_the_middle_leaves_the_old_file_and_nothing_else(self, tmp_path):
-        path = tmp_path / "file"
-        path.write_text("old")
-        with pytest.raises(KeyboardInterrupt), checkpoint.written_whole(path) as file:
-            file.write(b"half of the n")
-            raise KeyboardInterrupt
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_nothing_is_at_the_path_while_it_is_written(self, tmp_path):
-        path = tmp_path / "file"
-        with checkpoint.written_whole(path) as file:
-            file.write(b"half")
-            file.flush()
-            assert not path.exists()
-        assert path.exists()
-
-    def test_all_may_read_it(self, tmp_path):
-        checkpoint.write_text(tmp_path / "file", "text")
-        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
-
-
 class TestSave:
     def test_what_is_saved_is_loaded(self, tmp_path):
         checkpoint.save(tmp_path, state(1))
@@ -138,7 +102,7 @@ class TestSave:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
             checkpoint.save(tmp_path, state(3))
         assert stored(tmp_path / NAME) == 2
         assert stored(tmp_path / PREVIOUS) == 1

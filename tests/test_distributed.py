@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from early_exit.errors import UserError
 FLAGS = (*TINY, "--exits", "layer1")
 
 
-def launch(directory: Path, *flags: object, signals=("none", 0), processes=2):
+def launch(directory: Path, *flags: object, signals=("none", 0), processes=2, **options):
     """Starts the tiny trainer into `directory`."""
     return start(
         "tests/scripts.py", *signals, *FLAGS, "--save-dir", directory, *flags,
-        cwd=directory.parent, processes=processes,
+        cwd=directory.parent, processes=processes, **options,
     )
 
 
@@ -127,6 +128,54 @@ def test_when_one_is_killed_all_end_and_the_same_command_goes_on(pair, tmp_path)
     assert not Path(f"/proc/{other}").exists()
     done = finish(launch(directory, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
+    expected = parameters(pair)
+    for name, value in parameters(directory).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.fixture
+def port():
+    """A port that nobody listens to."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "falls silent"])
+def test_when_a_machine_is_lost_the_other_ends_and_both_started_anew_go_on(
+    pair, tmp_path, port, signum
+):
+    directory = tmp_path / "run"
+    nodes = [
+        launch(
+            directory, "--resume", "auto", signals=("SIGSTOP@1", 8), processes=1,
+            node=(number, port), PATIENCE="10",
+        )
+        for number in range(2)
+    ]
+    began = time.monotonic()
+    while not (directory / checkpoint.NAME).exists():
+        assert time.monotonic() - began < 120 and nodes[0].poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    lost = [*children(nodes[1].pid), nodes[1].pid]
+    for pid in lost:
+        os.kill(pid, signum)
+    done = finish(nodes[0])
+    assert done.returncode == 1
+    assert "trainer.py: another process of this run is gone" in done.stderr, done.stderr
+    assert time.monotonic() - began < 120
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    finish(nodes[1])
+    nodes = [
+        launch(directory, "--resume", "auto", processes=1, node=(number, port))
+        for number in range(2)
+    ]
+    for node in nodes:
+        done = finish(node)
+        assert done.returncode == 0, done.stderr
     expected = parameters(pair)
     for name, value in parameters(directory).items():
         assert torch.equal(value, expected[name]), name

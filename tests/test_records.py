@@ -14,7 +14,7 @@ import torch
 from early_exit import records
 from early_exit.cost import Cost
 from early_exit.criteria import CRITERIA
-from early_exit.errors import UserError
+from early_exit.errors import Unavailable, UserError
 from early_exit.evaluation import Goal, choose
 from early_exit.policy import NEVER, Policy
 from early_exit.records import ExitRecord, disagreements, record, replay, score_record
@@ -152,10 +152,10 @@ def test_a_save_that_fails_leaves_the_earlier_record(hand, make_record, tmp_path
     hand.save(tmp_path / "val")
 
     def full_disk(*args):
-        raise OSError("no space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "write_text", full_disk)  # the last of its three files
-    with pytest.raises(OSError):
+    with pytest.raises(Unavailable, match="cannot be written: No space left"):
         make_record([[sure(0.5), sure(0.5)]], [1]).save(tmp_path / "val")
     assert len(ExitRecord.load(tmp_path / "val")) == 4
 

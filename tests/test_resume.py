@@ -16,8 +16,7 @@ import torch
 from scripts import DOOR, TINY, at_batch, finish, run_main, start
 
 from cifar10 import trainer
-from cifar10.data import Data
-from early_exit import checkpoint, runtime
+from early_exit import checkpoint, runtime, training
 from early_exit.checkpoint import NAME, PREVIOUS
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -136,13 +135,48 @@ class TestLayout:
 class TestStopped:
     """A signal: everything is saved where the run stands."""
 
-    @pytest.mark.parametrize("step", [0, 2, 4, 5, 8])
+    @pytest.mark.parametrize("step", [1, 2, 4, 5, 8])
     def test_after_any_step(self, monkeypatch, whole, tmp_path, step):
         at_batch(monkeypatch, step, ask_to_stop)
         with pytest.raises(runtime.Stopped):
             go(tmp_path / "run")
         position = checkpoint.load(tmp_path / "run")["position"]
         assert position == {"phase": step >= 3, "epoch": step >= 6, "step": step % 3 + 1}
+        go(tmp_path / "run")
+        assert_same_run(tmp_path / "run", whole)
+
+    @pytest.mark.parametrize("step", [0, 3])
+    def test_before_the_first_step_of_a_phase_it_is_left_at_once(
+        self, monkeypatch, whole, tmp_path, step
+    ):
+        # all there is has been saved, and a first step may compile for minutes
+        at_batch(monkeypatch, step, ask_to_stop)
+        with pytest.raises(runtime.Stopped) as stopped:
+            go(tmp_path / "run")
+        path = tmp_path / "run" / NAME
+        last = path if step else "none was saved"
+        assert stopped.value.code == 143
+        assert str(stopped.value) == (
+            "stopped by signal 15 before a first step, so there was nothing to save; the last good"
+            f" checkpoint: {last}"
+        )
+        assert path.exists() == bool(step)
+        go(tmp_path / "run", resume="auto")
+        assert_same_run(tmp_path / "run", whole)
+
+    def test_between_two_phases(self, monkeypatch, whole, tmp_path):
+        save, calls = checkpoint.save, []
+
+        def saving(directory, state):
+            ask_to_stop()
+            save(directory, state)
+            calls.append(state["position"])
+
+        monkeypatch.setattr(checkpoint, "save", saving)
+        with pytest.raises(runtime.Stopped, match="before a first step"):
+            go(tmp_path / "run")
+        monkeypatch.undo()
+        assert calls == [{"phase": 1, "epoch": 0, "step": 0}]
         go(tmp_path / "run")
         assert_same_run(tmp_path / "run", whole)
 
@@ -176,14 +210,14 @@ class TestStopped:
         assert_same_run(tmp_path / "run", whole)
 
     def test_after_every_single_step(self, monkeypatch, whole, tmp_path):
-        original = Data.train_batches
+        original = training.leave_if_asked
 
-        def stopping(self, *arguments, **options):
-            for batch in original(self, *arguments, **options):
+        def stopping(*arguments, **options):
+            if options:  # in training; val has nothing to undo
                 ask_to_stop()
-                yield batch
+            original(*arguments, **options)
 
-        monkeypatch.setattr(Data, "train_batches", stopping)
+        monkeypatch.setattr(training, "leave_if_asked", stopping)
         for _ in range(STEPS):
             with pytest.raises(runtime.Stopped):
                 go(tmp_path / "run")

@@ -1,13 +1,10 @@
-"""The machine: lock, device, precision, versions, signals, seeds."""
+"""The machine: device, precision, versions, signals, seeds."""
 
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -25,64 +22,6 @@ def refusal(call, *arguments) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-class TestLock:
-    def test_a_second_holder_is_refused(self, tmp_path):
-        with runtime.locked(tmp_path):
-            message = refusal(runtime.locked(tmp_path).__enter__)
-        assert message.startswith(f"{tmp_path} is in use by another process")
-
-    def test_another_process_holds_it_until_it_ends_however_that_is(self, tmp_path):
-        holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
-        with subprocess.Popen(
-            [sys.executable, "-c", f"{holder}; print('held', flush=True); input()",
-             tmp_path / ".lock"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        ) as process:
-            assert process.stdout.readline() == "held\n"
-            assert "in use" in refusal(runtime.locked(tmp_path).__enter__)
-            process.kill()
-        with runtime.locked(tmp_path):
-            assert (tmp_path / ".lock").exists()
-
-    def test_it_is_free_afterwards(self, tmp_path):
-        with runtime.locked(tmp_path):
-            pass
-        with runtime.locked(tmp_path):
-            pass
-
-    def test_it_is_free_after_an_error(self, tmp_path):
-        with pytest.raises(ZeroDivisionError), runtime.locked(tmp_path):
-            raise ZeroDivisionError
-        with runtime.locked(tmp_path):
-            pass
-
-    def test_it_makes_the_directory(self, tmp_path):
-        with runtime.locked(tmp_path / "a" / "b"):
-            assert (tmp_path / "a" / "b").is_dir()
-
-    def test_a_forked_child_does_not_keep_it(self, tmp_path):
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-
-        def linger():
-            theirs.send([file.closed for file in runtime._held])
-            time.sleep(60)
-
-        child = context.Process(target=linger, daemon=True)
-        with runtime.locked(tmp_path):
-            child.start()
-            assert ours.recv() == [True]
-            assert "is in use" in refusal(runtime.locked(tmp_path).__enter__)
-        with runtime.locked(tmp_path):
-            assert child.is_alive()
-        child.kill()
-
-    def test_a_place_that_cannot_be_written(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        message = refusal(runtime.locked(tmp_path / "file" / "run").__enter__)
-        assert message.startswith(f"{tmp_path / 'file' / 'run'} cannot be written: ")
 
 
 class TestDevice:
@@ -228,7 +167,49 @@ class TestVersions:
         assert runtime.git_revision.__wrapped__() == "unknown"
 
 
+class TestLeaving:
+    def test_sigterm_is_heard_as_the_first_process_of_a_container_must(self):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            runtime.leave_on_sigterm()
+            with pytest.raises(runtime.Stopped, match="stopped by signal 15; there was") as stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+            assert stopped.value.code == 143
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_nobody_who_expects_mistakes_takes_it_for_one(self):
+        with pytest.raises(runtime.Stopped):
+            try:
+                raise runtime.Stopped("stopped", signal.SIGTERM)
+            except Exception:
+                pass
+
+
 class TestStopSignals:
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_where_it_is_told_to_heed_the_first_one_breaks_off(self, signum):
+        with runtime.StopSignals() as stop:
+            stop.heed()
+            with pytest.raises(runtime.Interrupted):
+                os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signum
+
+    def test_one_that_came_before_is_heeded_too(self):
+        with runtime.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(runtime.Interrupted):
+                stop.heed()
+
+    def test_it_breaks_off_no_longer(self):
+        with runtime.StopSignals() as stop:
+            stop.heed()
+            stop.at_once = False
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signal.SIGTERM
+
     @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_is_noted_and_the_program_goes_on(self, signum):
         with runtime.StopSignals() as stop:

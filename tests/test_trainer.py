@@ -240,13 +240,14 @@ class TestMistakes:
         assert message == f"there is no preset at {tmp_path / 'no.yaml'}; check --config"
 
     def test_a_file_that_can_no_longer_be_written(self, refusal, monkeypatch, tmp_path):
-        def full(directory, state):
-            raise OSError(28, "No space left on device")
+        def gone(state, file):
+            raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(checkpoint, "save", full)
+        monkeypatch.setattr(torch, "save", gone)
+        new = tmp_path / "run" / "checkpoint.pt.new"
         assert refusal(*TINY, "--save-dir", tmp_path / "run") == (
-            f"no checkpoint could be written to {tmp_path / 'run'} (No space left on device);"
-            " the last good one: none was saved"
+            f"{new} cannot be written: Read-only file system; the last good checkpoint: none was"
+            " saved"
         )
 
 
