@@ -230,7 +230,8 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_revision() -> str:
-    """The commit of this source tree, with -dirty where it was changed; `unknown` elsewhere."""
+    """The commit of this source tree, with -dirty where it was changed; where it is none, as in an
+    image, what EARLY_EXIT_REVISION says."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
@@ -241,5 +242,5 @@ def git_revision() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("EARLY_EXIT_REVISION", "unknown")
     return done.stdout.strip()

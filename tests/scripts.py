@@ -4,6 +4,7 @@
                                                  sent a signal before its ninth batch
     python tests/scripts.py none 0 FLAGS         the same, left alone
     python tests/scripts.py SIGTERM@1 8 FLAGS    only the second of torchrun's processes is sent it
+    python tests/scripts.py SIGTERM 1 eval RUN   cifar10/eval.py, before its second held-out batch
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 
 from cifar10 import data, resnet, trainer
+from cifar10 import eval as evaluation
 from early_exit import cli, distributed
 from early_exit.config import Config, DataConfig
 from early_exit.experiment import FrontDoor
@@ -75,11 +77,12 @@ def start(
     processes: int = 0,
     node: tuple[int, int] | None = None,
     alone: bool = False,
+    inside: Sequence[str] = (),
     **environment: str,
 ) -> subprocess.Popen:
     """A script of the repository as a process of its own, on one thread; or torchrun with as many
     processes of it. node: its number of two, and the port where they meet. alone: in a group of its
-    own, to be signalled as one."""
+    own, to be signalled as one. inside: a command that runs it."""
     where = ["--standalone"]
     if node:
         where = ["--nnodes=2", f"--node-rank={node[0]}", f"--master-port={node[1]}"]
@@ -87,7 +90,7 @@ def start(
     torchrun = ["-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [
-            sys.executable, *(torchrun if processes else ()), str(ROOT / script),
+            *inside, sys.executable, *(torchrun if processes else ()), str(ROOT / script),
             *map(str, arguments),
         ],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
@@ -146,15 +149,18 @@ def make_folders(root: Path, train: int = 8, val: int = 4) -> Path:
 
 
 def main() -> None:
-    """The trainer on the tiny network, with a signal sent to itself."""
+    """The trainer or the evaluation on the tiny network, with a signal sent to itself."""
     _, name, step, *sys.argv[1:] = sys.argv
     name, _, process = name.partition("@")
+    script, prog, batches = trainer, "trainer.py", "train_batches"
+    if sys.argv[1] == "eval":
+        script, prog, batches = evaluation, sys.argv.pop(1) + ".py", "eval_batches"
     if name != "none" and process in ("", os.environ.get("RANK")):
         signum = getattr(signal, name)
-        at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum))
-    trainer.DOOR = DOOR
+        at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum), batches)
+    script.DOOR = DOOR
     distributed.PATIENCE = timedelta(seconds=float(os.environ.get("PATIENCE", 600)))
-    cli.run(trainer.main, "trainer.py")
+    cli.run(script.main, prog)
 
 
 if __name__ == "__main__":

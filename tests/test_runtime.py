@@ -165,6 +165,8 @@ class TestVersions:
 
         monkeypatch.setattr(subprocess, "run", no_git)
         assert runtime.git_revision.__wrapped__() == "unknown"
+        monkeypatch.setenv("EARLY_EXIT_REVISION", "v1-3-gabc")  # as in an image
+        assert runtime.git_revision.__wrapped__() == "v1-3-gabc"
 
 
 class TestLeaving:

@@ -14,7 +14,7 @@ import yaml
 from scripts import DOOR, TINY, few_digits, finish, run_main, start, tiny_network
 
 from cifar10 import trainer
-from early_exit import checkpoint, experiment, training
+from early_exit import checkpoint, disk, experiment, training
 from early_exit import config as configs
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -238,6 +238,13 @@ class TestMistakes:
     def test_a_preset_that_is_missing(self, refusal, tmp_path):
         message = refusal("--config", tmp_path / "no.yaml")
         assert message == f"there is no preset at {tmp_path / 'no.yaml'}; check --config"
+
+    def test_a_directory_in_use_is_no_mistake(self, run, tmp_path):
+        with disk.locked(tmp_path / "run"):
+            code, _, err = run(*TINY, "--save-dir", tmp_path / "run", "--resume", "auto")
+        assert code == 1  # it may be free later
+        assert err.startswith(f"trainer.py: {tmp_path / 'run'} is in use by another process; wait")
+        assert err.count("\n") == 1
 
     def test_a_file_that_can_no_longer_be_written(self, refusal, monkeypatch, tmp_path):
         def gone(state, file):

@@ -1,0 +1,194 @@
+"""Where machines vanish and disks fill up: what a program says, saves and exits with.
+
+A pid namespace makes it the first process, as in a container, and a mount of its own a small disk.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from scripts import ROOT, TINY, finish, start
+
+from early_exit import checkpoint, disk
+
+SPACES = ("unshare", "--map-root-user", "--pid", "--mount", "--fork", "--kill-child")
+LEAST = ("--exits", "layer1")
+
+
+@pytest.fixture(scope="module")
+def spaces() -> tuple[str, ...]:
+    """A command that gives what it runs the number 1, and mounts of its own."""
+    try:
+        subprocess.run([*SPACES, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no namespaces of one's own here ({error})")
+    return SPACES
+
+
+def train(directory: Path, *flags: object, signals=("none", 0), **options):
+    """The tiny trainer into `directory`, to its end."""
+    return finish(start(
+        "tests/scripts.py", *signals, *TINY, *LEAST, "--save-dir", directory, *flags,
+        cwd=directory.parent, **options,
+    ))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    directory = tmp_path_factory.mktemp("cluster") / "run"
+    assert train(directory).returncode == 0
+    return directory
+
+
+class TestFirstProcess:
+    """Python as process 1 does not hear SIGTERM unless somebody listens."""
+
+    @pytest.mark.slow
+    def test_training_saves_and_the_next_one_goes_on(self, spaces, tmp_path):
+        directory = tmp_path / "run"
+        done = train(directory, "--resume", "auto", signals=("SIGTERM", 8), inside=spaces)
+        assert done.returncode == 143
+        assert done.stderr.startswith("trainer.py: stopped by signal 15 and saved in epoch 2 after")
+        assert done.stderr.count("\n") == 1
+        done = train(directory, "--resume", "auto", inside=spaces)
+        assert done.returncode == 0 and "going on from" in done.stdout
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("batch", [0, 1, 3], ids=["val", "test", "later"])
+    def test_an_evaluation_leaves_and_can_be_made_again(self, spaces, run, tmp_path, batch):
+        flags = ("eval", run, "--no-plots", "--timing-images", "8", "--batch-sizes", "1")
+        name = ("--name", f"stopped-{batch}")
+        done = finish(start(
+            "tests/scripts.py", "SIGTERM", batch, *flags, *name, cwd=tmp_path, inside=spaces
+        ))
+        assert done.returncode == 143
+        assert done.stderr == "eval.py: stopped by signal 15; there was nothing to save\n"
+        assert not (run / "eval" / name[1]).exists()
+        assert not list(run.rglob("*.partial"))
+
+    def test_the_shell_of_the_interactive_pod_ends_promptly(self, spaces):
+        (pod,) = yaml.safe_load_all((ROOT / "docker" / "interactive_pod.yaml").read_text())
+        process = subprocess.Popen([*spaces, *pod["spec"]["containers"][0]["command"]])
+        time.sleep(1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGTERM)
+        process.wait(timeout=3)
+
+    def test_a_python_that_does_not_listen_would_go_on(self, spaces):
+        # what the tests above would not notice otherwise
+        deaf = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+        out = subprocess.check_output([*spaces, sys.executable, "-c", deaf], text=True)
+        assert out == "still here\n"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("moment", ["exit final", "step 6/6"], ids=["a step", "val"])
+    def test_a_compilation_is_not_waited_for(self, tmp_path, moment):
+        process = start(
+            "tests/scripts.py", "none", 0, *TINY, *LEAST, "--save-dir", tmp_path / "run",
+            "--compile", "-p", "1", cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        )
+        for line in process.stdout:
+            if moment in line:
+                break
+        time.sleep(4)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        done = finish(process)
+        assert time.monotonic() - began < 10
+        assert done.returncode == 143, done.stderr
+        saved = "saved in epoch 1 after step 6" if moment == "step 6/6" else "before a first step"
+        assert saved in done.stderr
+
+
+class TestExitCodes:
+    """0 done, 2 a mistake, 143 and 130 stopped and saved (test_resume.py), 1 anything else."""
+
+    @pytest.mark.slow
+    def test_done(self, run):
+        assert checkpoint.load(run)["position"]["phase"] == 1
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--lrr", "1"), "trainer.py: unrecognized arguments: --lrr 1"),
+            (("--exits", "layer9"), "trainer.py: there is no place 'layer9'"),
+            (("--backbone", "none.pt", "--regime", "frozen"), "trainer.py: there is no checkpoint"),
+        ],
+    )
+    def test_a_mistake(self, tmp_path, flags, said):
+        done = train(tmp_path / "run", *flags)
+        assert done.returncode == 2
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_a_directory_in_use(self, run):
+        with disk.locked(run):
+            done = train(run, "--resume", "auto")
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"trainer.py: {run} is in use by another process; wait for it, or choose another"
+            " --save-dir\n"
+        )
+
+    @pytest.mark.slow
+    def test_what_nobody_thought_of(self, tmp_path):
+        broken = "import early_exit.cli as c; c.run(lambda _: 1 / 0, 'trainer.py')"
+        done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+        assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.slow
+class TestDisk:
+    @pytest.fixture
+    def on_a_disk(self, spaces, tmp_path):
+        """Runs the tiny trainer into a directory of a file system with the given options, and tells
+        what lies there afterwards."""
+
+        def run(options: str, then: str = "true") -> tuple[subprocess.CompletedProcess, list[str]]:
+            mounted = tmp_path / "mounted"
+            mounted.mkdir()
+            command = [
+                sys.executable, str(ROOT / "tests/scripts.py"), "none", "0", *TINY, *LEAST,
+                "--save-dir", str(mounted / "run"),
+            ]
+            script = (
+                f"mount -t tmpfs -o {options} none {shlex.quote(str(mounted))} &&"
+                f" {shlex.join(command)}; code=$?; {then}; exit $code"
+            )
+            done = subprocess.run(
+                [*spaces, "bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            return done, done.stdout.splitlines()[-1:]
+
+        return run
+
+    def test_a_full_one_is_one_line_and_the_last_good_checkpoint_stays(self, on_a_disk, run):
+        room = int(1.8 * (run / checkpoint.NAME).stat().st_size)  # for one, and most of a second
+        load = (
+            "from pathlib import Path; from early_exit import checkpoint;"
+            " print(checkpoint.load(Path('mounted/run'))['position'])"
+        )
+        done, last = on_a_disk(f"size={room}", shlex.join([sys.executable, "-c", load]))
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "cannot be written: No space left on device; the last good checkpoint" in done.stderr
+        assert last == ["{'phase': 0, 'epoch': 1, 'step': 0}"]
+
+    def test_a_full_one_from_the_start(self, on_a_disk):
+        done, _ = on_a_disk("size=8k")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "cannot be written: No space left on device" in done.stderr
+
+    def test_one_that_cannot_be_written(self, on_a_disk):
+        done, _ = on_a_disk("ro")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.endswith("mounted/run cannot be written: Read-only file system\n")

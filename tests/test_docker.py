@@ -1,0 +1,354 @@
+"""The files of docker/: valid, of one mind, and every rule finds a planted mistake."""
+
+import copy
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from manifests import of_flags, problems
+from scripts import ROOT
+
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+IGNORED = (DOCKER / "Dockerfile.dockerignore").read_text()
+FILES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in DOCKER.glob("*.yaml")}
+DOCUMENTS = [(name, number) for name, docs in FILES.items() for number in range(len(docs))]
+PODS = ("train_pod.yaml", "interactive_pod.yaml")
+YAMLLINT = "{extends: default, rules: {document-start: disable, line-length: {max: 100}}}"
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """A command that pip installed."""
+    command = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    assert command, f"{name} is not installed; run: pip install -r requirements.txt"
+    return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True)
+
+
+class TestTools:
+    @pytest.mark.parametrize(("name", "number"), DOCUMENTS)
+    def test_every_object_fits_its_schema(self, name, number):
+        kubernetes_validate.validate(FILES[name][number], "1.37", strict=True)
+
+    def test_the_schema_finds_a_planted_mistake(self):
+        doc = copy.deepcopy(FILES["train_pod.yaml"][0])
+        doc["spec"]["restartPolice"] = doc["spec"].pop("restartPolicy")
+        with pytest.raises(kubernetes_validate.ValidationError, match="restartPolice"):
+            kubernetes_validate.validate(doc, "1.37", strict=True)
+
+    def test_yamllint(self):
+        done = tool("yamllint", "--strict", "-d", YAMLLINT, DOCKER)
+        assert done.returncode == 0, done.stdout
+
+    def test_yamllint_finds_a_planted_mistake(self, tmp_path):
+        (tmp_path / "twice.yaml").write_text("kind: Pod\nkind: Job\n")
+        assert "duplication of key" in tool("yamllint", "-d", YAMLLINT, tmp_path).stdout
+
+    def test_hadolint(self):
+        done = tool("hadolint", DOCKER / "Dockerfile")
+        assert (done.returncode, done.stdout) == (0, "")
+
+    def test_hadolint_finds_a_planted_mistake(self, tmp_path):
+        (tmp_path / "Dockerfile").write_text(DOCKERFILE.replace("WORKDIR /", "WORKDIR "))
+        assert "DL3000" in tool("hadolint", tmp_path / "Dockerfile").stdout
+
+
+def pod(files: dict, name: str = "train_pod.yaml") -> dict:
+    """The pod of a file."""
+    doc = files[name][-1]
+    return doc["spec"]["template"]["spec"] if doc["kind"] == "Job" else doc["spec"]
+
+
+def container(files: dict, name: str = "train_pod.yaml") -> dict:
+    return pod(files, name)["containers"][0]
+
+
+def put(value: object, *keys: object, name: str = "train_pod.yaml", where=pod):
+    """A mistake: another value at a place of a pod (or of what `where` finds)."""
+
+    def plant(files: dict) -> None:
+        place = where(files, name)
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return plant
+
+
+def first(files: dict, name: str) -> dict:
+    return files[name][0]
+
+
+def last(files: dict, name: str) -> dict:
+    return files[name][-1]
+
+
+MULTI, JOB, SHELL = "train_multinode.yaml", "train_job.yaml", "interactive_pod.yaml"
+# what a pod's schema lets pass, and much else that would only show on a cluster
+MISTAKES = {
+    "a mount of no volume": (
+        put("dta", "volumeMounts", 0, "name", where=container), "it mounts dta, which is no volume"
+    ),
+    "a volume without a mount": (
+        lambda files: container(files)["volumeMounts"].pop(), "the volume tmp is mounted nowhere"
+    ),
+    "an enum": (put("Sometimes", "restartPolicy"), "restartPolicy is 'Sometimes'"),
+    "an access mode": (
+        put(["ReadWriteTwice"], "spec", "accessModes", name="volumes.yaml", where=first),
+        "accessModes are",
+    ),
+    "half a GPU": (
+        put(0.5, "resources", "limits", "nvidia.com/gpu", where=container), "not a whole number"
+    ),
+    "a quantity": (
+        put("16Gib", "resources", "requests", "memory", where=container), "'16Gib', not a quantity"
+    ),
+    "a size": (put("16 Gi", "volumes", 2, "emptyDir", "sizeLimit"), "'16 Gi', not a quantity"),
+    "a medium": (put("Ram", "volumes", 2, "emptyDir", "medium"), "medium is 'Ram'"),
+    "shared memory on the disk": (
+        lambda files: pod(files)["volumes"][2]["emptyDir"].pop("medium"), "/dev/shm is no memory"
+    ),
+    "a claim of nobody": (
+        put("early-exit-dat", "volumes", 0, "persistentVolumeClaim", "claimName"),
+        "the claim early-exit-dat is not in volumes.yaml",
+    ),
+    "other volumes": (
+        lambda files: pod(files, SHELL)["volumes"].append({"name": "more", "emptyDir": {}}),
+        "interactive_pod.yaml: its volumes are not those of train_pod.yaml",
+    ),
+    "other mounts": (
+        put("/data", "volumeMounts", 0, "mountPath", name=SHELL, where=container),
+        "interactive_pod.yaml: its volumeMounts is not that of train_pod.yaml",
+    ),
+    "another image": (
+        put("early-exit:latest", "image", name=JOB, where=container),
+        "train_job.yaml: its image is not that of train_pod.yaml",
+    ),
+    "a script that is not there": (
+        put("imagenet/train.py", "args", 0, where=container), "imagenet/train.py is no script"
+    ),
+    "a flag": (
+        put("--arhc=resnet50", "args", 1, where=container), "does not understand --arhc=resnet50"
+    ),
+    "a network": (put("--arch=resnet51", "args", 1, where=container), "does not understand"),
+    "no resuming": (put("--seed=1", "args", 3, where=container), "does not go on by itself"),
+    "no check": (
+        put(["bash", "-c", 'exec torchrun "$@"', "train"], "command", where=container),
+        "its command lacks",
+    ),
+    "root": (put(0, "securityContext", "runAsUser"), "the pod's rights are"),
+    "privileges": (
+        put(True, "securityContext", "allowPrivilegeEscalation", where=container),
+        "the container's rights are",
+    ),
+    "a token": (put(True, "automountServiceAccountToken"), "it gets a token"),
+    "a path of the node": (
+        put({"name": "data", "hostPath": {"path": "/"}}, "volumes", 0), "a path of the node's"
+    ),
+    "the node's network": (put(True, "hostNetwork"), "something of the node's"),
+    "no limit": (
+        lambda files: container(files)["resources"]["limits"].pop("memory"), "no limit of memory"
+    ),
+    "a short grace": (put(30, "terminationGracePeriodSeconds"), "torchrun's patience is longer"),
+    "a namespace": (
+        put("mine", "metadata", "namespace", where=first), "a namespace; the user's own"
+    ),
+    "a fixed name": (
+        lambda files: put(files["train_pod.yaml"][0]["metadata"].pop("generateName"),
+                          "metadata", "name", where=first)(files),
+        "generateName where more often",
+    ),
+    "labels": (put({}, "metadata", "labels", where=first), "labels are {}"),
+    "a GPU in the shell": (
+        put(1, "resources", "limits", "nvidia.com/gpu", name=SHELL, where=container),
+        "it takes a GPU unasked",
+    ),
+    "a shell that seeks another pod": (
+        put(
+            "train", "affinity", "podAffinity",
+            "preferredDuringSchedulingIgnoredDuringExecution", 0, "podAffinityTerm",
+            "labelSelector", "matchLabels", "app.kubernetes.io/component",
+            name=SHELL,
+        ),
+        "it seeks a pod that is none of ours",
+    ),
+    "a typo that is retried": (
+        lambda files: last(files, JOB)["spec"]["podFailurePolicy"]["rules"].pop(),
+        "exit code 2 of its container must end the Job",
+    ),
+    "a disruption that counts": (
+        lambda files: last(files, JOB)["spec"]["podFailurePolicy"]["rules"].pop(0),
+        "a disruption must not count",
+    ),
+    "a Job that restarts in place": (
+        put("OnFailure", "restartPolicy", name=JOB), "podFailurePolicy needs restartPolicy Never"
+    ),
+    "a Service of other pods": (
+        put({"app": "x"}, "spec", "selector", name=MULTI, where=first), "selects other pods"
+    ),
+    "a Service with an address": (
+        put("10.0.0.1", "spec", "clusterIP", name=MULTI, where=first), "must be headless"
+    ),
+    "another subdomain": (
+        put("early-exit", "subdomain", name=MULTI), "subdomain is not the Service's name"
+    ),
+    "another name": (
+        put("multi", "metadata", "name", name=MULTI, where=last), "the first node is not"
+    ),
+    "another port": (
+        put(29400, "spec", "ports", 0, "port", name=MULTI, where=first), "another port"
+    ),
+    "another number of nodes": (
+        put(3, "spec", "completions", name=MULTI, where=last), "parallelism and --nnodes differ"
+    ),
+    "pods without a number": (
+        put("NonIndexed", "spec", "completionMode", name=MULTI, where=last),
+        "do not know their number",
+    ),
+}
+IMAGE_MISTAKES = {
+    "another user": (("USER 10001:10001", "USER 1000:1000"), "its user is not that of"),
+    "a file that is not there": (
+        ("COPY cifar10 cifar10", "COPY cifar cifar"), "cifar, which does not exist"
+    ),
+    "no script": (("COPY imagenet imagenet\n", ""), "it lacks imagenet/main.py"),
+    "another directory": (("WORKDIR /workspace", "WORKDIR /work"), "mounts its volumes elsewhere"),
+    "shell form": (('CMD ["python", ', 'CMD python "'), "a command in shell form"),
+    "a hidden file": (("!setup.cfg\n", ""), "setup.cfg, which its ignore file hides"),
+}
+
+
+class TestRules:
+    def test_there_is_nothing_to_find(self):
+        assert list(problems(FILES, DOCKERFILE, IGNORED)) == []
+
+    @pytest.mark.parametrize(("plant", "expected"), MISTAKES.values(), ids=MISTAKES)
+    def test_a_mistake_in_an_object_is_found(self, plant, expected):
+        files = copy.deepcopy(FILES)
+        plant(files)
+        assert expected in "\n".join(problems(files, DOCKERFILE, IGNORED))
+
+    @pytest.mark.parametrize(("change", "expected"), IMAGE_MISTAKES.values(), ids=IMAGE_MISTAKES)
+    def test_a_mistake_in_the_image_is_found(self, change, expected):
+        assert sum(change[0] in text for text in (DOCKERFILE, IGNORED)) == 1
+        texts = (text.replace(*change) for text in (DOCKERFILE, IGNORED))
+        assert expected in "\n".join(problems(FILES, *texts))
+
+    def test_cifar10_is_a_change_of_two_lines(self):
+        lines = (DOCKER / "train_pod.yaml").read_text().splitlines()
+        marked = [line.partition("# CIFAR-10: ") for line in lines if "# CIFAR-10: " in line]
+        assert len(marked) == 2
+        changes = {before.strip().removeprefix("- "): after for before, _, after in marked}
+        script, *flags = (
+            changes.get(word, word) for word in container(FILES)["args"]
+        )
+        assert script == "cifar10/trainer.py"
+        assert of_flags(script, *flags) == []
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_the_first_line_is_the_command(self, name):
+        first_line = (DOCKER / name).read_text().partition("\n")[0]
+        assert first_line == f"# kubectl create -f docker/{name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs-src/docs/kubernetes.md"])
+def test_every_file_that_a_page_names_exists(page):
+    named = re.findall(r"-f (docker/\S+)", (ROOT / page).read_text())
+    assert len(named) >= 4
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+class TestCommands:
+    """What the pods run, with a python and a torchrun that only say what they were given."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """Starts a file's command with its arguments; `check`: what the check does."""
+
+        def start(name: str, check: str) -> subprocess.Popen:
+            for program, body in (("python", check), ("torchrun", 'echo "torchrun $*"')):
+                path = tmp_path / program
+                path.write_text(f"#!/bin/sh\n{body}\n")
+                path.chmod(0o755)
+            one = container(FILES, name)
+            return subprocess.Popen(
+                [*one["command"], *one.get("args", [])], stdout=subprocess.PIPE, text=True,
+                env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "1"},
+                start_new_session=True,
+            )
+
+        return start
+
+    @pytest.mark.parametrize(("name", "launch"), [
+        ("train_pod.yaml", "--standalone"), (JOB, "--standalone"),
+        (MULTI, "--nnodes=2 --node-rank=1"),
+    ])
+    def test_after_the_check_torchrun_takes_over(self, run, name, launch):
+        process = run(name, 'echo "python $*"')
+        out, _ = process.communicate(timeout=20)
+        script = " ".join(container(FILES, name)["args"])
+        checked, started = out.splitlines()
+        assert checked == f"python {script} --check"
+        assert started.startswith(f"torchrun {launch} ") and started.endswith(script)
+        assert process.returncode == 0
+
+    @pytest.mark.parametrize("name", ["train_pod.yaml", JOB, MULTI])
+    def test_a_mistake_ends_it_with_the_checks_own_code(self, run, name):
+        process = run(name, "exit 2")
+        assert process.communicate(timeout=20) == ("", None)
+        assert process.returncode == 2
+
+    @pytest.mark.parametrize("name", ["train_pod.yaml", SHELL])
+    def test_it_ends_promptly_when_it_is_deleted(self, run, name):
+        process = run(name, "sleep 60")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        code = process.wait(timeout=20)
+        os.killpg(process.pid, signal.SIGKILL)  # what a container's end does to the others
+        assert time.monotonic() - began < 3
+        # a Job would take 0 for done
+        assert code == 143 if name == "train_pod.yaml" else code is not None
+
+
+@pytest.mark.slow
+def test_the_image_is_built_and_trains(tmp_path):
+    """With buildah, on a local base that has torch: EARLY_EXIT_TEST_BASE names it."""
+    base = os.environ.get("EARLY_EXIT_TEST_BASE")
+    if not shutil.which("buildah") or not base:
+        pytest.skip("needs buildah, and EARLY_EXIT_TEST_BASE=<a local image with torch>")
+    isolated = ("--isolation", "chroot")
+    subprocess.run(
+        ["buildah", "bud", *isolated, "--network", "host", "--format", "docker", "--build-arg",
+         f"BASE={base}", "--build-arg", "TORCH_INDEX=https://pypi.org/simple", "--build-arg",
+         "REVISION=tested", "-f", "docker/Dockerfile", "-t", "early-exit:test", "."],
+        cwd=ROOT, check=True,
+    )
+
+    def run(image: str, *command: str) -> str:
+        name = subprocess.check_output(["buildah", "from", image], text=True).strip()
+        try:
+            mount = ("-v", f"{tmp_path}:/workspace/runs")
+            return subprocess.check_output(
+                ["buildah", "run", *isolated, *mount, name, "--", *command], text=True
+            )
+        finally:
+            subprocess.check_call(["buildah", "rm", name])
+
+    tmp_path.chmod(0o777)
+    code = "import torch as t, torchvision as v; print(t.__version__, v.__version__)"
+    assert run("early-exit:test", "python3", "-c", code) == run(base, "python3", "-c", code)
+    assert run("early-exit:test", "id", "-u").strip() == "10001"
+    tried = run("early-exit:test", "sh", "-c", "ls -A /tmp; touch setup.cfg || echo refused")
+    assert tried == "refused\n"
+    out = run("early-exit:test", "python", "cifar10/trainer.py", "--dataset", "digits", "--epochs",
+              "1", "--save-dir", "runs/run")
+    assert "trained: runs/run" in out
+    assert '"git": "tested"' in (tmp_path / "run" / "versions.json").read_text()
