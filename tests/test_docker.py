@@ -260,7 +260,7 @@ class TestRules:
 
 @pytest.mark.parametrize("page", ["README.md", "docs-src/docs/kubernetes.md"])
 def test_every_file_that_a_page_names_exists(page):
-    named = re.findall(r"-f (docker/\S+)", (ROOT / page).read_text())
+    named = re.findall(r"-f (docker/[\w.]+)", (ROOT / page).read_text())
     assert len(named) >= 4
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
@@ -346,8 +346,7 @@ def test_the_image_is_built_and_trains(tmp_path):
     code = "import torch as t, torchvision as v; print(t.__version__, v.__version__)"
     assert run("early-exit:test", "python3", "-c", code) == run(base, "python3", "-c", code)
     assert run("early-exit:test", "id", "-u").strip() == "10001"
-    tried = run("early-exit:test", "sh", "-c", "ls -A /tmp; touch setup.cfg || echo refused")
-    assert tried == "refused\n"
+    assert run("early-exit:test", "sh", "-c", "touch setup.cfg || echo refused") == "refused\n"
     out = run("early-exit:test", "python", "cifar10/trainer.py", "--dataset", "digits", "--epochs",
               "1", "--save-dir", "runs/run")
     assert "trained: runs/run" in out
