@@ -500,7 +500,8 @@ def _fail(prog: str, message: object, code: int) -> int:
         # mostly the first process says the same, and torchrun ends this one as soon as it leaves
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    if not (distributed.rank() and isinstance(message, Stopped)):  # of which all are told
+        print(f"{prog}: {message}", file=sys.stderr, flush=True)
     if distributed.world_size() > 1:
         os._exit(code)
     return code

@@ -4,6 +4,7 @@
                                                  sent a signal before its ninth batch
     python tests/scripts.py none 0 FLAGS         the same, left alone
     python tests/scripts.py SIGTERM@1 8 FLAGS    only the second of torchrun's processes is sent it
+    python tests/scripts.py SIGTERM@up 8 FLAGS   the first one sends it to torchrun
     python tests/scripts.py SIGTERM 1 eval RUN   cifar10/eval.py, before its second held-out batch
 """
 
@@ -155,9 +156,10 @@ def main() -> None:
     script, prog, batches = trainer, "trainer.py", "train_batches"
     if sys.argv[1] == "eval":
         script, prog, batches = evaluation, sys.argv.pop(1) + ".py", "eval_batches"
-    if name != "none" and process in ("", os.environ.get("RANK")):
+    target = os.getppid() if process == "up" else os.getpid()
+    if name != "none" and process.replace("up", "0") in ("", os.environ.get("RANK")):
         signum = getattr(signal, name)
-        at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(os.getpid(), signum), batches)
+        at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(target, signum), batches)
     script.DOOR = DOOR
     distributed.PATIENCE = timedelta(seconds=float(os.environ.get("PATIENCE", 600)))
     cli.run(script.main, prog)
