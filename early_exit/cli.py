@@ -19,6 +19,7 @@ from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
 from early_exit.evaluation import Goal
 from early_exit.experiment import FrontDoor
+from early_exit.guarantees import LOSSES
 from early_exit.heads import HEADS
 from early_exit.runtime import Stopped, check_torchvision
 from early_exit.training import Diverged
@@ -240,6 +241,23 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         help="given scores: one for all early exits, or one each; with --criterion entropy minus"
         " BranchyNet's T, as in --thresholds=-0.3",
     )
+    goal.add_argument(
+        "--risk", type=float, metavar="POINTS",
+        help="guaranteed: at most so many of a hundred images are lost against the full network"
+        " (--loss), with a probability of --confidence; a fifth of val fits, the rest certifies",
+    )
+    group.add_argument(
+        "--confidence", type=float, metavar="PERCENT", help="of --risk (default 95)"
+    )
+    group.add_argument(
+        "--on-average", action="store_true",
+        help="--risk holds on average over the draw of the certifying images instead",
+    )
+    group.add_argument(
+        "--loss", choices=list(LOSSES), metavar="NAME",
+        help="of --risk; " + "; ".join(f"{name}: {words}" for name, words in LOSSES.items())
+        + ", which takes no labels (default wrong)",
+    )
     group.add_argument(
         "--criterion", choices=list(CRITERIA), default="max_prob", metavar="NAME",
         help=f"{', '.join(CRITERIA)} (default max_prob)",
@@ -294,12 +312,19 @@ def evaluate(args: argparse.Namespace, door: FrontDoor) -> None:
 def goal_of(args: argparse.Namespace) -> Goal:
     """What the evaluation's flags ask for; nothing: half a point."""
     max_drop = args.max_drop
-    if max_drop is None and args.budget is None and args.thresholds is None:
+    if all(value is None for value in (max_drop, args.budget, args.thresholds, args.risk)):
         max_drop = 0.5
+    if args.risk is None and (args.confidence or args.on_average or args.loss):
+        raise UserError("--confidence, --on-average and --loss go with --risk")
+    if args.confidence and args.on_average:
+        raise UserError("--on-average has no confidence; drop one of the two")
     return Goal(
         max_drop=None if max_drop is None else max_drop / 100,
         budget=None if args.budget is None else args.budget / 100,
         thresholds=None if args.thresholds is None else tuple(args.thresholds),
+        risk=None if args.risk is None else args.risk / 100,
+        confidence=None if args.on_average else (args.confidence or 95) / 100,
+        loss=args.loss or "wrong",
         criterion=args.criterion,
         calibrate=not args.no_calibration,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from early_exit import checkpoint, distributed, plots, runtime, thresholds
+from early_exit import checkpoint, distributed, guarantees, plots, runtime, thresholds
 from early_exit import config as configs
 from early_exit.calibration import fit_temperature
 from early_exit.config import Config
@@ -25,6 +25,7 @@ from early_exit.cost import Cost, network_cost
 from early_exit.disk import locked, made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
+from early_exit.guarantees import Guarantee
 from early_exit.inference import infer
 from early_exit.latency import Timing, measure
 from early_exit.metrics import MANY_CLASSES, among5, expected_calibration_error, mean_std
@@ -35,11 +36,13 @@ from early_exit.report import (
     CurvePoint,
     Cuts,
     ExitRow,
+    Kept,
     Live,
     MeanStd,
     Point,
     Report,
     finite,
+    guaranteed,
     headline,
     table,
     timing_table,
@@ -49,13 +52,14 @@ from early_exit.report import (
 
 log = logging.getLogger(__name__)
 
-CURVE_POINTS = 200  # of all outcomes on val, how many the report keeps
+CURVE_POINTS = 200  # of all outcomes on val, how many the report keeps and a guarantee looks at
+FIT_SHARE = 0.2  # of val, where a guarantee is asked for; the rest certifies
 GALLERY_COLUMNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the thresholds are chosen for; exactly one of the first three is given."""
+    """What the thresholds are chosen for; exactly one of the first four is given."""
 
     max_drop: float | None = None
     """Fraction of accuracy given up against the final exit, on val."""
@@ -63,13 +67,22 @@ class Goal:
     """Share of the plain network's MACs, on val."""
     thresholds: tuple[float, ...] | None = None
     """One for all early exits, or one each."""
+    risk: float | None = None
+    """Guaranteed: the mean loss against the full network is at most this fraction."""
+    confidence: float | None = 0.95
+    """Of `risk`: the probability with which it holds; None: it holds on average."""
+    loss: str = "wrong"
+    """Of `risk`: which loss (`early_exit.guarantees.LOSSES`)."""
     criterion: str = "max_prob"
     calibrate: bool = True
 
     def __post_init__(self) -> None:
-        given = [self.max_drop, self.budget, self.thresholds]
+        given = [self.max_drop, self.budget, self.thresholds, self.risk]
         if sum(value is not None for value in given) != 1:
-            raise UserError("choose one of --max-drop, --budget and --thresholds")
+            raise UserError("choose one of --max-drop, --budget, --thresholds and --risk")
+        for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"{flag} is {100 * value:g}; it lies between 0 and 100")
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise UserError(f"--max-drop is {100 * self.max_drop:g} points; it lies in 0 to 100")
         if self.budget is not None and self.budget <= 0:
@@ -80,6 +93,9 @@ class Goal:
             return f"max drop {100 * self.max_drop:g} points"
         if self.budget is not None:
             return f"budget {100 * self.budget:g} % of MACs"
+        if self.risk is not None:
+            how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
+            return f"risk {100 * self.risk:g} points {self.loss} {how}"
         return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
 
 
@@ -88,24 +104,15 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
 
     Raises UserError where the goal cannot be reached or the criterion does not fit the exits.
     """
+    if goal.risk is not None:
+        return _guaranteed(val, goal, cost)
     names = val.info.exit_names
     if goal.criterion == "entropy" and goal.thresholds and max(goal.thresholds) > 0:
         raise UserError(
             "scores of entropy are minus nats, so a threshold is at most 0; BranchyNet's T of 0.3"
             " is --thresholds=-0.3"
         )
-    temperatures = (1.0,) * len(names)
-    if goal.calibrate:
-        targets = torch.from_numpy(val.targets)
-        temperatures = tuple(
-            fit_temperature(val.exit_logits(index), targets) for index in range(len(names))
-        )
-    policy = Policy(
-        exit_names=names,
-        thresholds=(NEVER,) * (len(names) - 1),
-        criterion=goal.criterion,
-        temperatures=temperatures,
-    )
+    policy = _calibrated(val, goal)
     if goal.thresholds is not None:
         values = as_thresholds(goal.thresholds, len(names))
         return dataclasses.replace(policy, thresholds=values)
@@ -117,6 +124,60 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     else:
         threshold = thresholds.for_budget(curve, goal.budget * cost.plain_macs)
     return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+
+
+def _calibrated(val: ExitRecord, goal: Goal) -> Policy:
+    """The goal's criterion with temperatures fitted on val; nobody leaves early yet."""
+    names, targets = val.info.exit_names, torch.from_numpy(val.targets)
+    temperatures = tuple(
+        fit_temperature(val.exit_logits(index), targets) if goal.calibrate else 1.0
+        for index in range(len(names))
+    )
+    return Policy(
+        exit_names=names,
+        thresholds=(NEVER,) * (len(names) - 1),
+        criterion=goal.criterion,
+        temperatures=temperatures,
+    )
+
+
+def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
+    """The cheapest policy whose risk is certified: what it is made of is fitted on a fifth of val,
+    drawn by lot; the rest certifies."""
+    order = np.random.default_rng(0).permutation(len(val))
+    cut = round(FIT_SHARE * len(val))
+    fit, certify = (np.sort(rows) for rows in (order[:cut], order[cut:]))
+    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in (fit, certify))
+    policy = _calibrated(fit, goal)
+    scored = score_record(fit, policy)
+    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
+    policies = [
+        dataclasses.replace(policy, thresholds=(float(threshold),) * (policy.num_exits - 1))
+        for threshold in curve.thresholds[_thinned(curve)]
+    ]
+    scored = score_record(certify, policy)
+    lost = guarantees.losses_of(scored, policies, goal.loss)
+    if goal.confidence is None:
+        last = guarantees.on_average(lost, goal.risk)
+    else:
+        last = guarantees.with_confidence(lost, goal.risk, goal.confidence)
+    promise = Guarantee(
+        risk=goal.risk,
+        confidence=goal.confidence,
+        loss=goal.loss,
+        images=len(certify),
+        losses=int(lost[last].sum()),
+        data=f"drawn by lot, seed 0, out of val {val.info.split_hash}",
+    )
+    return dataclasses.replace(
+        policies[last], guarantee={**dataclasses.asdict(promise), "words": str(promise)}
+    )
+
+
+def _thinned(curve: thresholds.Curve) -> list[int]:
+    """Points of a curve, evenly in its MACs, from never leaving early on."""
+    wanted = np.linspace(curve.macs.max(), curve.macs.min(), CURVE_POINTS)
+    return list(dict.fromkeys(np.abs(curve.macs[None] - wanted[:, None]).argmin(axis=1).tolist()))
 
 
 def outcome(scored: Scores, policy: Policy, cost: Cost) -> tuple[Point, np.ndarray]:
@@ -329,6 +390,7 @@ def evaluate(
         top5=_share(test_scored.among5, taken),
         exits=_exit_rows(val, val_scored, test_scored, taken, policy, cost),
         curve=_curve(val_scored, test_scored, policy, cost),
+        guarantee=_kept(val, test_scored, policy, goal, cost, test) if policy.guarantee else None,
         cuts=several,
         live=live_result,
         timing=tuple(timings),
@@ -344,6 +406,18 @@ def _share(among5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
     if among5 is None:
         return None
     return float(among5[np.arange(len(among5)), exits].mean())
+
+
+def _kept(val, scored: Scores, policy: Policy, goal: Goal, cost: Cost, test) -> Kept:
+    """What the guarantee gives on test, and what the plain choice for as many points gives."""
+    plain = choose(val, dataclasses.replace(goal, risk=None, max_drop=goal.risk), cost)
+    plain_scored = score_record(test, plain)
+    return Kept(
+        words=policy.guarantee["words"],
+        lost=float(guarantees.losses_of(scored, [policy], goal.loss).mean()),
+        plain=outcome(plain_scored, plain, cost)[0],
+        plain_lost=float(guarantees.losses_of(plain_scored, [plain], goal.loss).mean()),
+    )
 
 
 def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
@@ -395,10 +469,8 @@ def _exit_rows(val, val_scored, test_scored, taken, policy: Policy, cost: Cost):
 def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePoint, ...]:
     """Outcomes of shared thresholds, thinned evenly in val's MACs."""
     curve = thresholds.shared_curve(val_scored, policy.enabled, cost.cumulative(policy.enabled))
-    wanted = np.linspace(curve.macs.max(), curve.macs.min(), CURVE_POINTS)
-    nearest = np.abs(curve.macs[None] - wanted[:, None]).argmin(axis=1)
     points = []
-    for index in dict.fromkeys(nearest.tolist()):
+    for index in _thinned(curve):
         threshold = float(curve.thresholds[index])
         shared = dataclasses.replace(policy, thresholds=(threshold,) * (policy.num_exits - 1))
         test_point, taken = outcome(test_scored, shared, cost)
@@ -450,7 +522,7 @@ def _time(trained: Trained, data: Data, policy, batch_size: int, most: int) -> T
 
 def _name_of(goal: Goal) -> str:
     words = f"{goal} {goal.criterion}" + ("" if goal.calibrate else " uncalibrated")
-    for old, new in (("% of MACs ", ""), (" points", ""), ("  ", " "), (" ", "-")):
+    for old, new in ((" % of MACs", ""), (" %", ""), (" points", ""), (" ", "-")):
         words = words.replace(old, new)
     return words
 
@@ -496,6 +568,8 @@ def _gallery_rows(scored: Scores, taken, policy: Policy, data: Data):
 def summary(report: Report, directory: Path) -> str:
     """What the screen shows at the end."""
     parts = [table(report), headline(report)]
+    if report.guarantee:
+        parts.append(guaranteed(report))
     if report.cuts:
         parts.append(
             f"over {report.cuts.count} cuts: {100 * report.cuts.accuracy.mean:.2f}"

@@ -5,12 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor
 
-from early_exit.disk import write_text
 from early_exit.criteria import get_criterion
+from early_exit.disk import write_text
 from early_exit.errors import UserError
 
 NEVER = math.inf  # a threshold no score reaches
@@ -34,6 +35,9 @@ class Policy:
     """N temperatures; the final exit's only says how sure it is. Absent: 1 everywhere."""
     enabled: tuple[bool, ...] = ()
     """N - 1 switches. Absent: all on."""
+    guarantee: dict[str, Any] | None = None
+    """What is guaranteed of it and on what ground (`early_exit.guarantees.Guarantee`), if anything;
+    void with other thresholds, on other images and for another network."""
 
     def __post_init__(self) -> None:
         get_criterion(self.criterion)

@@ -66,6 +66,18 @@ class MeanStd:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A guarantee, and what became of it on test."""
+
+    words: str
+    lost: float
+    """Share of test with a loss, which the guarantee bounds."""
+    plain: Point
+    """Test, if the thresholds are chosen for as many points given up on val, without guarantee."""
+    plain_lost: float
+
+
+@dataclass(frozen=True)
 class Cuts:
     """The same choice repeated over several cuts of the test set into val and test."""
 
@@ -117,6 +129,7 @@ class Report:
     """How often the target is among the best five of the answer; where there are many classes."""
     exits: tuple[ExitRow, ...]
     curve: tuple[CurvePoint, ...]
+    guarantee: Kept | None
     cuts: Cuts | None
     live: Live | None
     timing: tuple[Timing, ...]
@@ -170,6 +183,18 @@ def headline(report: Report) -> str:
     )
 
 
+def guaranteed(report: Report) -> str:
+    """The guarantee, what it gave on test, and its price, in a few sentences."""
+    kept = report.guarantee
+    price = 100 * (report.test.macs_share - kept.plain.macs_share)
+    return (
+        f"Guaranteed: {kept.words}. On test that happened to {100 * kept.lost:.2f} %. Thresholds"
+        " chosen for as many points given up on val, without a guarantee, would have given"
+        f" {100 * kept.plain.accuracy:.2f} % at {100 * kept.plain.macs_share:.1f} % of the MACs and"
+        f" lost {100 * kept.plain_lost:.2f} %: the guarantee costs {price:.1f} points of MACs."
+    )
+
+
 def timing_table(report: Report) -> str:
     """Seconds, beside the plain network of the same run."""
     lines = [
@@ -220,6 +245,8 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
         f" {100 * report.val.macs_share:.1f} %.",
     ]
+    if report.guarantee:
+        parts += ["## Guarantee", guaranteed(report)]
     if report.cuts:
         cuts = report.cuts
         parts.append(

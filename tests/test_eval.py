@@ -16,14 +16,16 @@ from scripts import few_digits, run_main, tiny_network
 
 from cifar10 import data
 from cifar10 import eval as script
-from early_exit import checkpoint, evaluation, plots
+from early_exit import checkpoint, evaluation, guarantees, plots
 from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.cost import Cost
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
-from early_exit.evaluation import Goal, evaluate
+from early_exit.evaluation import Goal, choose, evaluate
 from early_exit.experiment import FrontDoor
 from early_exit.inference import infer
 from early_exit.policy import Policy
+from early_exit.records import ExitRecord, score_record
 from early_exit.training import train
 
 CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
@@ -171,6 +173,7 @@ GOALS = {
     "entropy": Goal(max_drop=0.02, criterion="entropy"),
     "margin": Goal(budget=0.8, criterion="margin"),
     "patience": Goal(thresholds=(1,), criterion="patience"),
+    "a guarantee": Goal(risk=0.15, confidence=0.9),
 }
 
 
@@ -331,8 +334,80 @@ class TestChoice:
 
     @pytest.mark.parametrize("given", [{}, {"max_drop": 0.1, "budget": 0.5}])
     def test_a_goal_is_exactly_one_thing(self, given):
-        with pytest.raises(UserError, match="choose one of --max-drop, --budget and --thresholds"):
+        with pytest.raises(UserError, match="choose one of --max-drop, --budget, --thresholds and"):
             Goal(**given)
+
+
+class TestGuarantee:
+    """Of val's 100 images 20 fit and 80 certify."""
+
+    FIT = np.sort(np.random.default_rng(0).permutation(100)[:20])
+    GOAL = Goal(risk=0.15, confidence=0.9)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, finished, tmp_path_factory):
+        directory = shutil.copytree(finished, tmp_path_factory.mktemp("guarantee") / "run")
+        return directory, *quickly(directory, cls.GOAL)
+
+    def lost(self, directory, split, policy, rows) -> int:
+        """How often the full network is right and the policy is wrong, slowly."""
+        pairs = list(zip(*stored(directory, split), strict=True))
+        slow = slow_outcome(directory, split, policy)
+        full = [exits[-1].index(max(exits[-1])) == target for exits, target in pairs]
+        return sum(full[row] and not slow["right"][row] for row in rows)
+
+    def test_the_file_says_what_is_guaranteed_and_on_what_ground(self, found):
+        directory, _, policy = found
+        said = policy["guarantee"]
+        certify = np.setdiff1d(np.arange(100), self.FIT)
+        assert (said["risk"], said["confidence"], said["loss"]) == (0.15, 0.9, "wrong")
+        assert said["images"] == 80
+        assert said["losses"] == self.lost(directory, "val", policy, certify)
+        assert guarantees.tail(80, said["losses"], 0.15) <= 0.1
+        assert said["words"].startswith("the full network is right and the early answer is wrong")
+
+    def test_test_shows_what_became_of_it(self, found):
+        directory, report, policy = found
+        assert report["guarantee"]["words"] == policy["guarantee"]["words"]
+        assert report["guarantee"]["lost"] == pytest.approx(
+            self.lost(directory, "test", policy, range(120)) / 120
+        )
+
+    def test_its_price_is_told_against_the_plain_choice(self, found):
+        directory, report, _ = found
+        plain, _ = quickly(directory, Goal(max_drop=0.15))
+        assert report["guarantee"]["plain"] == plain["test"]
+        page = (directory / "eval" / "risk-15-wrong-90-max_prob" / "report.md").read_text()
+        assert "## Guarantee\n\nGuaranteed: the full network is right and" in page
+
+    def test_only_the_fifth_decides_what_is_tried(self, found):
+        directory, *_ = found
+        val = ExitRecord.load(directory / "records" / "val-off")
+        cost = Cost(NAMES, val.info.stage_macs, val.info.head_macs, 0, (0, 0, 0))
+        logits = val.logits.copy()
+        certify = np.setdiff1d(np.arange(100), self.FIT)
+        logits[certify] = np.random.default_rng(1).normal(size=logits[certify].shape)
+        policies = [
+            choose(record, self.GOAL, cost)
+            for record in (val, dataclasses.replace(val, logits=logits))
+        ]
+        assert policies[0].temperatures == policies[1].temperatures
+        fit = val.subset(self.FIT, "val", "")
+        scores = score_record(fit, policies[0]).scores[:, :-1]
+        for policy in policies:
+            assert policy.thresholds[0] in {math.inf, *scores.ravel().tolist()}
+
+    def test_on_average(self, found):
+        directory, *_ = found
+        _, policy = quickly(directory, Goal(risk=0.15, confidence=None, loss="differs"))
+        said = policy["guarantee"]
+        assert said["confidence"] is None
+        assert (said["losses"] + 1) / 81 <= 0.15
+
+    def test_without_a_goal_of_risk_there_is_none(self, copy):
+        report, policy = quickly(copy, Goal(max_drop=0.0))
+        assert report["guarantee"] is policy["guarantee"] is None
 
 
 class TestHonesty:
@@ -473,6 +548,25 @@ class TestMistakes:
         least = f"{MACS[0] / 1e6:.2f} M"
         assert f"the least this network's exits cost is {least}" in message
         assert not (copy / "eval").exists()
+
+    def test_too_few_images_for_a_risk(self, refusal, copy):
+        assert refusal(copy, "--risk", "1") == (
+            "80 certifying images are too few for a risk of 1 % with a confidence of 95 %: that"
+            " takes 299 without a loss; ask for less, or hold out more"
+        )
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--confidence", "90"), "--confidence, --on-average and --loss go with --risk"),
+            (("--on-average",), "--confidence, --on-average and --loss go with --risk"),
+            (("--risk", "5", "--on-average", "--confidence", "90"), "--on-average has no"),
+            (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
+            (("--risk", "5", "--confidence", "100"), "--confidence is 100; it lies between"),
+        ],
+    )
+    def test_flags_of_a_guarantee(self, refusal, copy, flags, said):
+        assert refusal(copy, *flags).startswith(said)
 
     def test_a_plain_network(self, refusal, plain):
         message = refusal(plain)
