@@ -247,6 +247,11 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         " (--loss), with a probability of --confidence; a fifth of val fits, the rest certifies",
     )
     group.add_argument(
+        "--per-exit", action="store_true",
+        help="with --max-drop and --budget: a threshold of its own for each exit, and exits that do"
+        " not pay switched off (default: one threshold for all)",
+    )
+    group.add_argument(
         "--confidence", type=float, metavar="PERCENT", help="of --risk (default 95)"
     )
     group.add_argument(
@@ -325,6 +330,7 @@ def goal_of(args: argparse.Namespace) -> Goal:
         risk=None if args.risk is None else args.risk / 100,
         confidence=None if args.on_average else (args.confidence or 95) / 100,
         loss=args.loss or "wrong",
+        per_exit=args.per_exit,
         criterion=args.criterion,
         calibrate=not args.no_calibration,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from early_exit import checkpoint, distributed, guarantees, plots, runtime, thresholds
+from early_exit import checkpoint, distributed, guarantees, plots, runtime, search, thresholds
 from early_exit import config as configs
 from early_exit.calibration import fit_temperature
 from early_exit.config import Config
@@ -28,7 +28,14 @@ from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.guarantees import Guarantee
 from early_exit.inference import infer
 from early_exit.latency import Timing, measure
-from early_exit.metrics import MANY_CLASSES, among5, expected_calibration_error, mean_std
+from early_exit.metrics import (
+    MANY_CLASSES,
+    among5,
+    expected_calibration_error,
+    in_chunks,
+    mean_std,
+    top1,
+)
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import NEVER, Policy, as_thresholds
 from early_exit.records import ExitRecord, RecordInfo, Scores, disagreements, record, score_record
@@ -73,6 +80,8 @@ class Goal:
     """Of `risk`: the probability with which it holds; None: it holds on average."""
     loss: str = "wrong"
     """Of `risk`: which loss (`early_exit.guarantees.LOSSES`)."""
+    per_exit: bool = False
+    """Of `max_drop` and `budget`: a threshold for each exit, instead of one for all."""
     criterion: str = "max_prob"
     calibrate: bool = True
 
@@ -80,6 +89,8 @@ class Goal:
         given = [self.max_drop, self.budget, self.thresholds, self.risk]
         if sum(value is not None for value in given) != 1:
             raise UserError("choose one of --max-drop, --budget, --thresholds and --risk")
+        if self.per_exit and self.max_drop is None and self.budget is None:
+            raise UserError("--per-exit goes with --max-drop or --budget")
         for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{flag} is {100 * value:g}; it lies between 0 and 100")
@@ -89,10 +100,11 @@ class Goal:
             raise UserError(f"--budget is {100 * self.budget:g} %; it must be positive")
 
     def __str__(self) -> str:
+        each = " per exit" if self.per_exit else ""
         if self.max_drop is not None:
-            return f"max drop {100 * self.max_drop:g} points"
+            return f"max drop {100 * self.max_drop:g} points{each}"
         if self.budget is not None:
-            return f"budget {100 * self.budget:g} % of MACs"
+            return f"budget {100 * self.budget:g} % of MACs{each}"
         if self.risk is not None:
             how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
             return f"risk {100 * self.risk:g} points {self.loss} {how}"
@@ -116,13 +128,19 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     if goal.thresholds is not None:
         values = as_thresholds(goal.thresholds, len(names))
         return dataclasses.replace(policy, thresholds=values)
-    curve = thresholds.shared_curve(
-        score_record(val, policy), policy.enabled, cost.cumulative(policy.enabled)
-    )
+    scored = score_record(val, policy)
+    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
     if goal.max_drop is not None:
         threshold = thresholds.for_max_drop(curve, goal.max_drop)
+        key = search.cheapest(curve.accuracy[0] - goal.max_drop)
     else:
         threshold = thresholds.for_budget(curve, goal.budget * cost.plain_macs)
+        key = search.most_accurate(goal.budget * cost.plain_macs)
+    if goal.per_exit:
+        # an exit that is off would not be counted by patience
+        switch = goal.criterion != "patience"
+        each, enabled = search.per_exit(scored, cost.cumulative, key, threshold, switch)
+        return dataclasses.replace(policy, thresholds=each, enabled=enabled)
     return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
 
 
@@ -349,6 +367,9 @@ def evaluate(
 
     policy = choose(val, goal, cost)
     log.info("%s: thresholds %s", goal, " ".join(f"{t:.4f}" for t in policy.thresholds))
+    for index, on in enumerate(policy.enabled):
+        if not on:
+            log.info("%s is off: on val it costs more than it saves", policy.exit_names[index])
     val_scored, test_scored = score_record(val, policy), score_record(test, policy)
     val_point, _ = outcome(val_scored, policy, cost)
     test_point, taken = outcome(test_scored, policy, cost)
@@ -388,7 +409,7 @@ def evaluate(
         random_accuracy=random_exit_accuracy(test_scored, taken),
         final_accuracy=float(test_scored.right[:, -1].mean()),
         top5=_share(test_scored.among5, taken),
-        exits=_exit_rows(val, val_scored, test_scored, taken, policy, cost),
+        exits=_exit_rows(val, test, test_scored, taken, policy, cost),
         curve=_curve(val_scored, test_scored, policy, cost),
         guarantee=_kept(val, test_scored, policy, goal, cost, test) if policy.guarantee else None,
         cuts=several,
@@ -437,7 +458,13 @@ def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
     )
 
 
-def _exit_rows(val, val_scored, test_scored, taken, policy: Policy, cost: Cost):
+def _alone(record: ExitRecord, exit_index: int) -> float:
+    """How often an exit's own best class is the target, whether it is on or off."""
+    logits, targets = record.exit_logits(exit_index), torch.from_numpy(record.targets)
+    return sum(int(top1(*part)) for part in in_chunks(logits, targets)) / len(record)
+
+
+def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
     shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
     targets = torch.from_numpy(val.targets)
     rows = []
@@ -454,8 +481,8 @@ def _exit_rows(val, val_scored, test_scored, taken, policy: Policy, cost: Cost):
                 macs=cost.cumulative(policy.enabled)[index],
                 macs_share=cost.shares(policy.enabled)[index],
                 head_share=cost.head_macs[index] / cost.plain_macs,
-                accuracy_val=float(val_scored.right[:, index].mean()),
-                accuracy=float(test_scored.right[:, index].mean()),
+                accuracy_val=_alone(val, index),
+                accuracy=_alone(test, index),
                 ece_before=expected_calibration_error(logits, targets),
                 ece_after=expected_calibration_error(logits, targets, policy.temperatures[index]),
                 top5=_share(test_scored.among5, index),

@@ -27,7 +27,7 @@ ORDER = (
     "pixels", "heads", "losses", "criteria", "metrics", "calibration", "config", "checkpoint",
     "distributed", "runtime", "splits",
     "network", "policy", "cost",
-    "records", "thresholds", "guarantees", "inference",
+    "records", "thresholds", "search", "guarantees", "inference",
     "engine", "journal", "latency", "report", "plots",
     "experiment",
     "training", "evaluation",

@@ -155,11 +155,13 @@ def slow_outcome(directory: Path, split: str, policy: dict) -> dict:
         index = slow_exit(scores, policy["thresholds"])
         taken.append(index)
         right.append(exits[index].index(max(exits[index])) == target)
+    off = [head * (not on) for head, on in zip(HEADS, policy["enabled"], strict=True)]
+    macs = [whole - sum(off[: index + 1]) for index, whole in enumerate(MACS)]
     return {
         "taken": taken,
         "right": right,
         "accuracy": sum(right) / len(right),
-        "macs_share": sum(MACS[index] for index in taken) / len(taken) / PLAIN,
+        "macs_share": sum(macs[index] for index in taken) / len(taken) / PLAIN,
     }
 
 
@@ -174,6 +176,8 @@ GOALS = {
     "margin": Goal(budget=0.8, criterion="margin"),
     "patience": Goal(thresholds=(1,), criterion="patience"),
     "a guarantee": Goal(risk=0.15, confidence=0.9),
+    "a threshold for each, chosen": Goal(max_drop=0.03, per_exit=True),
+    "a budget, each": Goal(budget=0.75, per_exit=True),
 }
 
 
@@ -561,6 +565,7 @@ class TestMistakes:
             (("--confidence", "90"), "--confidence, --on-average and --loss go with --risk"),
             (("--on-average",), "--confidence, --on-average and --loss go with --risk"),
             (("--risk", "5", "--on-average", "--confidence", "90"), "--on-average has no"),
+            (("--risk", "5", "--per-exit"), "--per-exit goes with --max-drop or --budget"),
             (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
             (("--risk", "5", "--confidence", "100"), "--confidence is 100; it lies between"),
         ],

@@ -1,0 +1,177 @@
+"""A threshold of its own for every exit, searched on val.
+
+What one exit's threshold can do while the others stay is known exactly and for all its values at
+once: one sort, done before, and running sums. The search is made of such moves alone, so no grid is
+laid anywhere. It follows the best of accuracy - weight x price from never leaving early to always
+and back, over a range of weights (a Lagrangian relaxation, each by coordinate ascent), and from the
+best points it met and from the shared threshold's it goes on with the goal itself.
+
+Last, each exit is tried without: its head then costs nothing, and where that serves the goal it
+stays off.
+
+A move costs O(images), the search about weights x exits x a few of them: two seconds for 50,000
+images and four exits. It may end beside the best there is. On 100 samples of 24 images and three
+early exits it found the best of all combinations 93 times, and cost 0.2 % more on average and 5.6 %
+at most (tests/test_search.py); one threshold for all cost 25 % more on average.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from early_exit.policy import NEVER
+from early_exit.records import Scores
+
+Key = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Accuracies and prices (P,) -> what is to be small, first things first."""
+
+WEIGHTS = np.geomspace(1e-3, 10, 32)  # accuracy that the whole network's price is worth
+KEPT = 6  # points from which the goal itself is followed
+SLACK = 1e-12
+
+
+def most_accurate(budget: float) -> Key:
+    """The key of: at most `budget` an image, then as accurate as can be, then cheap."""
+    return lambda accuracy, price: (_over(price - budget * (1 + SLACK)), -accuracy, price)
+
+
+def cheapest(accuracy_needed: float) -> Key:
+    """The key of: at least so accurate, then as cheap as can be, then accurate."""
+    return lambda accuracy, price: (_over(accuracy_needed - SLACK - accuracy), price, -accuracy)
+
+
+def _over(excess: np.ndarray) -> np.ndarray:
+    return np.maximum(excess, 0.0)
+
+
+def per_exit(
+    scored: Scores,
+    price_of: Callable[[Sequence[bool]], Sequence[float]],
+    key: Key,
+    shared: float,
+    switch: bool = True,
+) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+    """A threshold for each early exit, and which exits are on; never worse by `key` than the
+    `shared` threshold for all.
+
+    scored: with all exits on. price_of: from the switches, what an image costs that leaves at each
+    exit, heads that ran included. switch: whether exits may be switched off, which must not change
+    what the others say.
+    """
+    enabled = (True,) * (scored.scores.shape[1] - 1)
+    moves = Moves(scored, enabled, price_of(enabled))
+    starts = [(shared,) * len(enabled)]
+    for first, weights in ((NEVER, WEIGHTS), (-np.inf, WEIGHTS[::-1])):
+        thresholds = (first,) * len(enabled)
+        for weight in weights:
+            thresholds = moves.descend(thresholds, _worth(weight / moves.price[-1]))
+            starts.append(thresholds)
+    starts = [starts[0], *sorted(set(starts), key=lambda start: moves.rank(start, key))[:KEPT]]
+    ends = [moves.descend(start, key) for start in starts]
+    best = min(ends, key=lambda end: moves.rank(end, key))
+    while switch and any(enabled):
+        found = moves.rank(best, key)
+        trials = []
+        for index in moves.on:
+            fewer = (*enabled[:index], False, *enabled[index + 1 :])
+            without = Moves(scored, fewer, price_of(fewer), moves.order)
+            end = without.descend((*best[:index], NEVER, *best[index + 1 :]), key)
+            trials.append((without.rank(end, key), fewer, without, end))
+        rank, fewer, without, end = min(trials, key=lambda trial: trial[0])
+        if not _less(rank, found):
+            break
+        enabled, moves, best = fewer, without, end
+    return best, enabled
+
+
+def _worth(weight: float) -> Key:
+    def key(accuracy: np.ndarray, price: np.ndarray) -> tuple[np.ndarray, ...]:
+        return weight * price - accuracy, price, -accuracy
+
+    return key
+
+
+class Moves:
+    """What changing one threshold does, on a sample."""
+
+    def __init__(
+        self,
+        scored: Scores,
+        enabled: Sequence[bool],
+        price: Sequence[float],
+        order: dict[int, np.ndarray] | None = None,
+    ) -> None:
+        """order: of the images by each exit's score, where it is known already."""
+        self.scores, self.right = scored.scores, scored.right
+        self.price = np.asarray(price, np.float64)
+        self.on = [index for index, on in enumerate(enabled) if on]
+        self.order = order or {
+            index: np.argsort(-self.scores[:, index], kind="stable") for index in self.on
+        }
+        self.rows = np.arange(len(self.scores))
+
+    def leaves(self, thresholds: Sequence[float]) -> np.ndarray:
+        """Which exits are sure enough, (images, exits); the final one always is."""
+        leaves = np.zeros(self.scores.shape, bool)
+        leaves[:, -1] = True
+        for index in self.on:
+            leaves[:, index] = self.scores[:, index] >= thresholds[index]
+        return leaves
+
+    def rank(self, thresholds: Sequence[float], key: Key) -> tuple[float, ...]:
+        """The key of one policy."""
+        taken = self.leaves(thresholds).argmax(axis=1)
+        outcome = self.right[self.rows, taken].mean(), self.price[taken].mean()
+        return tuple(float(part[0]) for part in key(*(np.array([value]) for value in outcome)))
+
+    def outcomes(
+        self, thresholds: Sequence[float], index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every value that matters for the threshold of exit `index`, falling, with the accuracy
+        and the mean price that it gives: three arrays (P,)."""
+        leaves = self.leaves(thresholds)
+        leaves[:, index] = False
+        taken = leaves.argmax(axis=1)  # without this exit
+        order = self.order[index]
+        order = order[taken[order] > index]  # whom it can take, the surest first
+        here, there = self.right[order, index], self.right[order, taken[order]]
+        gained = np.cumsum(here.astype(np.int64) - there)
+        saved = np.cumsum(self.price[index] - self.price[taken[order]])
+        values = self.scores[order, index]
+        last = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)])
+        count = len(self.rows)
+        right, price = self.right[self.rows, taken].sum(), self.price[taken].sum()
+        return (
+            np.concatenate([[NEVER], values[last].astype(np.float64)]),
+            np.concatenate([[right], right + gained[last]]) / count,
+            np.concatenate([[price], price + saved[last]]) / count,
+        )
+
+    def descend(self, thresholds: Sequence[float], key: Key) -> tuple[float, ...]:
+        """Moves one threshold after the other to where the key is least, until none gains."""
+        thresholds = tuple(thresholds)
+        best, waited = self.rank(thresholds, key), 0
+        for index in self._rounds():
+            if waited == len(self.on):
+                break
+            values, *outcome = self.outcomes(thresholds, index)
+            parts = key(*outcome)
+            at = np.lexsort(parts[::-1])[0]
+            found = tuple(float(part[at]) for part in parts)
+            waited += 1
+            if _less(found, best):
+                moved = (*thresholds[:index], float(values[at]), *thresholds[index + 1 :])
+                thresholds, best, waited = moved, found, 1
+        return thresholds
+
+    def _rounds(self) -> Iterator[int]:
+        while self.on:
+            yield from self.on
+
+
+def _less(found: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Whether the first part that differs by more than rounding is smaller."""
+    for ours, theirs in zip(found, best, strict=True):
+        if abs(ours - theirs) > SLACK * max(1.0, abs(theirs)):
+            return ours < theirs
+    return False
