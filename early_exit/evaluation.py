@@ -31,9 +31,11 @@ from early_exit.latency import Timing, measure
 from early_exit.metrics import (
     MANY_CLASSES,
     among5,
+    auroc,
     expected_calibration_error,
     in_chunks,
     mean_std,
+    reliability,
     top1,
 )
 from early_exit.network import MultiExitNetwork
@@ -166,14 +168,8 @@ def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     cut = round(FIT_SHARE * len(val))
     fit, certify = (np.sort(rows) for rows in (order[:cut], order[cut:]))
     fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in (fit, certify))
-    policy = _calibrated(fit, goal)
-    scored = score_record(fit, policy)
-    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    policies = [
-        dataclasses.replace(policy, thresholds=(float(threshold),) * (policy.num_exits - 1))
-        for threshold in curve.thresholds[_thinned(curve)]
-    ]
-    scored = score_record(certify, policy)
+    policies = ladder(fit, goal, cost)
+    scored = score_record(certify, policies[0])
     lost = guarantees.losses_of(scored, policies, goal.loss)
     if goal.confidence is None:
         last = guarantees.on_average(lost, goal.risk)
@@ -190,6 +186,18 @@ def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     return dataclasses.replace(
         policies[last], guarantee={**dataclasses.asdict(promise), "words": str(promise)}
     )
+
+
+def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
+    """Policies of the goal's criterion from never leaving early to always, evenly in MACs, with
+    temperatures; all of it from `fit`."""
+    policy = _calibrated(fit, goal)
+    scored = score_record(fit, policy)
+    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
+    return [
+        dataclasses.replace(policy, thresholds=(float(threshold),) * (policy.num_exits - 1))
+        for threshold in curve.thresholds[_thinned(curve)]
+    ]
 
 
 def _thinned(curve: thresholds.Curve) -> list[int]:
@@ -466,25 +474,32 @@ def _alone(record: ExitRecord, exit_index: int) -> float:
 
 def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
     shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
-    targets = torch.from_numpy(val.targets)
+    targets = torch.from_numpy(test.targets)
+    right = test_scored.right
     rows = []
     for index, name in enumerate(policy.exit_names):
         early = index < policy.num_exits - 1
         here = taken == index
-        logits = val.exit_logits(index)
+        logits, temperature = test.exit_logits(index), policy.temperatures[index]
+        before, after = (reliability(logits, targets, t) for t in (1.0, temperature))
+        helped = right[:, -1] & ~right[:, index]
         rows.append(
             ExitRow(
                 name=name,
                 on=policy.is_on(index),
                 threshold=finite(policy.thresholds[index]) if early else None,
-                temperature=policy.temperatures[index],
+                temperature=temperature,
                 macs=cost.cumulative(policy.enabled)[index],
                 macs_share=cost.shares(policy.enabled)[index],
                 head_share=cost.head_macs[index] / cost.plain_macs,
                 accuracy_val=_alone(val, index),
                 accuracy=_alone(test, index),
-                ece_before=expected_calibration_error(logits, targets),
-                ece_after=expected_calibration_error(logits, targets, policy.temperatures[index]),
+                reliability_before=before,
+                reliability=after,
+                ece_before=expected_calibration_error(before),
+                ece_after=expected_calibration_error(after),
+                gain_auroc=auroc(-test_scored.scores[:, index], helped)
+                if early and policy.is_on(index) else None,
                 top5=_share(test_scored.among5, index),
                 taken=float(shares[index]),
                 taken_accuracy=float(test_scored.right[here, index].mean()) if here.any() else None,
@@ -559,6 +574,7 @@ def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
     images = {
         "accuracy_vs_macs.png": "Accuracy against multiply-adds",
         "share_per_exit.png": "Where images leave",
+        "reliability.png": "Confidence and accuracy of each exit",
         "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
     }
     with made_whole(directory) as partial:
@@ -566,6 +582,7 @@ def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
         if draw:
             plots.accuracy_vs_macs(report, partial / "accuracy_vs_macs.png")
             plots.share_per_exit(report, partial / "share_per_exit.png")
+            plots.reliability(report, partial / "reliability.png")
             rows = _gallery_rows(scored, taken, policy, data)
             plots.gallery(rows, partial / "gallery.png")
         write_text(partial / "report.json", to_json(report))

@@ -1,6 +1,6 @@
 """Numbers about answers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,17 +38,43 @@ def mean_std(values: list[float]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
-def expected_calibration_error(
+Bin = tuple[float, float, float]
+"""Mean confidence, accuracy, and the share of all answers that lie in it."""
+
+
+def reliability(
     logits: Tensor, target: Tensor, temperature: float = 1.0, bins: int = 15
-) -> float:
-    """Mean distance between confidence and accuracy over equal-width bins of confidence
-    (arXiv:1706.04599, equation 3), in [0, 1].
+) -> tuple[Bin, ...]:
+    """Confidence against accuracy in bins of equal width of confidence, the empty ones left out.
 
     logits: (B, K), which are divided by the temperature; target: (B,).
     """
-    gap = torch.zeros(bins, dtype=torch.float64)
+    sums = torch.zeros(3, bins, dtype=torch.float64)
     for some, their in in_chunks(logits, target):
         confidence, answer = (some / temperature).softmax(dim=-1).max(dim=-1)
         index = (confidence * bins).long().clamp(max=bins - 1)
-        gap.index_add_(0, index, confidence.double() - (answer == their).double())
-    return float(gap.abs().sum() / len(target))
+        values = [confidence, answer == their, torch.ones_like(confidence)]
+        sums.index_add_(1, index, torch.stack([value.double() for value in values]))
+    confidence, right, count = sums[:, sums[2] > 0]
+    table = torch.stack([confidence / count, right / count, count / len(target)])
+    return tuple(tuple(column) for column in table.T.tolist())
+
+
+def expected_calibration_error(bins: Sequence[Bin]) -> float:
+    """Mean distance between confidence and accuracy (arXiv:1706.04599, equation 3), in [0, 1]."""
+    return sum(share * abs(confidence - accuracy) for confidence, accuracy, share in bins)
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """How often a positive row has a higher score than another one, ties counting half; None where
+    all rows are alike.
+
+    scores, positive: (B,).
+    """
+    count = int(positive.sum())
+    if not 0 < count < len(positive):
+        return None
+    _, place, size = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(size) - (size - 1) / 2)[place]  # ties share the mean of their ranks
+    above = rank[positive].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(positive) - count)))

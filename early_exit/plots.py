@@ -91,6 +91,38 @@ def share_per_exit(report: Report, path: Path) -> None:
         axes.set_title(f"Where images leave ({report.chosen_by})")
 
 
+def reliability(report: Report, path: Path) -> None:
+    """Accuracy against confidence on test, a panel an exit, without and with its temperature; the
+    larger a point, the more answers."""
+    columns = min(4, len(report.exits))
+    lines = -(-len(report.exits) // columns)
+    with _figure(path, (2.6 * columns, 2.7 * lines + 0.5), (lines, columns)) as (figure, grid):
+        panels = np.atleast_1d(grid).ravel()
+        for axes, row in zip(panels, report.exits, strict=False):
+            axes.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--")
+            for bins, colour, marker, name in (
+                (row.reliability_before, ORANGE, "s", "without"),
+                (row.reliability, BLUE, "o", "with"),
+            ):
+                confidence, accuracy, share = 100 * np.array(bins).T
+                axes.plot(confidence, accuracy, color=colour, lw=1)
+                axes.scatter(
+                    confidence, accuracy, 8 + 2 * share, color=colour, marker=marker, label=name,
+                    clip_on=False,
+                )
+            errors = f"ECE {100 * row.ece_before:.1f} / {100 * row.ece_after:.1f} %"
+            axes.set_title(f"{row.name}\n{errors}", fontsize=10)
+            axes.set_aspect("equal")
+            axes.set_xlim(0, 100)
+            axes.set_ylim(0, 100)
+        for axes in panels[len(report.exits) :]:
+            axes.axis("off")
+        panels[0].legend(fontsize=8, title="temperature", title_fontsize=8)
+        figure.supxlabel("confidence, %", fontsize=10)
+        figure.supylabel("accuracy on test, %", fontsize=10)
+        figure.tight_layout()
+
+
 def gallery(
     pictures: Sequence[tuple[str, Sequence[tuple[np.ndarray, str, bool]]]], path: Path
 ) -> None:

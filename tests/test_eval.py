@@ -259,6 +259,24 @@ class TestRows:
             )
             assert row[key] == pytest.approx(right / len(targets))
 
+    def test_scores_rank_whom_going_on_would_help(self, rows):
+        directory, exits, _ = rows
+        policy = yaml.safe_load(next((directory / "eval").glob("*/policy.yaml")).read_text())
+        pairs = list(zip(*stored(directory, "test"), strict=True))
+        for index, row in enumerate(exits[:-1]):
+            scores = [slow_scores(e, "max_prob", policy["temperatures"])[index] for e, _ in pairs]
+            helped = [
+                e[-1].index(max(e[-1])) == target != e[index].index(max(e[index]))
+                for e, target in pairs
+            ]
+            lower = [
+                (a < b) + (a == b) / 2
+                for a, one in zip(scores, helped, strict=True) if one
+                for b, other in zip(scores, helped, strict=True) if not other
+            ]
+            assert row["gain_auroc"] == pytest.approx(sum(lower) / len(lower), abs=1e-6)
+        assert exits[-1]["gain_auroc"] is None
+
     def test_final_accuracy_is_the_last_exits(self, rows):
         assert rows[2]["final_accuracy"] == rows[1][-1]["accuracy"]
 
@@ -658,7 +676,7 @@ class TestFiles:
     def test_their_names(self, written):
         assert {path.name for path in written.iterdir()} == {
             "policy.yaml", "report.json", "report.md", "accuracy_vs_macs.png",
-            "share_per_exit.png", "gallery.png",
+            "share_per_exit.png", "gallery.png", "reliability.png",
         }
 
     def test_the_directory_is_named_after_the_goal(self, written):

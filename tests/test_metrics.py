@@ -2,12 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit.metrics import expected_calibration_error, mean_std, top1
+from early_exit import metrics
+from early_exit.metrics import auroc, mean_std, reliability, top1
+
+
+def expected_calibration_error(*arguments, **options):
+    """Of logits and targets."""
+    return metrics.expected_calibration_error(reliability(*arguments, **options))
 
 
 def confident(confidences):
@@ -71,3 +78,20 @@ def test_calibration_error_equals_a_slow_sum_over_bins(cases):
         for inside in bins.values()
     )
     assert expected_calibration_error(logits, target) == pytest.approx(slow, abs=1e-6)
+
+
+def test_reliability_by_hand():
+    # bins of a tenth: 0.55 right and wrong, 0.95 right
+    bins = reliability(confident([0.55, 0.55, 0.95]), torch.tensor([0, 1, 0]), bins=10)
+    assert [pytest.approx(row) for row in bins] == [(0.55, 0.5, 2 / 3), (0.95, 1.0, 1 / 3)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30)
+)
+def test_auroc_equals_a_slow_count_of_pairs(cases):
+    scores, positive = np.array([c[0] for c in cases], float), np.array([c[1] for c in cases])
+    others = scores[~positive].tolist()
+    pairs = [(a > b) + (a == b) / 2 for a in scores[positive].tolist() for b in others]
+    expected = pytest.approx(sum(pairs) / len(pairs)) if pairs else None
+    assert auroc(scores, positive) == expected
