@@ -1,6 +1,7 @@
 """The command line: flags that both trainers share, and how a program ends."""
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -237,6 +238,11 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         help="multiply-adds an image may cost on average, in percent of the plain network's",
     )
     goal.add_argument(
+        "--latency-budget", metavar="TIME",
+        help="what a batch may take: 3ms, or 60%% of the plain network's time; from the stages'"
+        " times, measured here, and the shares of val that reach them",
+    )
+    goal.add_argument(
         "--thresholds", type=float, nargs="+", metavar="SCORE",
         help="given scores: one for all early exits, or one each; with --criterion entropy minus"
         " BranchyNet's T, as in --thresholds=-0.3",
@@ -245,6 +251,10 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         "--risk", type=float, metavar="POINTS",
         help="guaranteed: at most so many of a hundred images are lost against the full network"
         " (--loss), with a probability of --confidence; a fifth of val fits, the rest certifies",
+    )
+    group.add_argument(
+        "--latency-batch", type=int, default=1, metavar="B",
+        help="of --latency-budget: images in a batch (default 1)",
     )
     group.add_argument(
         "--per-exit", action="store_true",
@@ -317,7 +327,8 @@ def evaluate(args: argparse.Namespace, door: FrontDoor) -> None:
 def goal_of(args: argparse.Namespace) -> Goal:
     """What the evaluation's flags ask for; nothing: half a point."""
     max_drop = args.max_drop
-    if all(value is None for value in (max_drop, args.budget, args.thresholds, args.risk)):
+    goals = (max_drop, args.budget, args.latency_budget, args.thresholds, args.risk)
+    if all(value is None for value in goals):
         max_drop = 0.5
     if args.risk is None and (args.confidence or args.on_average or args.loss):
         raise UserError("--confidence, --on-average and --loss go with --risk")
@@ -331,9 +342,20 @@ def goal_of(args: argparse.Namespace) -> Goal:
         confidence=None if args.on_average else (args.confidence or 95) / 100,
         loss=args.loss or "wrong",
         per_exit=args.per_exit,
+        latency=None if args.latency_budget is None else _latency(args.latency_budget),
+        latency_batch=args.latency_batch,
         criterion=args.criterion,
         calibrate=not args.no_calibration,
     )
+
+
+def _latency(text: str) -> tuple[float, str]:
+    """`3ms` or `60%` as seconds or a share."""
+    for suffix, scale, unit in (("ms", 1000, "s"), ("%", 100, "share")):
+        if text.endswith(suffix):
+            with contextlib.suppress(ValueError):
+                return float(text.removesuffix(suffix)) / scale, unit
+    raise UserError(f"--latency-budget takes 3ms or 60%, got {text!r}")
 
 
 def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
 from early_exit.guarantees import Guarantee
 from early_exit.inference import infer
-from early_exit.latency import Timing, measure
+from early_exit.latency import StageTimes, Timing, measure, stage_times
 from early_exit.metrics import (
     MANY_CLASSES,
     among5,
@@ -46,6 +46,7 @@ from early_exit.report import (
     Cuts,
     ExitRow,
     Kept,
+    Latency,
     Live,
     MeanStd,
     Point,
@@ -57,6 +58,7 @@ from early_exit.report import (
     timing_table,
     to_json,
     to_markdown,
+    within_latency,
 )
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ GALLERY_COLUMNS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the thresholds are chosen for; exactly one of the first four is given."""
+    """What the thresholds are chosen for; exactly one of the first five is given."""
 
     max_drop: float | None = None
     """Fraction of accuracy given up against the final exit, on val."""
@@ -76,6 +78,10 @@ class Goal:
     """Share of the plain network's MACs, on val."""
     thresholds: tuple[float, ...] | None = None
     """One for all early exits, or one each."""
+    latency: tuple[float, str] | None = None
+    """What a batch may take: seconds and "s", or a share of the plain network's and "share"."""
+    latency_batch: int = 1
+    """Of `latency`: images in a batch."""
     risk: float | None = None
     """Guaranteed: the mean loss against the full network is at most this fraction."""
     confidence: float | None = 0.95
@@ -88,9 +94,15 @@ class Goal:
     calibrate: bool = True
 
     def __post_init__(self) -> None:
-        given = [self.max_drop, self.budget, self.thresholds, self.risk]
+        given = [self.max_drop, self.budget, self.thresholds, self.latency, self.risk]
         if sum(value is not None for value in given) != 1:
-            raise UserError("choose one of --max-drop, --budget, --thresholds and --risk")
+            raise UserError(
+                "choose one of --max-drop, --budget, --latency-budget, --thresholds and --risk"
+            )
+        if self.latency_batch < 1:
+            raise UserError(f"--latency-batch must be at least 1, got {self.latency_batch}")
+        if self.latency and self.latency[0] <= 0:
+            raise UserError("--latency-budget must be positive")
         if self.per_exit and self.max_drop is None and self.budget is None:
             raise UserError("--per-exit goes with --max-drop or --budget")
         for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
@@ -107,14 +119,20 @@ class Goal:
             return f"max drop {100 * self.max_drop:g} points{each}"
         if self.budget is not None:
             return f"budget {100 * self.budget:g} % of MACs{each}"
+        if self.latency:
+            value, unit = self.latency
+            words = f"{1000 * value:g} ms" if unit == "s" else f"{100 * value:g} % of the seconds"
+            return f"latency {words} at batch {self.latency_batch}"
         if self.risk is not None:
             how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
             return f"risk {100 * self.risk:g} points {self.loss} {how}"
         return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
 
 
-def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
-    """The policy that reaches the goal, from val alone.
+def choose(
+    val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None
+) -> Policy:
+    """The policy that reaches the goal, from val alone; times: for a goal of latency.
 
     Raises UserError where the goal cannot be reached or the criterion does not fit the exits.
     """
@@ -132,7 +150,10 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
         return dataclasses.replace(policy, thresholds=values)
     scored = score_record(val, policy)
     curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    if goal.max_drop is not None:
+    if goal.latency is not None:
+        seconds = times.of(curve.shares)
+        threshold = thresholds.for_latency(curve, seconds, _allowed(goal, times))
+    elif goal.max_drop is not None:
         threshold = thresholds.for_max_drop(curve, goal.max_drop)
         key = search.cheapest(curve.accuracy[0] - goal.max_drop)
     else:
@@ -144,6 +165,11 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
         each, enabled = search.per_exit(scored, cost.cumulative, key, threshold, switch)
         return dataclasses.replace(policy, thresholds=each, enabled=enabled)
     return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+
+
+def _allowed(goal: Goal, times: StageTimes) -> float:
+    value, unit = goal.latency
+    return value if unit == "s" else value * times.plain
 
 
 def _calibrated(val: ExitRecord, goal: Goal) -> Policy:
@@ -373,7 +399,8 @@ def evaluate(
     val, test, data, val_words = val_and_test(trained, val_from, cut_seed)
     cost, network = trained.cost, trained.network
 
-    policy = choose(val, goal, cost)
+    times = _stage_times(trained, data, goal) if goal.latency else None
+    policy = choose(val, goal, cost, times)
     log.info("%s: thresholds %s", goal, " ".join(f"{t:.4f}" for t in policy.thresholds))
     for index, on in enumerate(policy.enabled):
         if not on:
@@ -384,14 +411,14 @@ def evaluate(
 
     several = None
     if cuts > 1:
-        several = _over_cuts(trained, goal, cut_seed, cuts)
+        several = _over_cuts(trained, goal, cut_seed, cuts, times)
     if trained.config.run.compile:
         network.compile_stages()
         network.backbone.compile(dynamic=True)
     live_result = _run_live(trained, data, test, policy) if live else None
     timings = []
     if live:
-        for batch_size in batch_sizes:
+        for batch_size in sorted({*batch_sizes, *([goal.latency_batch] if times else [])}):
             log.info("timing at batch %d", batch_size)
             timing = _time(trained, data, policy, batch_size, timing_images)
             timings += [timing] if timing else []
@@ -420,6 +447,12 @@ def evaluate(
         exits=_exit_rows(val, test, test_scored, taken, policy, cost),
         curve=_curve(val_scored, test_scored, policy, cost),
         guarantee=_kept(val, test_scored, policy, goal, cost, test) if policy.guarantee else None,
+        latency=times and Latency(
+            times.batch_size,
+            _allowed(goal, times),
+            times.plain,
+            *(_expected(times, scored, policy) for scored in (val_scored, test_scored)),
+        ),
         cuts=several,
         live=live_result,
         timing=tuple(timings),
@@ -428,6 +461,22 @@ def evaluate(
     )
     directory = run_dir / "eval" / (name or _name_of(goal))
     return report, _write(report, policy, test, test_scored, taken, data, directory, draw)
+
+
+def _stage_times(trained: Trained, data: Data, goal: Goal) -> StageTimes:
+    """Measured on the first images of val."""
+    size = goal.latency_batch
+    images, _ = next(iter(data.eval_batches("val", size)))
+    if len(images) < size:
+        raise UserError(f"val has {len(images)} images, fewer than --latency-batch {size}")
+    return stage_times(trained.network, images, goal.criterion, autocast=trained.autocast)
+
+
+def _expected(times: StageTimes, scored: Scores, policy: Policy) -> float:
+    """Seconds of a batch, from the shares that leave at each exit."""
+    taken = scored.exit_index(policy)
+    shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
+    return float(times.of(shares[None])[0])
 
 
 def _share(among5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
@@ -449,12 +498,12 @@ def _kept(val, scored: Scores, policy: Policy, goal: Goal, cost: Cost, test) -> 
     )
 
 
-def _over_cuts(trained, goal, cut_seed, cuts) -> Cuts:
+def _over_cuts(trained, goal, cut_seed, cuts, times) -> Cuts:
     """The same choice over cut seeds `cut_seed` .. `cut_seed + cuts - 1`."""
     points, finals = [], []
     for seed in range(cut_seed, cut_seed + cuts):
         val, test, _, _ = val_and_test(trained, "test", seed)
-        policy = choose(val, goal, trained.cost)
+        policy = choose(val, goal, trained.cost, times)
         scored = score_record(test, policy)
         points.append(outcome(scored, policy, trained.cost)[0])
         finals.append(float(scored.right[:, -1].mean()))
@@ -614,6 +663,8 @@ def summary(report: Report, directory: Path) -> str:
     parts = [table(report), headline(report)]
     if report.guarantee:
         parts.append(guaranteed(report))
+    if report.latency:
+        parts.append(within_latency(report))
     if report.cuts:
         parts.append(
             f"over {report.cuts.count} cuts: {100 * report.cuts.accuracy.mean:.2f}"

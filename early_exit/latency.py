@@ -71,6 +71,69 @@ class Timing:
         return tuple(seconds / total for seconds in self.stage_seconds)
 
 
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of each stage, head and decision included, by the number of rows, and of the plain
+    network."""
+
+    batch_size: int
+    sizes: tuple[int, ...]
+    """Numbers of rows, up to the batch's."""
+    seconds: tuple[tuple[float, ...], ...]
+    """(stages, sizes)."""
+    plain: float
+    """Of a whole batch."""
+
+    def of(self, shares: np.ndarray) -> np.ndarray:
+        """Seconds (P,) that a batch takes of which the shares (P, exits) leave at each exit: every
+        stage's time at the number of rows that reach it on average."""
+        gone = np.cumsum(shares, axis=1) - shares
+        total = np.zeros(len(shares))
+        for reach, seconds in zip((1 - gone).T, self.seconds, strict=True):
+            rows = (self.batch_size * reach).clip(0)
+            total += np.interp(rows, (0, *self.sizes), (0.0, *seconds))
+        return total
+
+
+@torch.inference_mode()
+def stage_times(
+    network: MultiExitNetwork,
+    images: Tensor,
+    criterion: str,
+    *,
+    autocast: Autocast,
+    repeats: int = 21,
+) -> StageTimes:
+    """Measures the stages on 1, 2, 4, ... rows of a batch of `images` (B, 3, H, W), and the plain
+    network on all of it: interleaved, medians of `repeats`."""
+    network.eval()
+    batch_size = len(images)
+    sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
+    never = Policy(
+        exit_names=network.exit_names,
+        thresholds=(NEVER,) * (network.num_exits - 1),
+        criterion=criterion,
+    )
+    timed = _timer(images.device)
+
+    def seconds_of(index: int, features: Tensor) -> float:
+        rows = Rows(torch.arange(len(features), device=features.device), features)
+        return timed(lambda: advance(network.stages[index], rows, never, index))
+
+    plain, samples = [], []
+    with autocast():
+        given = stage_inputs(network, images, never)
+        for _ in range(2 + repeats):  # the first two to warm up
+            plain.append(timed(lambda: network.backbone(images)))
+            samples.append(
+                [[seconds_of(index, rows[:size]) for size in sizes] for index, rows in given]
+            )
+    seconds = np.median(samples[2:], axis=0)
+    return StageTimes(
+        batch_size, tuple(sizes), tuple(map(tuple, seconds.tolist())), float(np.median(plain[2:]))
+    )
+
+
 def stage_inputs(
     network: MultiExitNetwork, images: Tensor, policy: Policy
 ) -> list[tuple[int, Tensor]]:

@@ -87,6 +87,18 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """A budget of seconds for a batch: what was allowed, what the choice expects, the plain network
+    in the same measurement."""
+
+    batch_size: int
+    budget: float
+    plain: float
+    val: float
+    test: float
+
+
+@dataclass(frozen=True)
 class Cuts:
     """The same choice repeated over several cuts of the test set into val and test."""
 
@@ -139,6 +151,7 @@ class Report:
     exits: tuple[ExitRow, ...]
     curve: tuple[CurvePoint, ...]
     guarantee: Kept | None
+    latency: Latency | None
     cuts: Cuts | None
     live: Live | None
     timing: tuple[Timing, ...]
@@ -202,6 +215,24 @@ def guaranteed(report: Report) -> str:
         f" {100 * kept.plain.accuracy:.2f} % at {100 * kept.plain.macs_share:.1f} % of the MACs and"
         f" lost {100 * kept.plain_lost:.2f} %: the guarantee costs {price:.1f} points of MACs."
     )
+
+
+def within_latency(report: Report) -> str:
+    """What a budget of seconds allowed, and what came of it, in a few sentences."""
+    wanted = report.latency
+    text = (
+        f"Allowed: {_ms(wanted.budget)} ms for a batch of {wanted.batch_size}, the plain network"
+        f" taking {_ms(wanted.plain)} ms. From the stages' times and the shares that reach them"
+        f" {_ms(wanted.val)} ms are expected on val and {_ms(wanted.test)} ms on test"
+    )
+    for timing in report.timing:
+        if timing.batch_size == wanted.batch_size:
+            batches = timing.images / timing.batch_size
+            text += (
+                f"; measured with exits taken: {_ms(timing.live.total / batches)} ms a batch on"
+                f" average, the plain network {_ms(timing.plain.total / batches)} ms"
+            )
+    return text + "."
 
 
 def calibration_table(report: Report) -> str:
@@ -271,6 +302,8 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
     ]
     if report.guarantee:
         parts += ["## Guarantee", guaranteed(report)]
+    if report.latency:
+        parts += ["## Latency", within_latency(report)]
     if report.cuts:
         cuts = report.cuts
         parts.append(
@@ -303,9 +336,9 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         "## How far the exits can be believed",
         calibration_table(report),
         "*Calibration error*: mean distance between confidence and accuracy in 15 bins (ECE), on"
-        " test; temperatures come from val. *Ranks*: of an image that is wrong here and right at the"
-        " end, and another one, how often the former has the lower score (AUROC); 0.5 is chance. A"
-        " threshold lives on the latter, and one temperature hardly changes that.",
+        " test; temperatures come from val. *Ranks*: of an image that is wrong here and right at"
+        " the end, and another one, how often the former has the lower score (AUROC); 0.5 is"
+        " chance. Thresholds live on that, and one temperature hardly changes it.",
     ]
     parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
     parts += [

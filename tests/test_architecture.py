@@ -138,7 +138,7 @@ def test_importing_does_nothing(tmp_path):
 
 
 def test_choosing_is_given_val_alone():
-    assert list(inspect.signature(choose).parameters) == ["val", "goal", "cost"]
+    assert list(inspect.signature(choose).parameters) == ["val", "goal", "cost", "times"]
 
 
 @pytest.fixture

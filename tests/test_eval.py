@@ -24,6 +24,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation import Goal, choose, evaluate
 from early_exit.experiment import FrontDoor
 from early_exit.inference import infer
+from early_exit.latency import StageTimes
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
 from early_exit.training import train
@@ -356,8 +357,48 @@ class TestChoice:
 
     @pytest.mark.parametrize("given", [{}, {"max_drop": 0.1, "budget": 0.5}])
     def test_a_goal_is_exactly_one_thing(self, given):
-        with pytest.raises(UserError, match="choose one of --max-drop, --budget, --thresholds and"):
+        with pytest.raises(UserError, match="choose one of --max-drop, --budget, --lat"):
             Goal(**given)
+
+
+class TestLatency:
+    TIMES = StageTimes(1, (1,), ((2e-3,), (3e-3,), (5e-3,)), plain=9e-3)
+
+    @pytest.fixture
+    def timed(self, copy, monkeypatch):
+        """A copy of the run on a machine whose stages take 2, 3 and 5 ms."""
+        monkeypatch.setattr(evaluation, "stage_times", lambda *_, **__: self.TIMES)
+        return copy
+
+    def expected(self, directory, split, policy) -> float:
+        taken = slow_outcome(directory, split, policy)["taken"]
+        return sum((2e-3, 5e-3, 10e-3)[index] for index in taken) / len(taken)
+
+    @pytest.mark.parametrize(
+        ("budget", "seconds"), [((0.8, "share"), 7.2e-3), ((6e-3, "s"), 6e-3)]
+    )
+    def test_a_budget_of_seconds_is_kept_on_val(self, timed, budget, seconds):
+        report, policy = quickly(timed, Goal(latency=budget))
+        said = report["latency"]
+        assert said["budget"] == pytest.approx(seconds)
+        assert said["val"] == pytest.approx(self.expected(timed, "val", policy))
+        assert said["test"] == pytest.approx(self.expected(timed, "test", policy))
+        assert said["val"] <= seconds
+
+    def test_the_page_and_the_screen_say_what_came_of_it(self, timed):
+        report, _ = evaluate(
+            timed, DOOR, Goal(latency=(0.8, "share")), overrides=CPU, batch_sizes=(4,),
+            timing_images=8, draw=False, name="mine",
+        )
+        page = (timed / "eval" / "mine" / "report.md").read_text()
+        for text in (page, evaluation.summary(report, timed / "eval" / "mine")):
+            assert "Allowed: 7.20 ms for a batch of 1, the plain network taking 9.00" in text
+            assert "; measured with exits taken: " in text
+        assert [timing.batch_size for timing in report.timing] == [1, 4]
+
+    def test_less_than_the_least_is_refused(self, timed):
+        with pytest.raises(UserError, match="1.00 ms cannot be kept: the least .* is 2.00 ms"):
+            quickly(timed, Goal(latency=(1e-3, "s")))
 
 
 class TestGuarantee:
@@ -583,12 +624,19 @@ class TestMistakes:
             (("--confidence", "90"), "--confidence, --on-average and --loss go with --risk"),
             (("--on-average",), "--confidence, --on-average and --loss go with --risk"),
             (("--risk", "5", "--on-average", "--confidence", "90"), "--on-average has no"),
+            (("--latency-budget", "3"), "--latency-budget takes 3ms or 60%, got '3'"),
+            (("--latency-budget", "x%"), "--latency-budget takes 3ms or 60%, got 'x%'"),
+            (("--latency-budget=-3ms",), "--latency-budget must be positive"),
+            (
+                ("--latency-budget", "3ms", "--latency-batch", "500"),
+                "val has 100 images, fewer than --latency-batch 500",
+            ),
             (("--risk", "5", "--per-exit"), "--per-exit goes with --max-drop or --budget"),
             (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
             (("--risk", "5", "--confidence", "100"), "--confidence is 100; it lies between"),
         ],
     )
-    def test_flags_of_a_guarantee(self, refusal, copy, flags, said):
+    def test_flags_of_a_goal(self, refusal, copy, flags, said):
         assert refusal(copy, *flags).startswith(said)
 
     def test_a_plain_network(self, refusal, plain):

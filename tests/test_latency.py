@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from early_exit.latency import Spread, Timing, measure, stage_inputs
+from early_exit import latency
+from early_exit.inference import advance
+from early_exit.latency import (
+    Spread,
+    StageTimes,
+    Timing,
+    measure,
+    stage_inputs,
+    stage_times,
+)
 from early_exit.policy import NEVER, Policy
 from early_exit.records import replay, score_record
 
@@ -145,3 +154,31 @@ def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
     assert timing.speedup == 10 / 7
     assert timing.overhead == 0.5
     assert timing.kept == 1
+
+
+class TestStageTimes:
+    def test_a_batch_takes_what_its_survivors_take(self):
+        # two stages; of a batch of 4 the first always sees 4 rows
+        times = StageTimes(4, (1, 2, 4), ((1.0, 1.5, 2.0), (10.0, 12.0, 20.0)), plain=21.0)
+        shares = np.array([[0, 1], [0.5, 0.5], [0.25, 0.75], [1, 0]])
+        # 4, 2 and 3 rows in the second stage (between 12 and 20), and none
+        assert times.of(shares) == pytest.approx([22, 14, 18, 2])
+
+    def test_one_image_takes_each_stage_as_often_as_it_is_reached(self):
+        times = StageTimes(1, (1,), ((1.0,), (10.0,)), plain=10.5)
+        assert times.of(np.array([[0.7, 0.3]])) == pytest.approx([1 + 0.3 * 10])
+
+    def test_every_stage_is_timed_on_the_rows_it_gets(self, tiny_net, images, monkeypatch):
+        seen = []
+
+        def spy(stage, rows, policy, exit_index):
+            seen.append((exit_index, len(rows.features)))
+            return advance(stage, rows, policy, exit_index)
+
+        monkeypatch.setattr(latency, "advance", spy)
+        times = stage_times(
+            tiny_net, images[:6], "entropy", autocast=contextlib.nullcontext, repeats=1
+        )
+        assert times.sizes == (1, 2, 4, 6)
+        assert set(seen) >= {(index, size) for index in range(4) for size in times.sizes}
+        assert np.array(times.seconds).shape == (4, 4) and times.plain > 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from early_exit.errors import UserError
 from early_exit.policy import NEVER, Policy
 from early_exit.records import Scores, score_record
-from early_exit.thresholds import for_budget, for_max_drop, shared_curve
+from early_exit.thresholds import for_budget, for_latency, for_max_drop, shared_curve
 
 
 @st.composite
@@ -121,6 +121,33 @@ def test_the_curve_by_hand():
     assert curve.thresholds.tolist() == [NEVER, np.float32(0.9), 0.5]
     assert curve.accuracy.tolist() == pytest.approx([2 / 3, 1, 2 / 3])
     assert curve.macs.tolist() == [100, 80, 40]
+
+
+@given(cases())
+def test_every_point_says_who_leaves_where(case):
+    scored, enabled, macs = case
+    curve = shared_curve(*case)
+    for threshold, shares, price in zip(curve.thresholds, curve.shares, curve.macs, strict=True):
+        policy = Policy(
+            exit_names=(*map(str, range(len(macs) - 1)), "final"),
+            thresholds=(threshold,) * (len(macs) - 1), enabled=enabled,
+        )
+        taken = np.bincount(scored.exit_index(policy), minlength=len(macs)) / len(scored.targets)
+        assert shares == pytest.approx(taken)
+        assert shares @ np.array(macs) == pytest.approx(price)
+
+
+@given(cases(), st.floats(1, 250))
+def test_a_latency_is_kept_by_the_most_accurate_that_can(case, budget):
+    curve = shared_curve(*case)
+    seconds = curve.macs**1.5  # not in proportion to the shares
+    kept = [(a, -s) for a, s in zip(curve.accuracy, seconds, strict=True) if s <= budget]
+    if not kept:
+        with pytest.raises(UserError, match="ms cannot be kept: the least"):
+            for_latency(curve, seconds, budget)
+    else:
+        here = np.flatnonzero(curve.thresholds == for_latency(curve, seconds, budget))[0]
+        assert (curve.accuracy[here], -seconds[here]) == max(kept)
 
 
 def test_no_drop_may_still_be_cheaper_and_better_than_the_final_exit():

@@ -30,15 +30,20 @@ def naive(lost: np.ndarray, risk: float) -> int:
     return int((np.maximum.accumulate(lost.mean(axis=1)) <= risk).sum()) - 1
 
 
-def main() -> None:
-    """Reads, draws and prints."""
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--risk", type=float, default=1.0, help="points (default 1)")
     parser.add_argument("--confidence", type=float, default=95.0, help="percent (default 95)")
     parser.add_argument("--images", type=int, default=4000, help="certifying (default 4000)")
     parser.add_argument("--draws", type=int, default=2000, help="default 2000")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Reads, draws and prints."""
+    args = parser().parse_args()
     risk, confidence = args.risk / 100, args.confidence / 100
 
     val, test = (ExitRecord.load(args.run / "records" / f"{name}-off") for name in ("val", "test"))

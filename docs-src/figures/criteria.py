@@ -1,0 +1,69 @@
+"""Which criterion saves most at equal accuracy, with and without temperatures.
+
+    python docs-src/figures/criteria.py runs/resnet20-mixed
+    python docs-src/figures/criteria.py runs/resnet56-frozen6 --val-from test
+
+The run must have been evaluated (its records are read). Thresholds are chosen on val and shown on
+test; ten cuts give mean and deviation. --val-from train: ten random halves of val choose, all of
+test is shown; test: test is cut in two ten times. Prints a table.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from early_exit.cost import Cost
+from early_exit.evaluation import Goal, choose, outcome
+from early_exit.metrics import mean_std
+from early_exit.records import ExitRecord, score_record
+from early_exit.splits import halves
+
+CRITERIA = ("max_prob", "entropy", "margin")  # patience has whole numbers for thresholds
+CUTS = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--max-drop", type=float, default=0.5, help="points (default 0.5)")
+    parser.add_argument("--val-from", choices=("train", "test"), default="train")
+    return parser
+
+
+def main() -> None:
+    """Reads and prints."""
+    args = parser().parse_args()
+    val, test = (
+        None if (name, args.val_from) == ("val", "test")
+        else ExitRecord.load(args.run / "records" / f"{name}-off")
+        for name in ("val", "test")
+    )
+    info = test.info
+    cost = Cost(info.exit_names, info.stage_macs, info.head_macs, 0, (0,) * len(info.exit_names))
+    print("| criterion | temperatures | test | lost | MACs |\n| --- | --- | ---: | ---: | ---: |")
+    for criterion in CRITERIA:
+        for calibrate in (False, True):
+            goal = Goal(max_drop=args.max_drop / 100, criterion=criterion, calibrate=calibrate)
+            accuracies, losses, shares = [], [], []
+            for seed in range(CUTS):
+                rows, rest = halves((val or test).targets, seed)
+                chosen_on = (val or test).subset(rows, "val", "")
+                shown_on = test if val else test.subset(rest, "test", "")
+                policy = choose(chosen_on, goal, cost)
+                scored = score_record(shown_on, policy)
+                point, _ = outcome(scored, policy, cost)
+                accuracies.append(100 * point.accuracy)
+                losses.append(100 * (np.mean(scored.right[:, -1]) - point.accuracy))
+                shares.append(100 * point.macs_share)
+            cells = [
+                "{:.2f} ± {:.2f}".format(*mean_std(values))
+                for values in (accuracies, losses, shares)
+            ]
+            words = "fitted" if calibrate else "none"
+            print(f"| {criterion} | {words} | {cells[0]} % | {cells[1]} | {cells[2]} % |")
+
+
+if __name__ == "__main__":
+    main()
