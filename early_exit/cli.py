@@ -258,8 +258,8 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
     )
     group.add_argument(
         "--per-exit", action="store_true",
-        help="with --max-drop and --budget: a threshold of its own for each exit, and exits that do"
-        " not pay switched off (default: one threshold for all)",
+        help="with --max-drop and --budget: a threshold of its own for each exit (default: one for"
+        " all)",
     )
     group.add_argument(
         "--confidence", type=float, metavar="PERCENT", help="of --risk (default 95)"

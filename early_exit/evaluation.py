@@ -153,18 +153,24 @@ def choose(
     if goal.latency is not None:
         seconds = times.of(curve.shares)
         threshold = thresholds.for_latency(curve, seconds, _allowed(goal, times))
-    elif goal.max_drop is not None:
-        threshold = thresholds.for_max_drop(curve, goal.max_drop)
+        return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+    if goal.max_drop is not None:
+        find = partial(thresholds.for_max_drop, drop=goal.max_drop)
         key = search.cheapest(curve.accuracy[0] - goal.max_drop)
     else:
-        threshold = thresholds.for_budget(curve, goal.budget * cost.plain_macs)
+        find = partial(thresholds.for_budget, macs=goal.budget * cost.plain_macs)
         key = search.most_accurate(goal.budget * cost.plain_macs)
+    switch = goal.criterion != "patience"  # which counts what every exit says
     if goal.per_exit:
-        # an exit that is off would not be counted by patience
-        switch = goal.criterion != "patience"
-        each, enabled = search.per_exit(scored, cost.cumulative, key, threshold, switch)
+        each, enabled = search.per_exit(scored, cost.cumulative, key, find(curve), switch)
         return dataclasses.replace(policy, thresholds=each, enabled=enabled)
-    return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+    if switch:
+        policy = dataclasses.replace(
+            policy, enabled=search.that_pay(scored, cost.cumulative, key)
+        )
+        scored = score_record(val, policy)
+        curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
+    return dataclasses.replace(policy, thresholds=(find(curve),) * (len(names) - 1))
 
 
 def _allowed(goal: Goal, times: StageTimes) -> float:

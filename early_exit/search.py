@@ -1,4 +1,4 @@
-"""A threshold of its own for every exit, searched on val.
+"""Which exits pay, and a threshold of its own for every exit, searched on val.
 
 What one exit's threshold can do while the others stay is known exactly and for all its values at
 once: one sort, done before, and running sums. The search is made of such moves alone, so no grid is
@@ -15,12 +15,14 @@ early exits it found the best of all combinations 93 times, and cost 0.2 % more 
 at most (tests/test_search.py); one threshold for all cost 25 % more on average.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from early_exit.policy import NEVER
 from early_exit.records import Scores
+from early_exit.thresholds import shared_curve
 
 Key = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Accuracies and prices (P,) -> what is to be small, first things first."""
@@ -42,6 +44,40 @@ def cheapest(accuracy_needed: float) -> Key:
 
 def _over(excess: np.ndarray) -> np.ndarray:
     return np.maximum(excess, 0.0)
+
+
+def that_pay(
+    scored: Scores, price_of: Callable[[Sequence[bool]], Sequence[float]], key: Key
+) -> tuple[bool, ...]:
+    """Which exits are on, if all share a threshold: one after the other is switched off, the one
+    without which the goal is served best, as long as that is better by `key`.
+
+    scored: with all exits on, which say the same if others are off. price_of: from the switches,
+    what an image costs that leaves at each exit.
+    """
+
+    def served(enabled: tuple[bool, ...]) -> tuple[float, ...]:
+        scores = scored.scores.copy()
+        scores[:, :-1][:, ~np.array(enabled, bool)] = -np.inf
+        part = dataclasses.replace(scored, scores=scores)
+        curve = shared_curve(part, enabled, price_of(enabled))
+        parts = key(curve.accuracy, curve.macs)
+        at = np.lexsort(parts[::-1])[0]
+        return tuple(float(values[at]) for values in parts)
+
+    enabled = (True,) * (scored.scores.shape[1] - 1)
+    found = served(enabled)
+    while any(enabled):
+        fewer = [
+            (*enabled[:index], False, *enabled[index + 1 :])
+            for index, on in enumerate(enabled)
+            if on
+        ]
+        best, trial = min((served(trial), trial) for trial in fewer)
+        if not _less(best, found):
+            break
+        enabled, found = trial, best
+    return enabled
 
 
 def per_exit(

@@ -124,3 +124,21 @@ def _most_accurate(curve: Curve, price: np.ndarray, limit: float) -> float | Non
     best = curve.accuracy[candidates].max()
     equal = candidates[curve.accuracy[candidates] == best]
     return float(curve.thresholds[equal[np.argmin(price[equal])]])
+
+
+def geometric(scored: Scores, enabled: Sequence[bool], ratio: float) -> tuple[float, ...]:
+    """MSDNet's budgeted batch classification (Huang et al., arXiv:1703.09844, section 4.2): each
+    exit takes `ratio` times as many images of the sample as the one before, the surest of those
+    that are left."""
+    num_exits = scored.scores.shape[1]
+    on = [index for index in range(num_exits - 1) if enabled[index]]
+    wanted = ratio ** np.arange(len(on) + 1.0)
+    wanted = wanted / wanted.sum() * len(scored.scores)
+    chosen = [NEVER] * (num_exits - 1)
+    left = np.ones(len(scored.scores), bool)
+    for index, number in zip(on, np.round(wanted).astype(int).tolist()[:-1], strict=True):
+        scores = np.sort(scored.scores[left, index])[::-1]
+        if number and len(scores):
+            chosen[index] = float(scores[min(number, len(scores)) - 1])
+        left &= scored.scores[:, index] < chosen[index]
+    return tuple(chosen)

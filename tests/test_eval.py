@@ -1,10 +1,12 @@
 """Evaluation: what is chosen on val, what is reported on test, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,10 +129,12 @@ def slow_scores(exits: list[list[float]], criterion: str, temperatures: list[flo
     return scores
 
 
-def slow_exit(scores: list[float], thresholds: list[float]) -> int:
+def slow_exit(
+    scores: list[float], thresholds: list[float], enabled: Sequence[bool] = (True, True)
+) -> int:
     """The exit that one image takes."""
     for index, threshold in enumerate(thresholds):
-        if scores[index] >= threshold:
+        if enabled[index] and scores[index] >= threshold:
             return index
     return len(thresholds)
 
@@ -148,16 +152,21 @@ MACS = (
 )
 
 
+def macs_with(enabled: Sequence[bool]) -> list[int]:
+    """What an image costs that leaves at each exit, if some heads are off."""
+    off = [head * (not on) for head, on in zip(HEADS, enabled, strict=True)]
+    return [whole - sum(off[: index + 1]) for index, whole in enumerate(MACS)]
+
+
 def slow_outcome(directory: Path, split: str, policy: dict) -> dict:
     """Accuracy, mean share of MACs, and the exit and rightness of every image."""
     taken, right = [], []
     for exits, target in zip(*stored(directory, split), strict=True):
         scores = slow_scores(exits, policy["criterion"], policy["temperatures"])
-        index = slow_exit(scores, policy["thresholds"])
+        index = slow_exit(scores, policy["thresholds"], policy["enabled"])
         taken.append(index)
         right.append(exits[index].index(max(exits[index])) == target)
-    off = [head * (not on) for head, on in zip(HEADS, policy["enabled"], strict=True)]
-    macs = [whole - sum(off[: index + 1]) for index, whole in enumerate(MACS)]
+    macs = macs_with(policy["enabled"])
     return {
         "taken": taken,
         "right": right,
@@ -235,7 +244,7 @@ class TestRows:
     @classmethod
     def rows(cls, finished, tmp_path_factory) -> tuple[Path, list[dict], dict]:
         directory = shutil.copytree(finished, tmp_path_factory.mktemp("rows") / "run")
-        report, _ = quickly(directory, Goal(max_drop=0.0))
+        report, _ = quickly(directory, Goal(thresholds=(0.8,)))
         return directory, report["exits"], report
 
     def test_names(self, rows):
@@ -296,20 +305,23 @@ class TestRows:
 
 class TestChoice:
     def outcomes(self, directory: Path, policy: dict) -> list[tuple[float, float, float]]:
-        """Threshold, accuracy and mean MACs on val of every shared threshold there is."""
+        """Threshold, accuracy and mean MACs on val of every shared threshold there is, with any
+        exits on."""
         logits, targets = stored(directory, "val")
         scores = [slow_scores(e, policy["criterion"], policy["temperatures"]) for e in logits]
         found = []
         # between two neighbouring scores every threshold does the same
         early = sorted({score for row in scores for score in row[:-1]})
         gaps = [(a + b) / 2 for a, b in zip(early, early[1:], strict=False) if b - a > 1e-6]
-        for threshold in [early[0] - 1, *gaps, early[-1] + 1]:
-            taken = [slow_exit(row, [threshold] * 2) for row in scores]
+        for threshold, *on in itertools.product(
+            [early[0] - 1, *gaps, early[-1] + 1], (True, False), (True, False)
+        ):
+            taken = [slow_exit(row, [threshold] * 2, on) for row in scores]
             right = sum(
                 exits[index].index(max(exits[index])) == target
                 for exits, index, target in zip(logits, taken, targets, strict=True)
             )
-            found.append((threshold, right / 100, sum(MACS[i] for i in taken) / 100))
+            found.append((threshold, right / 100, sum(macs_with(on)[i] for i in taken) / 100))
         return found
 
     @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "margin"])
@@ -839,7 +851,7 @@ class TestFiles:
         monkeypatch.setattr(script, "DOOR", DOOR)
         code, out, _ = run_main(script.main, "eval.py", monkeypatch, capsys, copy, *FLAGS)
         assert code == 0
-        assert "| layer1 | " in out and "| final | " in out
+        assert "| layer1" in out and "| final | " in out
         assert str(copy / "eval" / "max-drop-0.5-max_prob" / "report.md") in out
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from early_exit.policy import NEVER
 from early_exit.records import Scores
-from early_exit.search import Moves, cheapest, most_accurate, per_exit
+from early_exit.search import Moves, cheapest, most_accurate, per_exit, that_pay
 from early_exit.thresholds import for_budget, for_max_drop, shared_curve
 
 EARLY = 3
@@ -112,7 +112,39 @@ def test_how_far_it_is_from_the_best_there_is():
     assert 0.2 < np.mean(shared_excess) < 0.3
 
 
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.1]))
+def test_what_pays_with_a_shared_threshold_is_never_worse_than_all(seed, drop):
+    scored, heads = sample(seed), (9, 3, 1, 0)  # some are dear
+
+    def cheapest_of(enabled):
+        scores = scored.scores.copy()
+        scores[:, :-1][:, ~np.array(enabled)] = -np.inf
+        part = Scores(scores, scored.answers, scored.targets)
+        curve = shared_curve(part, enabled, price_of(enabled, heads))
+        return curve.macs[curve.accuracy >= needed - 1e-12].min()
+
+    needed = scored.right[:, -1].mean() - drop
+    found = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    subsets = list(itertools.product([True, False], repeat=EARLY))
+    assert cheapest_of(found) <= cheapest_of(ON) + 1e-9
+    # one at a time, it may miss a better pair
+    assert cheapest_of(found) <= 1.25 * min(map(cheapest_of, subsets)) + 1e-9
+
+
 class TestSwitchingOff:
+    def test_a_dear_exit_without_use_is_off_with_a_shared_threshold(self):
+        scored = sample(1, count=200)
+        scored.answers[:, 1] = 0  # never right
+        scored.scores[:, 1] = 0.99
+        assert that_pay(scored, price_of, cheapest(scored.right[:, -1].mean())) == (
+            True, False, True
+        )
+
+    def test_exits_that_pay_stay_on_with_a_shared_threshold(self):
+        scored = sample(1, count=200)
+        scored.answers[:] = 1
+        assert that_pay(scored, price_of, cheapest(1.0))[0]
+
     def test_an_exit_that_never_pays_is_off(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from early_exit.errors import UserError
 from early_exit.policy import NEVER, Policy
 from early_exit.records import Scores, score_record
-from early_exit.thresholds import for_budget, for_latency, for_max_drop, shared_curve
+from early_exit.thresholds import (
+    for_budget,
+    for_latency,
+    for_max_drop,
+    geometric,
+    shared_curve,
+)
 
 
 @st.composite
@@ -198,3 +204,31 @@ def test_the_chosen_threshold_does_through_a_policy_what_the_curve_says(
         right = scored.right[np.arange(len(taken)), taken].mean()
         assert right == pytest.approx(curve.accuracy[point])
         assert np.array(macs)[taken].mean() == pytest.approx(curve.macs[point])
+
+
+class TestGeometric:
+    @pytest.mark.parametrize(
+        ("ratio", "expected"), [(1.0, (70, 70, 70)), (0.5, (120, 60, 30)), (2.0, (30, 60, 120))]
+    )
+    def test_each_exit_takes_its_share_of_the_surest(self, ratio, expected):
+        rng = np.random.default_rng(0)
+        scored = Scores(
+            rng.random((210, 3), np.float32), np.zeros((210, 3), int), np.zeros(210, int)
+        )
+        policy = Policy(
+            exit_names=("a", "b", "final"), thresholds=geometric(scored, (True, True), ratio)
+        )
+        taken = scored.exit_index(policy)
+        assert tuple(np.bincount(taken)) == expected
+        for index in range(2):
+            here, later = scored.scores[taken == index, index], scored.scores[taken > index, index]
+            assert here.min() > later.max()
+
+    def test_an_exit_that_is_off_takes_nobody(self):
+        scored = Scores(np.random.default_rng(0).random((30, 3), np.float32),
+                        np.zeros((30, 3), int), np.zeros(30, int))
+        assert geometric(scored, (False, True), 1.0)[0] == NEVER
+
+    def test_no_share_no_threshold(self):
+        scored = Scores(np.ones((4, 2), np.float32), np.zeros((4, 2), int), np.zeros(4, int))
+        assert geometric(scored, (True,), 1e6) == (NEVER,)

@@ -25,32 +25,54 @@ CUTS = 10
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path)
+    parser = record_parser(__doc__)
     parser.add_argument("--max-drop", type=float, default=0.5, help="points (default 0.5)")
-    parser.add_argument("--val-from", choices=("train", "test"), default="train")
     return parser
+
+
+def record_parser(docstring: str) -> argparse.ArgumentParser:
+    """The flags that name records."""
+    parser = argparse.ArgumentParser(description=docstring.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="run directory that was evaluated")
+    parser.add_argument(
+        "--val-from", choices=("train", "test"), default="train",
+        help="train: halves of val choose; test: halves of test (default train)",
+    )
+    return parser
+
+
+def records(args: argparse.Namespace) -> tuple[ExitRecord | None, ExitRecord]:
+    """Of val, if it chooses, and of test."""
+    folder = args.run / "records"
+    val = None if args.val_from == "test" else ExitRecord.load(folder / "val-off")
+    return val, ExitRecord.load(folder / "test-off")
+
+
+def cost_of(record: ExitRecord) -> Cost:
+    """The network's price, as far as a record knows it."""
+    info = record.info
+    return Cost(info.exit_names, info.stage_macs, info.head_macs, 0, (0,) * len(info.exit_names))
+
+
+def cut(val: ExitRecord | None, test: ExitRecord, seed: int) -> tuple[ExitRecord, ExitRecord]:
+    """What is chosen on, and what is shown."""
+    rows, rest = halves((val or test).targets, seed)
+    chosen_on = (val or test).subset(rows, "val", "")
+    return chosen_on, test if val else test.subset(rest, "test", "")
 
 
 def main() -> None:
     """Reads and prints."""
     args = parser().parse_args()
-    val, test = (
-        None if (name, args.val_from) == ("val", "test")
-        else ExitRecord.load(args.run / "records" / f"{name}-off")
-        for name in ("val", "test")
-    )
-    info = test.info
-    cost = Cost(info.exit_names, info.stage_macs, info.head_macs, 0, (0,) * len(info.exit_names))
+    val, test = records(args)
+    cost = cost_of(test)
     print("| criterion | temperatures | test | lost | MACs |\n| --- | --- | ---: | ---: | ---: |")
     for criterion in CRITERIA:
         for calibrate in (False, True):
             goal = Goal(max_drop=args.max_drop / 100, criterion=criterion, calibrate=calibrate)
             accuracies, losses, shares = [], [], []
             for seed in range(CUTS):
-                rows, rest = halves((val or test).targets, seed)
-                chosen_on = (val or test).subset(rows, "val", "")
-                shown_on = test if val else test.subset(rest, "test", "")
+                chosen_on, shown_on = cut(val, test, seed)
                 policy = choose(chosen_on, goal, cost)
                 scored = score_record(shown_on, policy)
                 point, _ = outcome(scored, policy, cost)
