@@ -164,12 +164,12 @@ def choose(
     if goal.per_exit:
         each, enabled = search.per_exit(scored, cost.cumulative, key, find(curve), switch)
         return dataclasses.replace(policy, thresholds=each, enabled=enabled)
-    if switch:
-        policy = dataclasses.replace(
-            policy, enabled=search.that_pay(scored, cost.cumulative, key)
+    enabled = search.that_pay(scored, cost.cumulative, key) if switch else policy.enabled
+    if enabled != policy.enabled:
+        policy = dataclasses.replace(policy, enabled=enabled)
+        curve = thresholds.shared_curve(
+            score_record(val, policy), enabled, cost.cumulative(enabled)
         )
-        scored = score_record(val, policy)
-        curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
     return dataclasses.replace(policy, thresholds=(find(curve),) * (len(names) - 1))
 
 
