@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from early_exit.disk import locked
 from early_exit.errors import UserError
 from early_exit.pixels import ImageData
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
@@ -185,7 +186,8 @@ def _cifar10(root: Path, split_seed: int) -> Data:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # absent or damaged
         log.info("CIFAR-10 is not whole under %s; downloading it", root)
         try:
-            CIFAR10(root, train=True, download=True)
+            with locked(root, wait=True):  # several runs on one volume
+                CIFAR10(root, train=True, download=True)
             sets = [read(True), read(False)]
         except (
             RuntimeError, OSError, EOFError, pickle.UnpicklingError, http.client.HTTPException

@@ -330,16 +330,17 @@ def goal_of(args: argparse.Namespace) -> Goal:
     goals = (max_drop, args.budget, args.latency_budget, args.thresholds, args.risk)
     if all(value is None for value in goals):
         max_drop = 0.5
-    if args.risk is None and (args.confidence or args.on_average or args.loss):
+    if args.risk is None and (args.confidence is not None or args.on_average or args.loss):
         raise UserError("--confidence, --on-average and --loss go with --risk")
-    if args.confidence and args.on_average:
+    if args.confidence is not None and args.on_average:
         raise UserError("--on-average has no confidence; drop one of the two")
+    confidence = 95 if args.confidence is None else args.confidence
     return Goal(
         max_drop=None if max_drop is None else max_drop / 100,
         budget=None if args.budget is None else args.budget / 100,
         thresholds=None if args.thresholds is None else tuple(args.thresholds),
         risk=None if args.risk is None else args.risk / 100,
-        confidence=None if args.on_average else (args.confidence or 95) / 100,
+        confidence=None if args.on_average else confidence / 100,
         loss=args.loss or "wrong",
         per_exit=args.per_exit,
         latency=None if args.latency_budget is None else _latency(args.latency_budget),

@@ -1,8 +1,10 @@
 """The disk: files and directories that appear whole or not at all, and the lock of a directory."""
 
+import contextlib
 import errno
 import fcntl
 import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from early_exit.errors import Unavailable, UserError
+
+log = logging.getLogger(__name__)
 
 NEVER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
@@ -88,18 +92,24 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             raise Unavailable(
                 f"{directory} is in use by another process; wait for it, or choose another"
                 " --save-dir"
             ) from None
+        except OSError as error:
+            log.warning(
+                "the file system of %s keeps no locks (%s): see to it that one process alone"
+                " writes there", directory, error.strerror,
+            )
         _held.append(file)
         _let_children_go()
         try:
             yield
         finally:
             _held.remove(file)
-            fcntl.flock(file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 _held: list[IO[str]] = []

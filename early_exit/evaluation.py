@@ -161,16 +161,19 @@ def choose(
         find = partial(thresholds.for_budget, macs=goal.budget * cost.plain_macs)
         key = search.most_accurate(goal.budget * cost.plain_macs)
     switch = goal.criterion != "patience"  # which counts what every exit says
-    if goal.per_exit:
-        each, enabled = search.per_exit(scored, cost.cumulative, key, find(curve), switch)
-        return dataclasses.replace(policy, thresholds=each, enabled=enabled)
-    enabled = search.that_pay(scored, cost.cumulative, key) if switch else policy.enabled
+    enabled = search.that_pay(scored, cost.cumulative, key)[0] if switch else policy.enabled
     if enabled != policy.enabled:
-        policy = dataclasses.replace(policy, enabled=enabled)
         curve = thresholds.shared_curve(
-            score_record(val, policy), enabled, cost.cumulative(enabled)
+            score_record(val, dataclasses.replace(policy, enabled=enabled)),
+            enabled,
+            cost.cumulative(enabled),
         )
-    return dataclasses.replace(policy, thresholds=(find(curve),) * (len(names) - 1))
+    each = (find(curve),) * (len(names) - 1)
+    if goal.per_exit:
+        each, enabled = search.per_exit(
+            scored, cost.cumulative, key, each[0], enabled, switch=switch
+        )
+    return dataclasses.replace(policy, thresholds=each, enabled=enabled)
 
 
 def _allowed(goal: Goal, times: StageTimes) -> float:

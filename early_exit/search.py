@@ -48,36 +48,36 @@ def _over(excess: np.ndarray) -> np.ndarray:
 
 def that_pay(
     scored: Scores, price_of: Callable[[Sequence[bool]], Sequence[float]], key: Key
-) -> tuple[bool, ...]:
-    """Which exits are on, if all share a threshold: one after the other is switched off, the one
-    without which the goal is served best, as long as that is better by `key`.
+) -> tuple[tuple[bool, ...], float]:
+    """Which exits are on, if all share a threshold, and that threshold: one after the other is
+    switched off, the one without which the goal is served best, as long as that is better by `key`.
 
     scored: with all exits on, which say the same if others are off. price_of: from the switches,
     what an image costs that leaves at each exit.
     """
 
-    def served(enabled: tuple[bool, ...]) -> tuple[float, ...]:
+    def served(enabled: tuple[bool, ...]) -> tuple[tuple[float, ...], float]:
         scores = scored.scores.copy()
         scores[:, :-1][:, ~np.array(enabled, bool)] = -np.inf
         part = dataclasses.replace(scored, scores=scores)
         curve = shared_curve(part, enabled, price_of(enabled))
         parts = key(curve.accuracy, curve.macs)
         at = np.lexsort(parts[::-1])[0]
-        return tuple(float(values[at]) for values in parts)
+        return tuple(float(values[at]) for values in parts), float(curve.thresholds[at])
 
     enabled = (True,) * (scored.scores.shape[1] - 1)
-    found = served(enabled)
+    found, threshold = served(enabled)
     while any(enabled):
         fewer = [
             (*enabled[:index], False, *enabled[index + 1 :])
             for index, on in enumerate(enabled)
             if on
         ]
-        best, trial = min((served(trial), trial) for trial in fewer)
+        (best, at), trial = min((served(trial), trial) for trial in fewer)
         if not _less(best, found):
             break
-        enabled, found = trial, best
-    return enabled
+        enabled, found, threshold = trial, best, at
+    return enabled, threshold
 
 
 def per_exit(
@@ -85,10 +85,11 @@ def per_exit(
     price_of: Callable[[Sequence[bool]], Sequence[float]],
     key: Key,
     shared: float,
+    shared_on: tuple[bool, ...],
     switch: bool = True,
 ) -> tuple[tuple[float, ...], tuple[bool, ...]]:
     """A threshold for each early exit, and which exits are on; never worse by `key` than the
-    `shared` threshold for all.
+    `shared` threshold for the exits in `shared_on`.
 
     scored: with all exits on. price_of: from the switches, what an image costs that leaves at each
     exit, heads that ran included. switch: whether exits may be switched off, which must not change
@@ -105,6 +106,12 @@ def per_exit(
     starts = [starts[0], *sorted(set(starts), key=lambda start: moves.rank(start, key))[:KEPT]]
     ends = [moves.descend(start, key) for start in starts]
     best = min(ends, key=lambda end: moves.rank(end, key))
+    if shared_on != enabled:
+        fewer = Moves(scored, shared_on, price_of(shared_on), moves.order)
+        each = tuple(shared if on else NEVER for on in shared_on)
+        end = fewer.descend(each, key)
+        if _less(fewer.rank(end, key), moves.rank(best, key)):
+            enabled, moves, best = shared_on, fewer, end
     while switch and any(enabled):
         found = moves.rank(best, key)
         trials = []

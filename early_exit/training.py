@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -171,6 +172,7 @@ def train(
         refuse_misfits(config, phases, data.size("train"), device, group)
         directory = run_dir or default_run_dir(runs, config, network.exit_names)
         refuse_existing(directory, resume)
+        refuse_unwritable(directory)
         write = group.leads and not check
         with locked(directory) if write else nullcontext():
             group.wait()  # nobody reads before the directory is ours
@@ -254,6 +256,13 @@ def refuse_existing(directory: Path, resume: str | None) -> None:
         raise UserError(
             f"{directory} exists; pass --resume auto to go on with it, or another --save-dir"
         )
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raises UserError where the run directory could not be made or written, without trying it."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} cannot be written; choose another --save-dir")
 
 
 def nth_epoch(phases: list[Phase], epoch: int) -> Position:

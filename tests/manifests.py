@@ -173,7 +173,7 @@ def of_command(container: dict) -> Iterator[str]:
         yield "it does not go on by itself"
     if GPU not in container["resources"]["limits"]:
         yield "torchrun counts GPUs, and it asks for none"
-    for word in ('"$@" --check & wait $!', "exec torchrun", '"$@"'):
+    for word in ('"$@" --check & wait $! || exit;', "torchrun --", 'trap "kill -TERM $!" TERM'):
         if word not in " ".join(container["command"]):
             yield f"its command lacks {word}"
 
@@ -215,7 +215,7 @@ def between(files: Files, specs: dict[str, dict]) -> Iterator[str]:
     terms = shell["spec"]["affinity"]["podAffinity"]
     (term,) = terms["preferredDuringSchedulingIgnoredDuringExecution"]
     sought = term["podAffinityTerm"]["labelSelector"]["matchLabels"]
-    if not sought.items() <= files["train_pod.yaml"][0]["metadata"]["labels"].items():
+    if not sought or not sought.items() <= files["train_pod.yaml"][0]["metadata"]["labels"].items():
         yield "interactive_pod.yaml: it seeks a pod that is none of ours"
 
 

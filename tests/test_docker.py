@@ -138,7 +138,7 @@ MISTAKES = {
         put("--arhc=resnet50", "args", 1, where=container), "does not understand --arhc=resnet50"
     ),
     "a network": (put("--arch=resnet51", "args", 1, where=container), "does not understand"),
-    "no resuming": (put("--seed=1", "args", 3, where=container), "does not go on by itself"),
+    "no resuming": (put("--seed=1", "args", 4, where=container), "does not go on by itself"),
     "no check": (
         put(["bash", "-c", 'exec torchrun "$@"', "train"], "command", where=container),
         "its command lacks",
@@ -174,8 +174,7 @@ MISTAKES = {
         put(
             "train", "affinity", "podAffinity",
             "preferredDuringSchedulingIgnoredDuringExecution", 0, "podAffinityTerm",
-            "labelSelector", "matchLabels", "app.kubernetes.io/component",
-            name=SHELL,
+            "labelSelector", "matchLabels", "app.kubernetes.io/name", name=SHELL,
         ),
         "it seeks a pod that is none of ours",
     ),
@@ -270,10 +269,10 @@ class TestCommands:
 
     @pytest.fixture
     def run(self, tmp_path):
-        """Starts a file's command with its arguments; `check`: what the check does."""
+        """Starts a file's command with its arguments; `check` and `torchrun`: what those do."""
 
-        def start(name: str, check: str) -> subprocess.Popen:
-            for program, body in (("python", check), ("torchrun", 'echo "torchrun $*"')):
+        def start(name: str, check: str, torchrun='echo "torchrun $*"') -> subprocess.Popen:
+            for program, body in (("python", check), ("torchrun", torchrun)):
                 path = tmp_path / program
                 path.write_text(f"#!/bin/sh\n{body}\n")
                 path.chmod(0o755)
@@ -304,6 +303,19 @@ class TestCommands:
         process = run(name, "exit 2")
         assert process.communicate(timeout=20) == ("", None)
         assert process.returncode == 2
+
+    @pytest.mark.parametrize("name", ["train_pod.yaml", JOB, MULTI])
+    def test_torchrun_hears_of_its_end_and_has_the_last_word(self, run, name):
+        listening = 'trap "sleep 1; echo saved; exit 1" TERM; echo up; while :; do sleep 0.1; done'
+        process = run(name, "true", listening)
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"
+        assert process.wait(timeout=20) == 1
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_its_exit_code_is_torchruns(self, run, code):
+        assert run("train_pod.yaml", "true", f"exit {code}").wait(timeout=20) == code
 
     @pytest.mark.parametrize("name", ["train_pod.yaml", SHELL])
     def test_it_ends_promptly_when_it_is_deleted(self, run, name):

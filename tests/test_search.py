@@ -80,12 +80,12 @@ def test_it_is_never_worse_than_one_for_all(seed, drop):
     curve = shared_curve(scored, ON, price_of(ON))
     needed = curve.accuracy[0] - drop
     shared = for_max_drop(curve, drop)
-    found, enabled = per_exit(scored, price_of, cheapest(needed), shared)
+    found, enabled = per_exit(scored, price_of, cheapest(needed), shared, ON)
     accuracy, price = outcome(scored, found, enabled)
     assert accuracy >= needed - 1e-9
     assert price <= outcome(scored, (shared,) * EARLY)[1] + 1e-9
     shared = for_budget(curve, 70)
-    found, enabled = per_exit(scored, price_of, most_accurate(70), shared)
+    found, enabled = per_exit(scored, price_of, most_accurate(70), shared, ON)
     accuracy, price = outcome(scored, found, enabled)
     assert price <= 70 + 1e-9
     assert accuracy >= outcome(scored, (shared,) * EARLY)[0] - 1e-9
@@ -99,7 +99,7 @@ def test_how_far_it_is_from_the_best_there_is():
         drop = (0, 0.04, 0.09)[seed % 3]
         needed = curve.accuracy[0] - drop
         shared = for_max_drop(curve, drop)
-        found, _ = per_exit(scored, price_of, cheapest(needed), shared, switch=False)
+        found, _ = per_exit(scored, price_of, cheapest(needed), shared, ON, switch=False)
         accuracies, prices = every_combination(scored)
         best = prices[accuracies >= needed - 1e-12].min()
         excess.append(outcome(scored, found)[1] / best - 1)
@@ -124,7 +124,12 @@ def test_what_pays_with_a_shared_threshold_is_never_worse_than_all(seed, drop):
         return curve.macs[curve.accuracy >= needed - 1e-12].min()
 
     needed = scored.right[:, -1].mean() - drop
-    found = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    found, shared = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    each, on = per_exit(
+        scored, lambda on: price_of(on, heads), cheapest(needed), shared, found
+    )
+    accuracy, price = outcome(scored, each, on, price_of(on, heads))
+    assert accuracy >= needed - 1e-9 and price <= cheapest_of(found) + 1e-9
     subsets = list(itertools.product([True, False], repeat=EARLY))
     assert cheapest_of(found) <= cheapest_of(ON) + 1e-9
     # one at a time, it may miss a better pair
@@ -136,21 +141,20 @@ class TestSwitchingOff:
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
         scored.scores[:, 1] = 0.99
-        assert that_pay(scored, price_of, cheapest(scored.right[:, -1].mean())) == (
-            True, False, True
-        )
+        on, _ = that_pay(scored, price_of, cheapest(scored.right[:, -1].mean()))
+        assert on == (True, False, True)
 
     def test_exits_that_pay_stay_on_with_a_shared_threshold(self):
         scored = sample(1, count=200)
         scored.answers[:] = 1
-        assert that_pay(scored, price_of, cheapest(1.0))[0]
+        assert that_pay(scored, price_of, cheapest(1.0))[0][0]
 
     def test_an_exit_that_never_pays_is_off(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
         heads = (1, 9, 1, 0)
         found, enabled = per_exit(
-            scored, lambda on: price_of(on, heads), cheapest(scored.right[:, -1].mean()), NEVER
+            scored, lambda on: price_of(on, heads), cheapest(scored.right[:, -1].mean()), NEVER, ON
         )
         assert enabled == (True, False, True) and found[1] == NEVER
 
@@ -158,19 +162,19 @@ class TestSwitchingOff:
         scored = sample(1, count=200)
         scored.answers[:, :-1] = 0
         scored.answers[:, -1] = 1
-        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER)
+        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER, ON)
         assert enabled == (False,) * EARLY and found == (NEVER,) * EARLY
 
     def test_exits_that_pay_stay(self):
         scored = sample(1, count=200)
         scored.answers[:] = 1
-        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER)
+        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER, ON)
         assert enabled[0] and outcome(scored, found, enabled)[1] <= 21  # everybody leaves at once
 
     def test_they_may_have_to_stay(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0
-        _, enabled = per_exit(scored, price_of, most_accurate(60), -1.0, switch=False)
+        _, enabled = per_exit(scored, price_of, most_accurate(60), -1.0, ON, switch=False)
         assert enabled == ON
 
 
@@ -178,5 +182,5 @@ def test_no_goal_in_reach_is_missed_for_want_of_a_good_start():
     scored = sample(5, count=300)
     accuracies = [scored.right[:, index].mean() for index in range(EARLY + 1)]
     assert accuracies[0] < accuracies[-1]
-    found, enabled = per_exit(scored, price_of, most_accurate(21), -1.0)
+    found, enabled = per_exit(scored, price_of, most_accurate(21), -1.0, ON)
     assert outcome(scored, found, enabled)[1] <= 21 + 1e-9
