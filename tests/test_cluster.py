@@ -152,12 +152,14 @@ class TestDisk:
         """Runs the tiny trainer into a directory of a file system with the given options, and tells
         what lies there afterwards."""
 
-        def run(options: str, then: str = "true") -> tuple[subprocess.CompletedProcess, list[str]]:
+        def run(
+            options: str, then: str = "true", flags: tuple[str, ...] = ()
+        ) -> tuple[subprocess.CompletedProcess, list[str]]:
             mounted = tmp_path / "mounted"
             mounted.mkdir()
             command = [
                 sys.executable, str(ROOT / "tests/scripts.py"), "none", "0", *TINY, *LEAST,
-                "--save-dir", str(mounted / "run"),
+                "--save-dir", str(mounted / "run"), *flags,
             ]
             script = (
                 f"mount -t tmpfs -o {options} none {shlex.quote(str(mounted))} &&"
@@ -188,7 +190,8 @@ class TestDisk:
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "cannot be written: No space left on device" in done.stderr
 
-    def test_one_that_cannot_be_written(self, on_a_disk):
-        done, _ = on_a_disk("ro")
+    @pytest.mark.parametrize("flags", [(), ("--check",)])
+    def test_one_that_cannot_be_written(self, on_a_disk, flags):
+        done, _ = on_a_disk("ro", flags=flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert done.stderr.endswith("mounted/run cannot be written: Read-only file system\n")
+        assert done.stderr.endswith("mounted cannot be written; choose another --save-dir\n")

@@ -182,6 +182,14 @@ class TestLock:
             assert child.is_alive()
         child.kill()
 
+    def test_a_file_system_without_locks_is_warned_of(self, tmp_path, monkeypatch, caplog):
+        def none(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(disk.fcntl, "flock", none)
+        with disk.locked(tmp_path):
+            assert "keeps no locks (No locks available): see to it" in caplog.text
+
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         message = refusal(disk.locked(tmp_path / "file" / "run").__enter__)
