@@ -153,7 +153,7 @@ def choose(
     if goal.latency is not None:
         seconds = times.of(curve.shares)
         threshold = thresholds.for_latency(curve, seconds, _allowed(goal, times))
-        return dataclasses.replace(policy, thresholds=(threshold,) * (len(names) - 1))
+        return policy.shared(threshold)
     if goal.max_drop is not None:
         find = partial(thresholds.for_max_drop, drop=goal.max_drop)
         key = search.cheapest(curve.accuracy[0] - goal.max_drop)
@@ -161,19 +161,12 @@ def choose(
         find = partial(thresholds.for_budget, macs=goal.budget * cost.plain_macs)
         key = search.most_accurate(goal.budget * cost.plain_macs)
     switch = goal.criterion != "patience"  # which counts what every exit says
-    enabled = search.that_pay(scored, cost.cumulative, key)[0] if switch else policy.enabled
-    if enabled != policy.enabled:
-        curve = thresholds.shared_curve(
-            score_record(val, dataclasses.replace(policy, enabled=enabled)),
-            enabled,
-            cost.cumulative(enabled),
-        )
-    each = (find(curve),) * (len(names) - 1)
+    enabled = search.that_pay(scored, cost.cumulative, key) if switch else policy.enabled
+    threshold = find(thresholds.shared_curve(scored, enabled, cost.cumulative(enabled)))
     if goal.per_exit:
-        each, enabled = search.per_exit(
-            scored, cost.cumulative, key, each[0], enabled, switch=switch
-        )
-    return dataclasses.replace(policy, thresholds=each, enabled=enabled)
+        each, enabled = search.per_exit(scored, cost.cumulative, key, threshold, enabled, switch)
+        return dataclasses.replace(policy, thresholds=each, enabled=enabled)
+    return dataclasses.replace(policy, enabled=enabled).shared(threshold)
 
 
 def _allowed(goal: Goal, times: StageTimes) -> float:
@@ -199,10 +192,7 @@ def _calibrated(val: ExitRecord, goal: Goal) -> Policy:
 def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     """The cheapest policy whose risk is certified: what it is made of is fitted on a fifth of val,
     drawn by lot; the rest certifies."""
-    order = np.random.default_rng(0).permutation(len(val))
-    cut = round(FIT_SHARE * len(val))
-    fit, certify = (np.sort(rows) for rows in (order[:cut], order[cut:]))
-    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in (fit, certify))
+    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in fit_and_certify(val))
     policies = ladder(fit, goal, cost)
     scored = score_record(certify, policies[0])
     lost = guarantees.losses_of(scored, policies, goal.loss)
@@ -223,16 +213,20 @@ def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
     )
 
 
+def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
+    """The images of val that a guarantee's policies are fitted on, and those that certify."""
+    order = np.random.default_rng(0).permutation(len(val))
+    cut = round(FIT_SHARE * len(val))
+    return np.sort(order[:cut]), np.sort(order[cut:])
+
+
 def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
     """Policies of the goal's criterion from never leaving early to always, evenly in MACs, with
     temperatures; all of it from `fit`."""
     policy = _calibrated(fit, goal)
     scored = score_record(fit, policy)
     curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    return [
-        dataclasses.replace(policy, thresholds=(float(threshold),) * (policy.num_exits - 1))
-        for threshold in curve.thresholds[_thinned(curve)]
-    ]
+    return [policy.shared(float(threshold)) for threshold in curve.thresholds[_thinned(curve)]]
 
 
 def _thinned(curve: thresholds.Curve) -> list[int]:
@@ -572,7 +566,7 @@ def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePo
     points = []
     for index in _thinned(curve):
         threshold = float(curve.thresholds[index])
-        shared = dataclasses.replace(policy, thresholds=(threshold,) * (policy.num_exits - 1))
+        shared = policy.shared(threshold)
         test_point, taken = outcome(test_scored, shared, cost)
         points.append(
             CurvePoint(

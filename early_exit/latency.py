@@ -164,13 +164,7 @@ def measure(
     """
     device = batches[0].device
     network.eval()
-    never = Policy(
-        exit_names=policy.exit_names,
-        thresholds=(NEVER,) * (policy.num_exits - 1),
-        criterion=policy.criterion,
-        temperatures=policy.temperatures,
-        enabled=policy.enabled,
-    )
+    never = policy.shared(NEVER)
     medians: dict[str, list[float]] = {"plain": [], "live": [], "promise": [], "full": []}
     stage_medians: list[list[float]] = []
     began = time.perf_counter()

@@ -70,6 +70,10 @@ class Policy:
         """How many exits there are, the final classifier included."""
         return len(self.exit_names)
 
+    def shared(self, threshold: float) -> "Policy":
+        """The same policy with one threshold for all early exits; NEVER: nobody leaves early."""
+        return dataclasses.replace(self, thresholds=(threshold,) * (self.num_exits - 1))
+
     def is_on(self, exit_index: int) -> bool:
         """Whether the head at `exit_index` is computed; the final one always is."""
         return exit_index == self.num_exits - 1 or self.enabled[exit_index]

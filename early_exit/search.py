@@ -15,7 +15,6 @@ early exits it found the best of all combinations 93 times, and cost 0.2 % more 
 at most (tests/test_search.py); one threshold for all cost 25 % more on average.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -48,36 +47,27 @@ def _over(excess: np.ndarray) -> np.ndarray:
 
 def that_pay(
     scored: Scores, price_of: Callable[[Sequence[bool]], Sequence[float]], key: Key
-) -> tuple[tuple[bool, ...], float]:
-    """Which exits are on, if all share a threshold, and that threshold: one after the other is
-    switched off, the one without which the goal is served best, as long as that is better by `key`.
+) -> tuple[bool, ...]:
+    """Which exits are on, if all share a threshold: one after the other is switched off, the one
+    without which the goal is served best, as long as that is better by `key`.
 
     scored: with all exits on, which say the same if others are off. price_of: from the switches,
     what an image costs that leaves at each exit.
     """
 
-    def served(enabled: tuple[bool, ...]) -> tuple[tuple[float, ...], float]:
-        scores = scored.scores.copy()
-        scores[:, :-1][:, ~np.array(enabled, bool)] = -np.inf
-        part = dataclasses.replace(scored, scores=scores)
-        curve = shared_curve(part, enabled, price_of(enabled))
-        parts = key(curve.accuracy, curve.macs)
-        at = np.lexsort(parts[::-1])[0]
-        return tuple(float(values[at]) for values in parts), float(curve.thresholds[at])
+    def served(enabled: tuple[bool, ...]) -> tuple[float, ...]:
+        curve = shared_curve(scored, enabled, price_of(enabled))
+        return _least(key(curve.accuracy, curve.macs))[1]
 
     enabled = (True,) * (scored.scores.shape[1] - 1)
-    found, threshold = served(enabled)
+    found = served(enabled)
     while any(enabled):
-        fewer = [
-            (*enabled[:index], False, *enabled[index + 1 :])
-            for index, on in enumerate(enabled)
-            if on
-        ]
-        (best, at), trial = min((served(trial), trial) for trial in fewer)
+        fewer = [_put(enabled, index, False) for index, on in enumerate(enabled) if on]
+        best, trial = min((served(trial), trial) for trial in fewer)
         if not _less(best, found):
             break
-        enabled, found, threshold = trial, best, at
-    return enabled, threshold
+        enabled, found = trial, best
+    return enabled
 
 
 def per_exit(
@@ -116,9 +106,9 @@ def per_exit(
         found = moves.rank(best, key)
         trials = []
         for index in moves.on:
-            fewer = (*enabled[:index], False, *enabled[index + 1 :])
+            fewer = _put(enabled, index, False)
             without = Moves(scored, fewer, price_of(fewer), moves.order)
-            end = without.descend((*best[:index], NEVER, *best[index + 1 :]), key)
+            end = without.descend(_put(best, index, NEVER), key)
             trials.append((without.rank(end, key), fewer, without, end))
         rank, fewer, without, end = min(trials, key=lambda trial: trial[0])
         if not _less(rank, found):
@@ -198,18 +188,26 @@ class Moves:
             if waited == len(self.on):
                 break
             values, *outcome = self.outcomes(thresholds, index)
-            parts = key(*outcome)
-            at = np.lexsort(parts[::-1])[0]
-            found = tuple(float(part[at]) for part in parts)
+            at, found = _least(key(*outcome))
             waited += 1
             if _less(found, best):
-                moved = (*thresholds[:index], float(values[at]), *thresholds[index + 1 :])
-                thresholds, best, waited = moved, found, 1
+                thresholds, best, waited = _put(thresholds, index, float(values[at])), found, 1
         return thresholds
 
     def _rounds(self) -> Iterator[int]:
         while self.on:
             yield from self.on
+
+
+def _put(values: tuple, index: int, value: object) -> tuple:
+    """The tuple with another value at `index`."""
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def _least(parts: tuple[np.ndarray, ...]) -> tuple[int, tuple[float, ...]]:
+    """Where a key is least, and what it is there."""
+    at = int(np.lexsort(parts[::-1])[0])
+    return at, tuple(float(part[at]) for part in parts)
 
 
 def _less(found: tuple[float, ...], best: tuple[float, ...]) -> bool:

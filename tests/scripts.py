@@ -29,6 +29,7 @@ from cifar10 import data, resnet, trainer
 from cifar10 import eval as evaluation
 from early_exit import cli, distributed
 from early_exit.config import Config, DataConfig
+from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor
 from early_exit.network import MultiExitNetwork
 
@@ -106,6 +107,15 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     finally:
         process.kill()  # which a finished one does not mind
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def refusal(call, *arguments, **options) -> str:
+    """The message of the UserError that a call ends in: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def run_main(

@@ -11,19 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from scripts import refusal
 
 from early_exit import checkpoint
 from early_exit.checkpoint import NAME, PREVIOUS
-from early_exit.errors import Unavailable, UserError
-
-
-def refusal(call, *arguments) -> str:
-    """The message of the UserError that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from early_exit.errors import Unavailable
 
 
 def state(number: int) -> dict:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import refusal
 
 from cifar10 import trainer
 from early_exit import cli
@@ -22,7 +23,6 @@ from early_exit.config import (
     OptimConfig,
     RunConfig,
 )
-from early_exit.errors import UserError
 
 
 def from_yaml(text: str) -> Config:
@@ -34,15 +34,6 @@ def from_flags(*flags: object, saved: dict | None = None, own: dict | None = Non
     """The configuration that the trainer's flags give."""
     args = trainer.parser().parse_args([str(flag) for flag in flags])
     return cli.resolve_config(args, saved, own)
-
-
-def refusal(call, *arguments, **options) -> str:
-    """The message of the UserError that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

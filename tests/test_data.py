@@ -10,20 +10,11 @@ import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import refusal
 
 from cifar10 import data
 from cifar10.data import Data, ImageSet
 from early_exit import splits
-from early_exit.errors import UserError
-
-
-def refusal(call, *arguments) -> str:
-    """The message of the UserError that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture(scope="module")

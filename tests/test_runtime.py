@@ -8,20 +8,11 @@ import subprocess
 
 import pytest
 import torch
+from scripts import refusal
 
 from early_exit import runtime
-from early_exit.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def refusal(call, *arguments) -> str:
-    """The message of the UserError that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 class TestDevice:

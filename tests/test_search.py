@@ -124,7 +124,8 @@ def test_what_pays_with_a_shared_threshold_is_never_worse_than_all(seed, drop):
         return curve.macs[curve.accuracy >= needed - 1e-12].min()
 
     needed = scored.right[:, -1].mean() - drop
-    found, shared = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    found = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    shared = for_max_drop(shared_curve(scored, found, price_of(found, heads)), drop)
     each, on = per_exit(
         scored, lambda on: price_of(on, heads), cheapest(needed), shared, found
     )
@@ -141,13 +142,13 @@ class TestSwitchingOff:
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
         scored.scores[:, 1] = 0.99
-        on, _ = that_pay(scored, price_of, cheapest(scored.right[:, -1].mean()))
+        on = that_pay(scored, price_of, cheapest(scored.right[:, -1].mean()))
         assert on == (True, False, True)
 
     def test_exits_that_pay_stay_on_with_a_shared_threshold(self):
         scored = sample(1, count=200)
         scored.answers[:] = 1
-        assert that_pay(scored, price_of, cheapest(1.0))[0][0]
+        assert that_pay(scored, price_of, cheapest(1.0))[0]
 
     def test_an_exit_that_never_pays_is_off(self):
         scored = sample(1, count=200)

@@ -67,7 +67,7 @@ def main() -> None:
     trained = load_run(args.run, DOOR, {"run": EVALUATION})
     network, test = trained.network, trained.data.splits["test"]
     policy = Policy.load(args.run / "eval" / args.evaluation / "policy.yaml")
-    never = Policy(exit_names=policy.exit_names, thresholds=(NEVER,) * (policy.num_exits - 1))
+    never = policy.shared(NEVER)
     early = [f"at {name}" for name in policy.exit_names[:-1]]
     print(f"| test images | {' | '.join(early)} | MACs | whole network | exits taken | lost |")
     print("| --- |" + " ---: |" * (len(early) + 4))

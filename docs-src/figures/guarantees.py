@@ -13,11 +13,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from criteria import cost_of
 from matplotlib.figure import Figure
 
-from early_exit.cost import Cost
 from early_exit.disk import written_whole
-from early_exit.evaluation import FIT_SHARE, Goal, ladder
+from early_exit.evaluation import Goal, fit_and_certify, ladder
 from early_exit.guarantees import losses_of, on_average, with_confidence
 from early_exit.plots import BLUE, GREEN, ORANGE, STYLE
 from early_exit.records import ExitRecord, score_record
@@ -47,10 +47,8 @@ def main() -> None:
     risk, confidence = args.risk / 100, args.confidence / 100
 
     val, test = (ExitRecord.load(args.run / "records" / f"{name}-off") for name in ("val", "test"))
-    info = val.info
-    cost = Cost(info.exit_names, info.stage_macs, info.head_macs, 0, (0,) * len(info.exit_names))
-    rows = np.random.default_rng(0).permutation(len(val))[: round(FIT_SHARE * len(val))]
-    policies = ladder(val.subset(np.sort(rows), "val", ""), Goal(risk=risk), cost)
+    cost, (rows, _) = cost_of(val), fit_and_certify(val)
+    policies = ladder(val.subset(rows, "val", ""), Goal(risk=risk), cost)
     scored = score_record(test, policies[0])
     lost = losses_of(scored, policies, "wrong")
     true, shares = lost.mean(axis=1), np.array(cost.shares())
