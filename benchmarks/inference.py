@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from cifar10 import resnet
+from cifar10 import networks
 from early_exit import cli, runtime
 from early_exit.config import Amp
 from early_exit.errors import UserError
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     autocast = partial(runtime.autocast, precision, device)
 
     torch.manual_seed(0)
-    network = resnet.build_network(args.arch, tuple(args.exits), args.head)
+    network = networks.build_network(args.arch, tuple(args.exits), args.head)
     network.to(device, memory_format=torch.channels_last).eval()
     images = torch.randn(args.images, 3, 32, 32, device=device)
     images = images.to(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from turns import add_turns_flags, compare, show
 
-from cifar10 import data, resnet
+from cifar10 import data, networks
 from early_exit import cli, runtime
 from early_exit.config import Amp, OptimConfig
 from early_exit.engine import Tally, make_optimizer, train_steps
@@ -65,7 +65,7 @@ def random_images() -> data.ImageSet:
 def usual_loop(args: argparse.Namespace) -> Iterator[None]:
     """The reference: a step per `next`."""
     device, images = runtime.choose_device(args.device), random_images()
-    network = resnet.build_backbone(args.arch).to(device).train()
+    network = networks.build_backbone(args.arch).to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     loader = DataLoader(
         PilImages(images), BATCH, shuffle=True, num_workers=2, drop_last=True,
@@ -89,7 +89,7 @@ def our_loop(args: argparse.Namespace) -> Iterator[None]:
     names = tuple(map(str, range(10)))
     source = data.Data("random", names, splits, "", data.MEAN, data.STD, True)
     source = source.to(device, torch.channels_last)
-    network = resnet.build_backbone(args.arch)
+    network = networks.build_backbone(args.arch)
     network.to(device, memory_format=torch.channels_last).train()
     if args.compile:
         network.compile()

@@ -1,4 +1,4 @@
-"""CIFAR-10 and digits as tensors: the whole set in memory, augmented a batch at a time.
+"""CIFAR-10, MNIST and digits as tensors: the whole set in memory, augmented a batch at a time.
 
 Crops and flips are drawn from a generator seeded by (seed, epoch, step), so every batch is a pure
 function of its position: resuming in the middle of an epoch needs nothing but the position.
@@ -28,14 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent / "data"
 SPLITS = ("train", "val", "test")
 # ImageNet's statistics, as in akamaster's script, so that its public checkpoints need no flag.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of its train images
 PAD = 4  # pixels on each side before a crop (He et al. 2015, section 4.2)
+SHAPES = {"cifar10": (3, 32, 32), "digits": (3, 32, 32), "mnist": (1, 28, 28)}
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images and what they show.
 
-    images: (N, 3, H, W) uint8; targets: (N,) int64.
+    images: (N, C, H, W) uint8; targets: (N,) int64.
     """
 
     images: Tensor
@@ -63,6 +65,8 @@ class Data(ImageData):
     std: tuple[float, ...]
     flip: bool
     """Whether a mirrored image shows the same thing."""
+    pad: int = PAD
+    """By how many pixels an image may be moved in training."""
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 500
 
@@ -70,11 +74,6 @@ class Data(ImageData):
     def test_hash(self) -> str:
         """Says which images are test."""
         return f"{self.name} test"
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of an image."""
-        return tuple(self.splits["train"].images.shape[1:])
 
     def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
         """The same data with its tensors on `device`, giving batches of that layout."""
@@ -91,7 +90,7 @@ class Data(ImageData):
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from `first_step` on: images (B, 3, H, W), targets (B,); of each
+        """The epoch's batches from `first_step` on: images (B, C, H, W), targets (B,); of each
         step its parts that are in `share`."""
         train = self.splits["train"]
         order = torch.randperm(len(train), generator=_generator(seed, epoch))
@@ -99,9 +98,9 @@ class Data(ImageData):
         for step in range(first_step, self.steps_per_epoch(batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
             # from 1 on: a seed sequence of (seed, epoch, 0) is the order's (seed, epoch)
-            draws = Draws.of(len(rows), _generator(seed, epoch, step + 1))
+            draws = Draws.of(len(rows), self.pad, _generator(seed, epoch, step + 1))
             for part in share.parts(len(rows)):
-                images = augment(train.images[rows[part]], draws.at(part), self.flip)
+                images = augment(train.images[rows[part]], draws.at(part), self.pad, self.flip)
                 yield self.normalise(images), train.targets[rows[part]]
 
     def eval_batches(
@@ -129,7 +128,7 @@ class Data(ImageData):
 
     def picture(self, split: str, index: int) -> np.ndarray:
         """One image as (H, W, 3) uint8."""
-        return self.splits[split].images[index].permute(1, 2, 0).cpu().numpy()
+        return self.splits[split].images[index].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,9 @@ class Draws:
     mirrored: Tensor  # (B,)
 
     @classmethod
-    def of(cls, count: int, generator: torch.Generator) -> "Draws":
-        """The draws for `count` images."""
-        corners = torch.randint(0, 2 * PAD + 1, (2, count), generator=generator)
+    def of(cls, count: int, pad: int, generator: torch.Generator) -> "Draws":
+        """The draws for `count` images that are moved by up to `pad` pixels."""
+        corners = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
         return cls(corners, torch.rand(count, generator=generator) < 0.5)
 
     def at(self, rows: slice) -> "Draws":
@@ -150,16 +149,16 @@ class Draws:
         return Draws(self.corners[:, rows], self.mirrored[rows])
 
 
-def augment(images: Tensor, draws: Draws, flip: bool) -> Tensor:
-    """Random crops after padding with black by 4 pixels, and random mirror images.
+def augment(images: Tensor, draws: Draws, pad: int, flip: bool) -> Tensor:
+    """Random crops after padding with black by `pad` pixels, and random mirror images.
 
-    The distribution of torchvision's RandomCrop(H, padding=4) and RandomHorizontalFlip, for a
-    whole batch at once. images: (B, 3, H, W) uint8, square.
+    The distribution of torchvision's RandomCrop(H, padding=pad) and RandomHorizontalFlip, for a
+    whole batch at once. images: (B, C, H, W) uint8, square.
     """
     count, _, height, width = images.shape
     top, left = draws.corners.to(images.device, non_blocking=True)
-    padded = F.pad(images, (PAD,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
+    padded = F.pad(images, (pad,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view
     images = windows[torch.arange(count, device=images.device), :, top, left]
     if flip:
         mirrored = draws.mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
@@ -168,7 +167,7 @@ def augment(images: Tensor, draws: Draws, flip: bool) -> Tensor:
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
-    """The data set called `dataset`: cifar10 (downloaded where absent) or digits."""
+    """The data set called `dataset`: cifar10 or mnist (downloaded where absent), or digits."""
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
     return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
@@ -178,25 +177,7 @@ def _cifar10(root: Path, split_seed: int) -> Data:
     """45,000 / 5,000 / 10,000."""
     from torchvision.datasets import CIFAR10
 
-    def read(train: bool) -> CIFAR10:
-        return CIFAR10(root, train=train, download=False)
-
-    try:
-        sets = [read(True), read(False)]
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # absent or damaged
-        log.info("CIFAR-10 is not whole under %s; downloading it", root)
-        try:
-            with locked(root, wait=True):  # several runs on one volume
-                CIFAR10(root, train=True, download=True)
-            sets = [read(True), read(False)]
-        except (
-            RuntimeError, OSError, EOFError, pickle.UnpicklingError, http.client.HTTPException
-        ) as error:
-            raise UserError(
-                f"CIFAR-10 is not under {root} and downloading {CIFAR10.url} failed"
-                f" ({' '.join(str(error).split())}); put the original cifar-10-batches-py folder"
-                f" there, or run with --dataset digits, which needs no network"
-            ) from None
+    sets = _downloaded(CIFAR10, root, "CIFAR-10", "cifar-10-batches-py folder", CIFAR10.url)
     train, test = (
         ImageSet(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -205,6 +186,42 @@ def _cifar10(root: Path, split_seed: int) -> Data:
         for part in sets
     )
     return _cut("cifar10", train, test, 5000, split_seed, tuple(sets[0].classes), flip=True)
+
+
+def _mnist(root: Path, split_seed: int) -> Data:
+    """55,000 / 5,000 / 10,000, 28x28 grey. Moved by up to 2 pixels in training, never flipped."""
+    from torchvision.datasets import MNIST
+
+    sets = _downloaded(MNIST, root, "MNIST", "MNIST/raw folder", MNIST.mirrors[0])
+    train, test = (ImageSet(part.data[:, None], part.targets) for part in sets)
+    names = tuple(str(digit) for digit in range(10))
+    cut = _cut("mnist", train, test, 5000, split_seed, names, flip=False)
+    return dataclasses.replace(cut, mean=MNIST_MEAN, std=MNIST_STD, pad=2)
+
+
+def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> list:
+    """Train and test of one of torchvision's data sets, downloaded where it is not whole."""
+
+    def read(train: bool):
+        return dataset(root, train=train, download=False)
+
+    damaged = (
+        RuntimeError, OSError, EOFError, ValueError, AssertionError, pickle.UnpicklingError
+    )
+    try:
+        return [read(True), read(False)]
+    except damaged:
+        log.info("%s is not whole under %s; downloading it", name, root)
+        try:
+            with locked(root, wait=True):  # several runs on one volume
+                dataset(root, train=True, download=True)
+            return [read(True), read(False)]
+        except (*damaged, http.client.HTTPException) as error:
+            raise UserError(
+                f"{name} is not under {root} and downloading {url} failed"
+                f" ({' '.join(str(error).split())}); put the original {folder}"
+                f" there, or run with --dataset digits, which needs no network"
+            ) from None
 
 
 def _digits(_root: Path, split_seed: int) -> Data:
@@ -245,7 +262,7 @@ def _cut(
     return Data(name, classes, splits, index_hash(name, val), MEAN, STD, flip)
 
 
-LOADERS = {"cifar10": _cifar10, "digits": _digits}
+LOADERS = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist}
 
 
 def _generator(*numbers: int) -> torch.Generator:

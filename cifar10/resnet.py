@@ -5,17 +5,14 @@ are. Blocks, and so places for exits, are called `layer1.0` .. `layer3.8`; `laye
 the first stage.
 """
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork
 
 DEPTHS = {
     "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18, "resnet1202": 200
 }
-DEFAULT_EXITS = ("layer1",)  # a single exit at the end of the first stage, as in CDL's first step
 
 
 class BasicBlock(nn.Module):
@@ -47,12 +44,16 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A CIFAR ResNet of 6n + 2 layers: 32x32 images, widths 16, 32 and 64.
 
-    Maps images (B, 3, 32, 32) to logits (B, K).
+    shape: of an image (C, H, W). Maps images (B, C, H, W) to logits (B, K).
     """
 
-    def __init__(self, blocks_per_stage: int, num_classes: int = 10) -> None:
+    default_exits = ("layer1",)  # one at the end of the first stage, as in the work it grew from
+
+    def __init__(
+        self, blocks_per_stage: int, num_classes: int = 10, shape: Sequence[int] = (3, 32, 32)
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _layer(16, 16, blocks_per_stage, stride=1)
         self.layer2 = _layer(16, 32, blocks_per_stage, stride=2)
@@ -82,28 +83,3 @@ class ResNet(nn.Module):
 def _layer(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
-
-
-def build_backbone(arch: str, num_classes: int = 10) -> ResNet:
-    """The plain network called `arch`: resnet20, 32, 44, 56, 110 or 1202."""
-    if arch not in DEPTHS:
-        raise UserError(f"there is no network {arch!r}; choose one of {', '.join(DEPTHS)}")
-    return ResNet(DEPTHS[arch], num_classes)
-
-
-def build_network(
-    arch: str = "resnet32",
-    exits: tuple[str, ...] | None = None,
-    head: str = "conv",
-    num_classes: int = 10,
-) -> MultiExitNetwork:
-    """`arch` with exits after the named blocks; None: the default place; (): the plain network."""
-    backbone = build_backbone(arch, num_classes)
-    return MultiExitNetwork(
-        backbone,
-        backbone.units(),
-        DEFAULT_EXITS if exits is None else exits,
-        head=head,
-        num_classes=num_classes,
-        example=torch.zeros(1, 3, 32, 32),
-    )

@@ -1,9 +1,10 @@
-"""Train a CIFAR ResNet with early exits.
+"""Train a CIFAR ResNet, or another small network, with early exits.
 
     python cifar10/trainer.py                        CIFAR-10, ResNet-32, one exit after layer1
     python cifar10/trainer.py --dataset digits       no network needed, a minute on a laptop
     python cifar10/trainer.py --arch resnet56 --exits layer1 layer2 --regime mixed
     python cifar10/trainer.py --arch resnet20 --exits none --backbone FILE -e --split test
+    python cifar10/trainer.py --config cifar10/configs/b-lenet.yaml
 """
 
 import argparse
@@ -11,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar10 import data, resnet
+import torch
+
+from cifar10 import data, networks
 from early_exit import cli, experiment
 from early_exit.config import Config, DataConfig
+from early_exit.cost import place_shares
 from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +33,12 @@ DIGITS = {
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     """The network that the configuration describes."""
     model = config.model
-    return resnet.build_network(model.arch, model.exits, model.head, num_classes)
+    shape = data.SHAPES.get(config.data.dataset, data.SHAPES["cifar10"])
+    exits = model.exits
+    if exits is None and config.run.regime == "cdl":  # every block is a candidate
+        backbone = networks.build_backbone(model.arch, num_classes, shape)
+        exits = tuple(place_shares(backbone.units(), torch.zeros(1, *shape)))
+    return networks.build_network(model.arch, exits, model.head, num_classes, shape)
 
 
 def load_data(settings: DataConfig) -> data.Data:
@@ -46,11 +55,12 @@ def parser() -> cli.Parser:
     group = parser.add_argument_group("data")
     cli.add_setting(
         group, "--dataset", setting="data.dataset", metavar="NAME",
-        help="cifar10, or digits, which needs no network (default cifar10)",
+        help="cifar10, mnist, or digits, which needs no network (default cifar10)",
     )
     cli.add_setting(
         group, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
-        help="where cifar-10-batches-py lies, or is put (default: data/ in the repository)",
+        help="where cifar-10-batches-py or MNIST lies, or is put (default: data/ in the"
+        " repository)",
     )
     cli.add_training_flags(parser, Config())
     parser.add_argument(

@@ -16,9 +16,9 @@ from typing import Any
 from early_exit import config as configs
 from early_exit import checkpoint, distributed, evaluation, experiment, runtime, training
 from early_exit.config import Config
+from early_exit.choosing import Goal
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
-from early_exit.evaluation import Goal
 from early_exit.experiment import FrontDoor
 from early_exit.guarantees import LOSSES
 from early_exit.heads import HEADS
@@ -31,6 +31,8 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+# What the regime cdl differs in: linear classifiers, and every block is a candidate.
+CDL = {"model": {"head": ["linear"], "exits": None}}
 # How an evaluation uses the machine, whatever training did. Float32 unless asked: the reference,
 # and at batch 1 also the fastest on a CPU.
 EVALUATION = {"amp": "off", "compile": False, "device": "auto", "threads": None}
@@ -83,20 +85,21 @@ def add_training_flags(
         f" {'none' if default.model.exits == () else 'the default places'})",
     )
     add_setting(
-        group, "--head", setting="model.head", metavar="KIND",
-        help=f"{', '.join(HEADS)}: the early exits' heads"
-        f" (default {default.model.head})",
+        group, "--head", setting="model.head", nargs="+", metavar="KIND",
+        help=f"{', '.join(HEADS)}: the early exits' heads, one for all or one each"
+        f" (default {' '.join(default.model.head)})",
     )
     add_setting(
         group, "--backbone", setting="model.backbone", metavar="FILE",
-        help="trained weights of the plain network; skips the first phase of mixed and frozen",
+        help="trained weights of the plain network; skips the first phase of mixed, frozen and cdl",
     )
 
     group = parser.add_argument_group("training")
     add_setting(
         group, "--regime", setting="run.regime", metavar="NAME",
         help="joint: all from scratch; mixed: the backbone first, then everything; frozen: the"
-        f" heads alone, on a trained backbone (default {default.run.regime})",
+        " heads alone, on a trained backbone; cdl: as frozen, linear heads after every block"
+        f" (default {default.run.regime})",
     )
     add_setting(
         group, "--epochs", setting="optim.epochs", metavar="N",
@@ -252,14 +255,23 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         help="guaranteed: at most so many of a hundred images are lost against the full network"
         " (--loss), with a probability of --confidence; a fifth of val fits, the rest certifies",
     )
+    goal.add_argument(
+        "--delta", type=float, metavar="P",
+        help="Conditional Deep Learning: an image stops where a class has this probability, at the"
+        " stages whose gain on val exceeds --epsilon",
+    )
     group.add_argument(
         "--latency-batch", type=int, default=1, metavar="B",
         help="of --latency-budget: images in a batch (default 1)",
     )
     group.add_argument(
         "--per-exit", action="store_true",
-        help="with --max-drop and --budget: a threshold of its own for each exit (default: one for"
-        " all)",
+        help="a threshold of its own for each exit (default: one for all)",
+    )
+    group.add_argument(
+        "--epsilon", type=float, metavar="PERCENT",
+        help="of --delta: the multiply-adds that a stage must gain, in percent of the plain"
+        " network's (default 0)",
     )
     group.add_argument(
         "--confidence", type=float, metavar="PERCENT", help="of --risk (default 95)"
@@ -327,11 +339,15 @@ def evaluate(args: argparse.Namespace, door: FrontDoor) -> None:
 def goal_of(args: argparse.Namespace) -> Goal:
     """What the evaluation's flags ask for; nothing: half a point."""
     max_drop = args.max_drop
-    goals = (max_drop, args.budget, args.latency_budget, args.thresholds, args.risk)
+    goals = (
+        max_drop, args.budget, args.latency_budget, args.thresholds, args.risk, args.delta
+    )
     if all(value is None for value in goals):
         max_drop = 0.5
     if args.risk is None and (args.confidence is not None or args.on_average or args.loss):
         raise UserError("--confidence, --on-average and --loss go with --risk")
+    if args.delta is None and args.epsilon is not None:
+        raise UserError("--epsilon goes with --delta")
     if args.confidence is not None and args.on_average:
         raise UserError("--on-average has no confidence; drop one of the two")
     confidence = 95 if args.confidence is None else args.confidence
@@ -342,11 +358,13 @@ def goal_of(args: argparse.Namespace) -> Goal:
         risk=None if args.risk is None else args.risk / 100,
         confidence=None if args.on_average else confidence / 100,
         loss=args.loss or "wrong",
+        delta=args.delta,
+        epsilon=(args.epsilon or 0.0) / 100,
         per_exit=args.per_exit,
         latency=None if args.latency_budget is None else _latency(args.latency_budget),
         latency_batch=args.latency_batch,
         criterion=args.criterion,
-        calibrate=not args.no_calibration,
+        calibrate=not args.no_calibration and args.delta is None,  # delta is of plain outputs
     )
 
 
@@ -458,13 +476,16 @@ def resolve_config(
     own: dict[str, Any] | None = None,
     cls: type[Config] = Config,
 ) -> Config:
-    """Defaults of `cls` < the script's own < a resumed run's < preset < flags."""
-    values = configs.merge(own or {}, saved or {})
+    """Defaults of `cls` < the script's own < the regime's < a resumed run's < preset < flags."""
+    given = saved or {}
     if namespace.config:
         preset = configs.load_preset(namespace.config)
         configs.build(cls, preset)  # a mistake in the preset is named as the preset's
-        values = configs.merge(values, preset)
-    return configs.build(cls, configs.merge(values, settings_of(namespace)))
+        given = configs.merge(given, preset)
+    given = configs.merge(given, settings_of(namespace))
+    if given.get("run", {}).get("regime") == "cdl":
+        own = configs.merge(own or {}, CDL)
+    return configs.build(cls, configs.merge(own or {}, given))
 
 
 def train_or_score(

@@ -18,7 +18,8 @@ import yaml
 from early_exit.errors import UserError
 
 Schedule = Literal["step", "cosine"]
-Regime = Literal["joint", "mixed", "frozen"]
+Regime = Literal["joint", "mixed", "frozen", "cdl"]
+Head = Literal["conv", "separable", "linear", "mixed_pool", "branch1", "branch2", "branch3"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 
 
@@ -53,12 +54,14 @@ class ModelConfig:
     """Name of the backbone."""
     exits: tuple[str, ...] | None = None
     """Blocks followed by an exit; absent: the arch's default; empty, or none: the plain network."""
-    head: Literal["conv", "separable", "linear", "mixed_pool"] = "conv"
-    """Kind of the early exits' heads."""
+    head: tuple[Head, ...] = ("conv",)
+    """Kind of the early exits' heads: one, or one for each."""
     backbone: str | None = None
     """Checkpoint with the backbone's weights."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.head, str):
+            object.__setattr__(self, "head", (self.head,))
         if self.exits and "none" in self.exits:
             _require(
                 self.exits == ("none",), "exits: none stands alone; it asks for the plain network"
@@ -152,12 +155,19 @@ class LossConfig:
 
     weights: tuple[float, ...] | None = None
     """One per exit, or one per early exit, the final then getting the rest to 1; absent: all 1."""
+    start: float | None = None
+    """Weight at which the early exits begin a phase; it rises to theirs evenly over its epochs;
+    absent: theirs all along."""
     distill: float = 0.0
     """Weight of what the final exit teaches the early ones; 0: nothing."""
     distill_temperature: float = 3.0
     """Temperature that softens both sides of the distillation."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.start is None or self.start >= 0,
+            f"loss.start must not be negative, got {self.start}",
+        )
         _require(self.distill >= 0, f"loss.distill must not be negative, got {self.distill}")
         _require(
             self.distill_temperature > 0,
@@ -170,7 +180,8 @@ class RunConfig:
     """How the program runs."""
 
     regime: Regime = "joint"
-    """joint: all from scratch; mixed: backbone first, then everything; frozen: heads alone."""
+    """joint: all from scratch; mixed: backbone first, then everything; frozen: heads alone; cdl:
+    linear heads alone, after every block unless `model.exits` names some."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     device: str = "auto"

@@ -1,9 +1,10 @@
 """The price of an exit, in integer multiply-adds per image, and in parameters."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,16 +38,29 @@ class Cost:
 
     def cumulative(self, enabled: Sequence[bool] = ()) -> tuple[int, ...]:
         """MACs (N,) of an image that leaves at each exit: its stages, and the heads that are on."""
-        enabled = [*(enabled or [True] * (len(self.stage_macs) - 1)), True]
-        total, totals = 0, []
-        for stage, head, on in zip(self.stage_macs, self.head_macs, enabled, strict=True):
-            total += stage + (head if on else 0)
-            totals.append(total)
-        return tuple(totals)
+        return accumulated(self.stage_macs, self.head_macs, enabled)
 
     def shares(self, enabled: Sequence[bool] = ()) -> tuple[float, ...]:
         """`cumulative` as shares of the plain network's MACs; the last is over 1."""
         return tuple(macs / self.plain_macs for macs in self.cumulative(enabled))
+
+    def mean_macs(self, enabled: Sequence[bool], shares: np.ndarray) -> np.ndarray:
+        """MACs (P,) an image costs on average if the shares (P, N) of a sample leave at each
+        exit."""
+        return shares @ np.asarray(self.cumulative(enabled), np.float64)
+
+
+def accumulated(
+    stages: Sequence[float], heads: Sequence[float], enabled: Sequence[bool]
+) -> tuple[float, ...]:
+    """What an image costs (N,) that leaves at each exit, from what stages and heads cost; enabled:
+    which of the N - 1 early heads are on, empty for all."""
+    enabled = [*(enabled or [True] * (len(stages) - 1)), True]
+    total, totals = 0, []
+    for stage, head, on in zip(stages, heads, enabled, strict=True):
+        total += stage + (head if on else 0)
+        totals.append(total)
+    return tuple(totals)
 
 
 def count_macs(module: nn.Module, *inputs: torch.Tensor) -> int:
@@ -84,6 +98,26 @@ def network_cost(network: MultiExitNetwork) -> Cost:
                 f" choose a place below {FUTILE:.0%}"
             )
     return cost
+
+
+def place_shares(units: Mapping[str, nn.Module], image: torch.Tensor) -> dict[str, float]:
+    """Every place of an exit that saves something, in order, and the share of the plain network's
+    MACs that lies before it. The last block of a stage is called by the stage: `layer1` for
+    `layer1.2`.
+
+    units: the network's blocks in order, by name; image: one (1, C, H, W).
+    """
+    features, before, macs = image.to("meta"), 0, {}
+    shadows = copy.deepcopy(nn.ModuleDict({str(i): unit for i, unit in enumerate(units.values())}))
+    for name, unit in zip(units, shadows.to("meta").eval().values(), strict=True):
+        before += count_macs(unit, features)
+        macs[name] = before
+        with torch.no_grad():
+            features = unit(features)
+    stages = {name.rpartition(".")[0]: name for name in units}
+    lasts = {name: stage for stage, name in stages.items() if stage not in ("", "features")}
+    names = [name for name in list(units)[:-1] if macs[name] < FUTILE * before]
+    return {lasts.get(name, name): macs[name] / before for name in names}
 
 
 def _params(module: nn.Module) -> int:

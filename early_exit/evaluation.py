@@ -17,15 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from early_exit import checkpoint, distributed, guarantees, plots, runtime, search, thresholds
+from early_exit import (
+    cdl, checkpoint, distributed, energy, guarantees, overthinking, plots, runtime, thresholds
+)
 from early_exit import config as configs
-from early_exit.calibration import fit_temperature
+from early_exit.choosing import (
+    Goal, Point, allowed, choose, outcome, random_exit_accuracy, thinned
+)
 from early_exit.config import Config
 from early_exit.cost import Cost, network_cost
 from early_exit.disk import locked, made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
-from early_exit.guarantees import Guarantee
 from early_exit.inference import infer
 from early_exit.latency import StageTimes, Timing, measure, stage_times
 from early_exit.metrics import (
@@ -39,21 +42,24 @@ from early_exit.metrics import (
     top1,
 )
 from early_exit.network import MultiExitNetwork
-from early_exit.policy import NEVER, Policy, as_thresholds
+from early_exit.policy import Policy
 from early_exit.records import ExitRecord, RecordInfo, Scores, disagreements, record, score_record
 from early_exit.report import (
+    ClassRow,
     CurvePoint,
     Cuts,
+    EnergyEstimate,
     ExitRow,
     Kept,
     Latency,
     Live,
     MeanStd,
-    Point,
     Report,
+    candidate_table,
     finite,
     guaranteed,
     headline,
+    operations,
     table,
     timing_table,
     to_json,
@@ -63,190 +69,7 @@ from early_exit.report import (
 
 log = logging.getLogger(__name__)
 
-CURVE_POINTS = 200  # of all outcomes on val, how many the report keeps and a guarantee looks at
-FIT_SHARE = 0.2  # of val, where a guarantee is asked for; the rest certifies
 GALLERY_COLUMNS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """What the thresholds are chosen for; exactly one of the first five is given."""
-
-    max_drop: float | None = None
-    """Fraction of accuracy given up against the final exit, on val."""
-    budget: float | None = None
-    """Share of the plain network's MACs, on val."""
-    thresholds: tuple[float, ...] | None = None
-    """One for all early exits, or one each."""
-    latency: tuple[float, str] | None = None
-    """What a batch may take: seconds and "s", or a share of the plain network's and "share"."""
-    latency_batch: int = 1
-    """Of `latency`: images in a batch."""
-    risk: float | None = None
-    """Guaranteed: the mean loss against the full network is at most this fraction."""
-    confidence: float | None = 0.95
-    """Of `risk`: the probability with which it holds; None: it holds on average."""
-    loss: str = "wrong"
-    """Of `risk`: which loss (`early_exit.guarantees.LOSSES`)."""
-    per_exit: bool = False
-    """Of `max_drop` and `budget`: a threshold for each exit, instead of one for all."""
-    criterion: str = "max_prob"
-    calibrate: bool = True
-
-    def __post_init__(self) -> None:
-        given = [self.max_drop, self.budget, self.thresholds, self.latency, self.risk]
-        if sum(value is not None for value in given) != 1:
-            raise UserError(
-                "choose one of --max-drop, --budget, --latency-budget, --thresholds and --risk"
-            )
-        if self.latency_batch < 1:
-            raise UserError(f"--latency-batch must be at least 1, got {self.latency_batch}")
-        if self.latency and self.latency[0] <= 0:
-            raise UserError("--latency-budget must be positive")
-        if self.per_exit and self.max_drop is None and self.budget is None:
-            raise UserError("--per-exit goes with --max-drop or --budget")
-        for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
-            if value is not None and not 0 < value < 1:
-                raise UserError(f"{flag} is {100 * value:g}; it lies between 0 and 100")
-        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
-            raise UserError(f"--max-drop is {100 * self.max_drop:g} points; it lies in 0 to 100")
-        if self.budget is not None and self.budget <= 0:
-            raise UserError(f"--budget is {100 * self.budget:g} %; it must be positive")
-
-    def __str__(self) -> str:
-        each = " per exit" if self.per_exit else ""
-        if self.max_drop is not None:
-            return f"max drop {100 * self.max_drop:g} points{each}"
-        if self.budget is not None:
-            return f"budget {100 * self.budget:g} % of MACs{each}"
-        if self.latency:
-            value, unit = self.latency
-            words = f"{1000 * value:g} ms" if unit == "s" else f"{100 * value:g} % of the seconds"
-            return f"latency {words} at batch {self.latency_batch}"
-        if self.risk is not None:
-            how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
-            return f"risk {100 * self.risk:g} points {self.loss} {how}"
-        return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
-
-
-def choose(
-    val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None
-) -> Policy:
-    """The policy that reaches the goal, from val alone; times: for a goal of latency.
-
-    Raises UserError where the goal cannot be reached or the criterion does not fit the exits.
-    """
-    if goal.risk is not None:
-        return _guaranteed(val, goal, cost)
-    names = val.info.exit_names
-    if goal.criterion == "entropy" and goal.thresholds and max(goal.thresholds) > 0:
-        raise UserError(
-            "scores of entropy are minus nats, so a threshold is at most 0; BranchyNet's T of 0.3"
-            " is --thresholds=-0.3"
-        )
-    policy = _calibrated(val, goal)
-    if goal.thresholds is not None:
-        values = as_thresholds(goal.thresholds, len(names))
-        return dataclasses.replace(policy, thresholds=values)
-    scored = score_record(val, policy)
-    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    if goal.latency is not None:
-        seconds = times.of(curve.shares)
-        threshold = thresholds.for_latency(curve, seconds, _allowed(goal, times))
-        return policy.shared(threshold)
-    if goal.max_drop is not None:
-        find = partial(thresholds.for_max_drop, drop=goal.max_drop)
-        key = search.cheapest(curve.accuracy[0] - goal.max_drop)
-    else:
-        find = partial(thresholds.for_budget, macs=goal.budget * cost.plain_macs)
-        key = search.most_accurate(goal.budget * cost.plain_macs)
-    switch = goal.criterion != "patience"  # which counts what every exit says
-    enabled = search.that_pay(scored, cost.cumulative, key) if switch else policy.enabled
-    threshold = find(thresholds.shared_curve(scored, enabled, cost.cumulative(enabled)))
-    if goal.per_exit:
-        each, enabled = search.per_exit(scored, cost.cumulative, key, threshold, enabled, switch)
-        return dataclasses.replace(policy, thresholds=each, enabled=enabled)
-    return dataclasses.replace(policy, enabled=enabled).shared(threshold)
-
-
-def _allowed(goal: Goal, times: StageTimes) -> float:
-    value, unit = goal.latency
-    return value if unit == "s" else value * times.plain
-
-
-def _calibrated(val: ExitRecord, goal: Goal) -> Policy:
-    """The goal's criterion with temperatures fitted on val; nobody leaves early yet."""
-    names, targets = val.info.exit_names, torch.from_numpy(val.targets)
-    temperatures = tuple(
-        fit_temperature(val.exit_logits(index), targets) if goal.calibrate else 1.0
-        for index in range(len(names))
-    )
-    return Policy(
-        exit_names=names,
-        thresholds=(NEVER,) * (len(names) - 1),
-        criterion=goal.criterion,
-        temperatures=temperatures,
-    )
-
-
-def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
-    """The cheapest policy whose risk is certified: what it is made of is fitted on a fifth of val,
-    drawn by lot; the rest certifies."""
-    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in fit_and_certify(val))
-    policies = ladder(fit, goal, cost)
-    scored = score_record(certify, policies[0])
-    lost = guarantees.losses_of(scored, policies, goal.loss)
-    if goal.confidence is None:
-        last = guarantees.on_average(lost, goal.risk)
-    else:
-        last = guarantees.with_confidence(lost, goal.risk, goal.confidence)
-    promise = Guarantee(
-        risk=goal.risk,
-        confidence=goal.confidence,
-        loss=goal.loss,
-        images=len(certify),
-        losses=int(lost[last].sum()),
-        data=f"drawn by lot, seed 0, out of val {val.info.split_hash}",
-    )
-    return dataclasses.replace(
-        policies[last], guarantee={**dataclasses.asdict(promise), "words": str(promise)}
-    )
-
-
-def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
-    """The images of val that a guarantee's policies are fitted on, and those that certify."""
-    order = np.random.default_rng(0).permutation(len(val))
-    cut = round(FIT_SHARE * len(val))
-    return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
-    """Policies of the goal's criterion from never leaving early to always, evenly in MACs, with
-    temperatures; all of it from `fit`."""
-    policy = _calibrated(fit, goal)
-    scored = score_record(fit, policy)
-    curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    return [policy.shared(float(threshold)) for threshold in curve.thresholds[_thinned(curve)]]
-
-
-def _thinned(curve: thresholds.Curve) -> list[int]:
-    """Points of a curve, evenly in its MACs, from never leaving early on."""
-    wanted = np.linspace(curve.macs.max(), curve.macs.min(), CURVE_POINTS)
-    return list(dict.fromkeys(np.abs(curve.macs[None] - wanted[:, None]).argmin(axis=1).tolist()))
-
-
-def outcome(scored: Scores, policy: Policy, cost: Cost) -> tuple[Point, np.ndarray]:
-    """Accuracy and mean share of MACs of a policy on a sample, and the exit each image takes."""
-    taken = scored.exit_index(policy)
-    right = scored.right[np.arange(len(taken)), taken]
-    shares = np.asarray(cost.shares(policy.enabled))
-    return Point(float(right.mean()), float(shares[taken].mean())), taken
-
-
-def random_exit_accuracy(scored: Scores, taken: np.ndarray) -> float:
-    """The random-exit baseline: accuracy if as many left at each exit, whichever they are."""
-    shares = np.bincount(taken, minlength=scored.scores.shape[1]) / len(taken)
-    return float(shares @ scored.right.mean(axis=0))
 
 
 @dataclass(frozen=True)
@@ -412,6 +235,8 @@ def evaluate(
     val_point, _ = outcome(val_scored, policy, cost)
     test_point, taken = outcome(test_scored, policy, cost)
 
+    confused = overthinking.confusion(test, val)
+
     several = None
     if cuts > 1:
         several = _over_cuts(trained, goal, cut_seed, cuts, times)
@@ -448,11 +273,17 @@ def evaluate(
         final_accuracy=float(test_scored.right[:, -1].mean()),
         top5=_share(test_scored.among5, taken),
         exits=_exit_rows(val, test, test_scored, taken, policy, cost),
+        classes=_class_rows(test_scored, taken, policy, cost, data.classes),
+        energy=_energy(network, taken, policy, cost),
+        overthinking=overthinking.analyse(test, confused),
         curve=_curve(val_scored, test_scored, policy, cost),
+        cdl=None if goal.delta is None else cdl.admit(
+            score_record(val, policy.all_on()), cost, goal.delta, goal.epsilon
+        ),
         guarantee=_kept(val, test_scored, policy, goal, cost, test) if policy.guarantee else None,
         latency=times and Latency(
             times.batch_size,
-            _allowed(goal, times),
+            allowed(goal, times),
             times.plain,
             *(_expected(times, scored, policy) for scored in (val_scored, test_scored)),
         ),
@@ -463,7 +294,9 @@ def evaluate(
         command=shlex.join(["python", *sys.argv]),
     )
     directory = run_dir / "eval" / (name or _name_of(goal))
-    return report, _write(report, policy, test, test_scored, taken, data, directory, draw)
+    return report, _write(
+        report, policy, test, test_scored, taken, confused, data, directory, draw
+    )
 
 
 def _stage_times(trained: Trained, data: Data, goal: Goal) -> StageTimes:
@@ -479,7 +312,7 @@ def _expected(times: StageTimes, scored: Scores, policy: Policy) -> float:
     """Seconds of a batch, from the shares that leave at each exit."""
     taken = scored.exit_index(policy)
     shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
-    return float(times.of(shares[None])[0])
+    return float(times.of(policy.enabled, shares[None])[0])
 
 
 def _share(among5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
@@ -560,11 +393,33 @@ def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
     return tuple(rows)
 
 
+def _class_rows(scored: Scores, taken, policy: Policy, cost: Cost, names) -> tuple[ClassRow, ...]:
+    """Test by true class."""
+    right = scored.right[np.arange(len(taken)), taken]
+    macs = np.asarray(cost.shares(policy.enabled))[taken]
+    counts, rights, costs = (
+        np.bincount(scored.targets, weights, len(names)) for weights in (None, right, macs)
+    )
+    return tuple(
+        ClassRow(name, int(count), float(good / count), float(price / count))
+        for name, count, good, price in zip(names, counts, rights, costs, strict=True) if count
+    )
+
+
+def _energy(network: MultiExitNetwork, taken, policy: Policy, cost: Cost):
+    estimates = []
+    for weights in energy.MEMORIES:
+        found = energy.estimate(network, cost, weights)
+        mean = float(np.asarray(found.cumulative(policy.enabled))[taken].mean())
+        estimates.append(EnergyEstimate(weights, plain=found.plain, test=mean))
+    return tuple(estimates)
+
+
 def _curve(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePoint, ...]:
     """Outcomes of shared thresholds, thinned evenly in val's MACs."""
     curve = thresholds.shared_curve(val_scored, policy.enabled, cost.cumulative(policy.enabled))
     points = []
-    for index in _thinned(curve):
+    for index in thinned(curve):
         threshold = float(curve.thresholds[index])
         shared = policy.shared(threshold)
         test_point, taken = outcome(test_scored, shared, cost)
@@ -621,14 +476,20 @@ def _name_of(goal: Goal) -> str:
     return words
 
 
-def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
+def _write(report, policy, test, scored, taken, confused, data, directory, draw) -> Path:
     """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
     images = {
         "accuracy_vs_macs.png": "Accuracy against multiply-adds",
         "share_per_exit.png": "Where images leave",
         "reliability.png": "Confidence and accuracy of each exit",
         "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
+        "confusion.png": "Confusion of the exits where the final one is right, and wrong",
     }
+    overthought = _overthought_rows(test, confused, data) if draw else []
+    if overthought:
+        images["overthinking.png"] = (
+            "Right early and wrong at the end: the early answer, then the final one"
+        )
     with made_whole(directory) as partial:
         policy.save(partial / "policy.yaml")
         if draw:
@@ -637,6 +498,10 @@ def _write(report, policy, test, scored, taken, data, directory, draw) -> Path:
             plots.reliability(report, partial / "reliability.png")
             rows = _gallery_rows(scored, taken, policy, data)
             plots.gallery(rows, partial / "gallery.png")
+            final = overthinking.right_answers(test)[:, -1]
+            plots.confusion(confused, final, partial / "confusion.png")
+            if overthought:
+                plots.gallery(overthought, partial / "overthinking.png")
         write_text(partial / "report.json", to_json(report))
         write_text(partial / "report.md", to_markdown(report, images if draw else {}))
     return directory
@@ -661,9 +526,28 @@ def _gallery_rows(scored: Scores, taken, policy: Policy, data: Data):
     return rows
 
 
+def _overthought_rows(test: ExitRecord, confused: np.ndarray, data: Data):
+    """Per early exit, images that it is the last one to answer rightly, the most confused first."""
+    right, rows = overthinking.right_answers(test), []
+    exits = right.shape[1] - 1
+    last = exits - 1 - right[:, :-1][:, ::-1].argmax(axis=1)
+    for index, name in enumerate(test.info.exit_names[:-1]):
+        lost = np.flatnonzero(~right[:, -1] & right[:, index] & (last == index))
+        chosen = lost[np.argsort(-confused[lost], kind="stable")][:GALLERY_COLUMNS]
+        row = []
+        for image in chosen:
+            final = int(test.logits[image if test.rows is None else test.rows[image], -1].argmax())
+            label = f"{data.classes[test.targets[image]]},\n{data.classes[final]}"
+            row.append((data.picture("test", int(image)), label, False))
+        rows.append((f"{name}\n{len(lost)} in all", row))
+    return [row for row in rows if row[1]]
+
+
 def summary(report: Report, directory: Path) -> str:
     """What the screen shows at the end."""
     parts = [table(report), headline(report)]
+    if report.cdl is not None:
+        parts += [candidate_table(report), operations(report)]
     if report.guarantee:
         parts.append(guaranteed(report))
     if report.latency:

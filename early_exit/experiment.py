@@ -84,8 +84,9 @@ class Phase:
 
 
 def plan_phases(config: Config, num_exits: int) -> list[Phase]:
-    """The phases of a regime: `joint` has one, `mixed` and `frozen` train the backbone first
-    unless a checkpoint brings it."""
+    """The phases of a regime: `joint` has one, the others train the backbone first unless a
+    checkpoint brings it. On a frozen backbone no head moves another, so all of CDL's stages are
+    trained at once."""
     given, optim = config.model.backbone is not None, config.optim
     if given and (num_exits == 1 or config.run.regime == "joint"):
         raise UserError(
@@ -105,8 +106,13 @@ def plan_phases(config: Config, num_exits: int) -> list[Phase]:
     phases = [] if given else [Phase("backbone", first, (1.0,))]
     if config.run.regime == "mixed":
         return [*phases, Phase("joint", optim, weights)]
+    if config.run.regime == "cdl" and set(config.model.head) != {"linear"}:
+        raise UserError(
+            f"CDL's classifiers are linear, and the heads are {' '.join(config.model.head)}; leave"
+            " out --head, or take --regime frozen"
+        )
     if not any(weights[:-1]):
-        raise UserError("the frozen regime trains the heads alone, and their loss weights are 0")
+        raise UserError("this regime trains the heads alone, and their loss weights are 0")
     return [*phases, Phase("heads", optim, (*weights[:-1], 0.0))]
 
 

@@ -5,6 +5,7 @@ features (B, C, H, W) to logits (B, K).
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,29 @@ class MixedPoolHead(nn.Module):
         return self.linear(pooled.flatten(1))
 
 
+class BranchHead(nn.Sequential):
+    """ReLU and pooling, 3x3 convolutions with ReLU, pooling and one linear layer, without
+    normalisation: the branches of BranchyNet's public code for LeNet and AlexNet
+    (arXiv:1709.01686), which follow a bare convolution.
+
+    convs: how many convolutions. They have twice the features' channels, at most 32: 10 after
+    LeNet's first convolution and 32 in AlexNet, as there.
+    """
+
+    def __init__(self, channels: int, num_classes: int, side: int, convs: int) -> None:
+        width = min(2 * channels, 32)
+        grid = min((side + 3) // 4, finest_grid(width, num_classes, finest=8))
+        layers: list[nn.Module] = [nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
+        for number in range(convs):
+            layers += [nn.Conv2d(width if number else channels, width, 3, padding=1), nn.ReLU()]
+        super().__init__(
+            *layers,
+            nn.AdaptiveMaxPool2d(grid),
+            nn.Flatten(),
+            nn.Linear(width * grid**2, num_classes),
+        )
+
+
 class TokenMap(nn.Module):
     """Tokens (B, 1 + H * H, C), as a ViT's, to the map of the patches (B, C, H, H)."""
 
@@ -124,8 +148,12 @@ class TokenMap(nn.Module):
 
 
 HEADS = {
-    "conv": ConvHead, "separable": SeparableHead, "linear": LinearHead, "mixed_pool": MixedPoolHead
+    "conv": ConvHead, "separable": SeparableHead, "linear": LinearHead, "mixed_pool": MixedPoolHead,
+    "branch1": partial(BranchHead, convs=1),
+    "branch2": partial(BranchHead, convs=2),
+    "branch3": partial(BranchHead, convs=3),
 }
+POOLED = ("linear", "mixed_pool", "branch1", "branch2", "branch3")  # to a grid
 
 
 def build_head(kind: str, features: torch.Size, num_classes: int) -> nn.Module:
@@ -133,6 +161,8 @@ def build_head(kind: str, features: torch.Size, num_classes: int) -> nn.Module:
     shape."""
     if kind not in HEADS:
         raise UserError(f"no head is called {kind!r}; choose one of {', '.join(HEADS)}")
-    if len(features) == 3:
-        return nn.Sequential(TokenMap(), HEADS[kind](features[2], num_classes))
-    return HEADS[kind](features[1], num_classes)
+    tokens = len(features) == 3
+    channels, side = (features[2], math.isqrt(features[1])) if tokens else features[1:3]
+    sized = {"side": side} if kind.startswith("branch") else {}
+    head = HEADS[kind](channels, num_classes, **sized)
+    return nn.Sequential(TokenMap(), head) if tokens else head

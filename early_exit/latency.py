@@ -5,8 +5,9 @@ the device synchronised before the clock is read. Heads, decision and the droppi
 inside the timed region.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -46,6 +47,10 @@ class Timing:
     """The sum of each stage's own time at the number of rows it really had."""
     full: Spread
     """With exits computed and nobody leaving."""
+    trunk: Spread
+    """The stages' bodies alone at the number of rows they really had: without heads, decisions and
+    the dropping of rows. That is what BranchyNet's public code adds up
+    (`branchynet/net.py` of github.com/kunglab/branchynet)."""
     stage_seconds: tuple[float, ...]
     """Each stage's own time, its head included, with all rows: medians over batches."""
 
@@ -53,6 +58,11 @@ class Timing:
     def speedup(self) -> float:
         """How many times faster than the plain network."""
         return self.plain.total / self.live.total
+
+    @property
+    def trunk_speedup(self) -> float:
+        """How many times faster than the plain network if heads and decisions were free."""
+        return self.plain.total / self.trunk.total
 
     @property
     def kept(self) -> float:
@@ -73,23 +83,27 @@ class Timing:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of each stage, head and decision included, by the number of rows, and of the plain
-    network."""
+    """Seconds of each stage by the number of rows, and of the plain network."""
 
     batch_size: int
     sizes: tuple[int, ...]
     """Numbers of rows, up to the batch's."""
     seconds: tuple[tuple[float, ...], ...]
-    """(stages, sizes)."""
+    """(stages, sizes), head and decision included."""
+    bare: tuple[tuple[float, ...], ...]
+    """(stages, sizes), with the head off."""
     plain: float
     """Of a whole batch."""
 
-    def of(self, shares: np.ndarray) -> np.ndarray:
+    def of(self, enabled: Sequence[bool], shares: np.ndarray) -> np.ndarray:
         """Seconds (P,) that a batch takes of which the shares (P, exits) leave at each exit: every
-        stage's time at the number of rows that reach it on average."""
+        stage's time at the number of rows that reach it on average. enabled: which of the early
+        heads are on."""
         gone = np.cumsum(shares, axis=1) - shares
         total = np.zeros(len(shares))
-        for reach, seconds in zip((1 - gone).T, self.seconds, strict=True):
+        times = zip((*enabled, True), self.seconds, self.bare, strict=True)
+        for reach, (on, with_head, without) in zip((1 - gone).T, times, strict=True):
+            seconds = with_head if on else without
             rows = (self.batch_size * reach).clip(0)
             total += np.interp(rows, (0, *self.sizes), (0.0, *seconds))
         return total
@@ -104,21 +118,23 @@ def stage_times(
     autocast: Autocast,
     repeats: int = 21,
 ) -> StageTimes:
-    """Measures the stages on 1, 2, 4, ... rows of a batch of `images` (B, 3, H, W), and the plain
-    network on all of it: interleaved, medians of `repeats`."""
+    """Measures the stages, with their heads and without, on 1, 2, 4, ... rows of a batch of
+    `images` (B, C, H, W), and the plain network on all of it: interleaved, medians of `repeats`."""
     network.eval()
     batch_size = len(images)
     sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
+    early = network.num_exits - 1
     never = Policy(
-        exit_names=network.exit_names,
-        thresholds=(NEVER,) * (network.num_exits - 1),
-        criterion=criterion,
+        exit_names=network.exit_names, thresholds=(NEVER,) * early, criterion=criterion
+    )
+    off = Policy(
+        exit_names=network.exit_names, thresholds=(NEVER,) * early, enabled=(False,) * early
     )
     timed = _timer(images.device)
 
-    def seconds_of(index: int, features: Tensor) -> float:
+    def seconds_of(policy: Policy, index: int, features: Tensor) -> float:
         rows = Rows(torch.arange(len(features), device=features.device), features)
-        return timed(lambda: advance(network.stages[index], rows, never, index))
+        return timed(lambda: advance(network.stages[index], rows, policy, index))
 
     plain, samples = [], []
     with autocast():
@@ -126,12 +142,16 @@ def stage_times(
         for _ in range(2 + repeats):  # the first two to warm up
             plain.append(timed(lambda: network.backbone(images)))
             samples.append(
-                [[seconds_of(index, rows[:size]) for size in sizes] for index, rows in given]
+                [
+                    [[seconds_of(policy, index, rows[:size]) for size in sizes]
+                     for index, rows in given]
+                    for policy in (never, off)
+                ]
             )
-    seconds = np.median(samples[2:], axis=0)
-    return StageTimes(
-        batch_size, tuple(sizes), tuple(map(tuple, seconds.tolist())), float(np.median(plain[2:]))
+    seconds, bare = (
+        tuple(map(tuple, part.tolist())) for part in np.median(samples[2:], axis=0)
     )
+    return StageTimes(batch_size, tuple(sizes), seconds, bare, float(np.median(plain[2:])))
 
 
 def stage_inputs(
@@ -165,7 +185,9 @@ def measure(
     device = batches[0].device
     network.eval()
     never = policy.shared(NEVER)
-    medians: dict[str, list[float]] = {"plain": [], "live": [], "promise": [], "full": []}
+    bare = dataclasses.replace(never, criterion="max_prob", enabled=(False,) * len(never.enabled))
+    names = ("plain", "live", "promise", "full", "trunk")
+    medians: dict[str, list[float]] = {name: [] for name in names}
     stage_medians: list[list[float]] = []
     began = time.perf_counter()
     done = 0
@@ -182,6 +204,8 @@ def measure(
                 samples["full"].append(timed(lambda: infer(network, images, never)))
                 parts = [_time_stage(timed, network, policy, *one) for one in given]
                 samples["promise"].append(sum(parts))
+                bodies = [_time_stage(timed, network, bare, *one) for one in given]
+                samples["trunk"].append(sum(bodies))
                 stages.append([_time_stage(timed, network, policy, *one) for one in everyone])
             done += 1
             if done == 1:

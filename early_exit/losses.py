@@ -39,6 +39,18 @@ def resolve_weights(weights: Sequence[float] | None, num_exits: int) -> tuple[fl
     return weights
 
 
+def weights_at(
+    weights: Sequence[float], start: float | None, progress: float
+) -> tuple[float, ...]:
+    """The loss weights at a fraction `progress` of a phase: those of the early exits rise evenly
+    from `start`, if one is given (Kaya et al., ICML 2019, section 4.2: from 0.01 to the share of
+    the network's cost at which the exit lies)."""
+    if start is None:
+        return tuple(weights)
+    *early, final = weights
+    return (*(min(start, full) + progress * (full - min(start, full)) for full in early), final)
+
+
 def _listed(weights: Sequence[float]) -> str:
     return " ".join(f"{weight:g}" for weight in weights)
 

@@ -39,7 +39,7 @@ class MultiExitNetwork(nn.Module):
     units: its blocks in order, by name, the last being what classifies; applied one after the
         other they must equal `backbone(images)`.
     places: the units followed by an exit; `layer1` stands for the last of `layer1.0`, `layer1.1`...
-    head: the kind of head (`early_exit.heads`).
+    head: the kind of head (`early_exit.heads`), or one for each place.
     example: one image (1, 3, H, W); a dry run in eval mode gives each head its shape and moves no
         buffer.
 
@@ -55,15 +55,16 @@ class MultiExitNetwork(nn.Module):
         *,
         num_classes: int,
         example: Tensor,
-        head: str = "conv",
+        head: str | Sequence[str] = "conv",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
+        kinds = kind_of_each(head, places)
         shapes = _shapes_after(backbone, units, cuts.values(), example)
         self.heads = nn.ModuleDict(
             {
-                place.replace(".", "_"): build_head(head, shapes[cut], num_classes)
+                place.replace(".", "_"): build_head(kinds[place], shapes[cut], num_classes)
                 for place, cut in cuts.items()
             }
         )
@@ -117,6 +118,18 @@ def synchronise_norms(network: MultiExitNetwork) -> None:
                         made = nn.SyncBatchNorm.convert_sync_batchnorm(child)
                         synchronised |= {child: made, made: made}
                     setattr(parent, name, synchronised[child])
+
+
+def kind_of_each(head: str | Sequence[str], places: Sequence[str]) -> dict[str, str]:
+    """The kind of head at each place, from one for all or one each."""
+    kinds = (head,) if isinstance(head, str) else tuple(head)
+    if len(kinds) == 1 or not places:
+        kinds = kinds[:1] * len(places)
+    if len(kinds) != len(places):
+        raise UserError(
+            f"got {len(kinds)} kinds of head for {len(places)} early exits; give one, or one each"
+        )
+    return dict(zip(places, kinds, strict=True))
 
 
 def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str, int]:

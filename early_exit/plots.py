@@ -123,6 +123,27 @@ def reliability(report: Report, path: Path) -> None:
         figure.tight_layout()
 
 
+def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
+    """How confused the images of test are whose final answer is right, and wrong: two histograms.
+
+    confused: (images,); right: (images,) bool.
+    """
+    with _figure(path, (7, 3.6)) as (_, axes):
+        edges = np.linspace(*np.quantile(confused, (0.0, 0.999)), 41)
+        for mask, colour, style, hatch, name in (
+            (right, BLUE, "-", None, "right"), (~right, ORANGE, "--", "///", "wrong")
+        ):
+            if mask.any():
+                axes.hist(
+                    confused[mask].clip(edges[0], edges[-1]), edges, density=True, fill=True,
+                    histtype="stepfilled", facecolor=(colour + "33"), edgecolor=colour, ls=style,
+                    lw=1.5, hatch=hatch, label=f"{name} at the end ({int(mask.sum()):,})",
+                )
+        axes.set_xlabel("confusion, deviations from the mean of val")
+        axes.set_ylabel("density")
+        axes.legend()
+
+
 def gallery(
     pictures: Sequence[tuple[str, Sequence[tuple[np.ndarray, str, bool]]]], path: Path
 ) -> None:

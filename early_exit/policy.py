@@ -74,6 +74,10 @@ class Policy:
         """The same policy with one threshold for all early exits; NEVER: nobody leaves early."""
         return dataclasses.replace(self, thresholds=(threshold,) * (self.num_exits - 1))
 
+    def all_on(self) -> "Policy":
+        """The same policy with every exit computed."""
+        return dataclasses.replace(self, enabled=())
+
     def is_on(self, exit_index: int) -> bool:
         """Whether the head at `exit_index` is computed; the final one always is."""
         return exit_index == self.num_exits - 1 or self.enabled[exit_index]

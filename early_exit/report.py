@@ -6,8 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from early_exit.cdl import Candidate
+from early_exit.choosing import Point
+from early_exit.energy import PICOJOULES
 from early_exit.latency import Timing
 from early_exit.metrics import Bin
+from early_exit.overthinking import Overthinking
+
+CLASSES_SHOWN = 12  # on the page; where there are more, the cheapest and the dearest half of them
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,6 @@ class ExitRow:
     """Share of test that leaves here under the policy."""
     taken_accuracy: float | None
     """How often those are answered rightly; nothing where nobody leaves."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A policy's outcome on a sample."""
-
-    accuracy: float
-    macs_share: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,27 @@ class Live:
 
 
 @dataclass(frozen=True)
+class ClassRow:
+    """One class of test under the policy."""
+
+    name: str
+    images: int
+    accuracy: float
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class EnergyEstimate:
+    """Picojoules an image, estimated (`early_exit.energy`)."""
+
+    weights: str
+    """Where the weights are read from: SRAM or DRAM."""
+    plain: float
+    test: float
+    """Mean over test under the policy."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything an evaluation found."""
 
@@ -149,7 +168,12 @@ class Report:
     top5: float | None
     """How often the target is among the best five of the answer; where there are many classes."""
     exits: tuple[ExitRow, ...]
+    classes: tuple[ClassRow, ...]
+    energy: tuple[EnergyEstimate, ...]
+    overthinking: Overthinking
     curve: tuple[CurvePoint, ...]
+    cdl: tuple[Candidate, ...] | None
+    """The stages that Conditional Deep Learning asked about, where it chose."""
     guarantee: Kept | None
     latency: Latency | None
     cuts: Cuts | None
@@ -166,6 +190,7 @@ def to_json(report: Report) -> str:
         timing |= {
             "speedup": measured.speedup,
             "kept": measured.kept,
+            "trunk_speedup": measured.trunk_speedup,
             "overhead": measured.overhead,
             "stage_shares": measured.stage_shares,
         }
@@ -235,6 +260,75 @@ def within_latency(report: Report) -> str:
     return text + "."
 
 
+def candidate_table(report: Report) -> str:
+    """What Conditional Deep Learning asked of every stage, on val."""
+    lines = [
+        "| stage | reached | stopped | saved | its classifier | gain | admitted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for stage in report.cdl:
+        parts = [stage.saved, stage.spent, stage.gain]
+        saved, spent, gain = (f"{100 * macs / report.plain_macs:.2f} %" for macs in parts)
+        lines.append(
+            f"| {stage.name} | {100 * stage.reached:.1f} % | {100 * stage.stopped:.1f} % | {saved}"
+            f" | {spent} | {gain} | {'yes' if stage.admitted else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def operations(report: Report) -> str:
+    """Operations and energy an image, in a few sentences."""
+    mean = report.test.macs_share * report.plain_macs
+    words = "; ".join(f"{name} {value:g} pJ" for name, value in PICOJOULES.items())
+    energies = ", ".join(
+        f"with weights from {energy.weights} {energy.test / 1e6:.2f} instead of"
+        f" {energy.plain / 1e6:.2f} microjoules ({energy.plain / energy.test:.2f} times less)"
+        for energy in report.energy
+    )
+    return (
+        f"An image of test takes {mean / 1e6:.3f} M multiply-adds on average, the plain network"
+        f" {report.plain_macs / 1e6:.3f} M: {1 / report.test.macs_share:.2f} times fewer. Estimated"
+        f" energy: {energies}. An estimate for a chip of 45 nm ({words}; Horowitz, ISSCC 2014) that"
+        " reads every weight once an image, and moves every layer's input and output once through"
+        " SRAM; not a measurement."
+    )
+
+
+def class_table(report: Report) -> str:
+    """What the classes cost, the cheapest first."""
+    rows = sorted(report.classes, key=lambda row: row.macs_share)
+    half = CLASSES_SHOWN // 2
+    shown = rows if len(rows) <= CLASSES_SHOWN else [*rows[:half], None, *rows[-half:]]
+    lines = ["| class | images | right | MACs |", "| --- | ---: | ---: | ---: |"]
+    for row in shown:
+        lines.append(
+            "| ... | | | |" if row is None else
+            f"| {row.name} | {row.images} | {100 * row.accuracy:.1f} %"
+            f" | {100 * row.macs_share:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def overthought(report: Report) -> str:
+    """How much of the network was for nothing, or worse, in a few sentences."""
+    found = report.overthinking
+    text = (
+        f"{100 * found.wasteful:.1f} % of test are right at an early exit and at the end: the rest"
+        f" was for nothing. {100 * found.destructive:.2f} % are right at an early exit and wrong at"
+        f" the end, which is {100 * found.destructive / max(found.wrong, 1e-12):.0f} % of all that"
+        " the final exit gets wrong."
+    )
+    if found.confusion_auroc is not None:
+        text += (
+            " Confusion (how far the early exits are from the final one, in deviations of val) is"
+            f" {found.confusion_right:.2f} on average where the final exit is right and"
+            f" {found.confusion_wrong:.2f} where it is wrong. Of two such images it tells the wrong"
+            f" one {100 * found.confusion_auroc:.1f} % of the time; the final exit's own doubt"
+            f" {100 * found.doubt_auroc:.1f} %."
+        )
+    return text
+
+
 def calibration_table(report: Report) -> str:
     """How honest each exit's confidence is, and how well its score chooses."""
     lines = [
@@ -254,15 +348,16 @@ def timing_table(report: Report) -> str:
     """Seconds, beside the plain network of the same run."""
     lines = [
         "| batch | images | plain p50 / p95 | with exits p50 / p95 | speed-up | promise kept"
-        " | nobody leaves |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        " | nobody leaves | heads left out |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for timing in report.timing:
         plain, live = timing.plain, timing.live
         lines.append(
             f"| {timing.batch_size} | {timing.images} | {_ms(plain.p50)} / {_ms(plain.p95)} ms"
             f" | {_ms(live.p50)} / {_ms(live.p95)} ms | {timing.speedup:.2f} x"
-            f" | {100 * timing.kept:.0f} % | {100 * timing.overhead:+.1f} % |"
+            f" | {100 * timing.kept:.0f} % | {100 * timing.overhead:+.1f} %"
+            f" | ({timing.trunk_speedup:.2f} x) |"
         )
     return "\n".join(lines)
 
@@ -300,6 +395,14 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
         f" {100 * report.val.macs_share:.1f} %.",
     ]
+    if report.cdl is not None:
+        parts += [
+            "## Conditional Deep Learning: admitted stages",
+            candidate_table(report),
+            "On val, in the order of asking; shares of all images, and MACs an image on average as"
+            " shares of the plain network's. *Saved*: what those it stops are spared; *gain*: less"
+            " its own cost for all that reach it.",
+        ]
     if report.guarantee:
         parts += ["## Guarantee", guaranteed(report)]
     if report.latency:
@@ -329,7 +432,9 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
             timing_table(report),
             "Times are per batch. *Promise kept*: the sum of each stage's own time at the number of"
             " rows it really had, over the time measured; deciding and dropping rows is the rest."
-            " *Nobody leaves*: what the exits cost on top of the plain network if they never fire.",
+            " *Nobody leaves*: what the exits cost on top of the plain network if they never fire."
+            " *Heads left out*: the speed-up that would be claimed if heads, decisions and the"
+            " dropping of rows were not timed.",
             stage_table(report),
         ]
     parts += [
@@ -339,6 +444,14 @@ def to_markdown(report: Report, images: dict[str, str]) -> str:
         " test; temperatures come from val. *Ranks*: of an image that is wrong here and right at"
         " the end, and another one, how often the former has the lower score (AUROC); 0.5 is"
         " chance. Thresholds live on that, and one temperature hardly changes it.",
+    ]
+    parts += [
+        "## Operations and energy",
+        operations(report),
+        class_table(report),
+        "## Overthinking",
+        overthought(report),
+        "All exits on, each on its own (Kaya et al., ICML 2019).",
     ]
     parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
     parts += [

@@ -16,6 +16,7 @@ at most (tests/test_search.py); one threshold for all cost 25 % more on average.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from early_exit.thresholds import shared_curve
 
 Key = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Accuracies and prices (P,) -> what is to be small, first things first."""
+Price = Callable[[Sequence[bool], np.ndarray], np.ndarray]
+"""Which exits are on, and the shares (P, exits) of a sample that leave at each -> prices (P,)."""
 
 WEIGHTS = np.geomspace(1e-3, 10, 32)  # accuracy that the whole network's price is worth
 KEPT = 6  # points from which the goal itself is followed
@@ -45,34 +48,36 @@ def _over(excess: np.ndarray) -> np.ndarray:
     return np.maximum(excess, 0.0)
 
 
-def that_pay(
-    scored: Scores, price_of: Callable[[Sequence[bool]], Sequence[float]], key: Key
-) -> tuple[bool, ...]:
-    """Which exits are on, if all share a threshold: one after the other is switched off, the one
-    without which the goal is served best, as long as that is better by `key`.
+def that_pay(scored: Scores, price: Price, key: Key) -> tuple[bool, ...]:
+    """Which exits are on, if all share a threshold: from all of them one after the other is
+    switched off, the one without which the goal is served best, as long as that is better by `key`;
+    and from none of them one after the other is switched on. The better end counts.
 
-    scored: with all exits on, which say the same if others are off. price_of: from the switches,
-    what an image costs that leaves at each exit.
+    scored: with all exits on, which say the same if others are off.
     """
+    early = scored.scores.shape[1] - 1
+    unpriced = np.zeros(early + 1)
 
     def served(enabled: tuple[bool, ...]) -> tuple[float, ...]:
-        curve = shared_curve(scored, enabled, price_of(enabled))
-        return _least(key(curve.accuracy, curve.macs))[1]
+        curve = shared_curve(scored, enabled, unpriced)
+        return _least(key(curve.accuracy, price(enabled, curve.shares)))[1]
 
-    enabled = (True,) * (scored.scores.shape[1] - 1)
-    found = served(enabled)
-    while any(enabled):
-        fewer = [_put(enabled, index, False) for index, on in enumerate(enabled) if on]
-        best, trial = min((served(trial), trial) for trial in fewer)
-        if not _less(best, found):
-            break
-        enabled, found = trial, best
-    return enabled
+    def followed(enabled: tuple[bool, ...], to: bool) -> tuple[tuple[float, ...], tuple[bool, ...]]:
+        found = served(enabled)
+        while trials := [_put(enabled, i, to) for i, on in enumerate(enabled) if on != to]:
+            best, trial = min((served(trial), trial) for trial in trials)
+            if not _less(best, found):
+                break
+            enabled, found = trial, best
+        return found, enabled
+
+    (down, fewer), (up, more) = followed((True,) * early, False), followed((False,) * early, True)
+    return more if _less(up, down) else fewer
 
 
 def per_exit(
     scored: Scores,
-    price_of: Callable[[Sequence[bool]], Sequence[float]],
+    price: Price,
     key: Key,
     shared: float,
     shared_on: tuple[bool, ...],
@@ -81,23 +86,17 @@ def per_exit(
     """A threshold for each early exit, and which exits are on; never worse by `key` than the
     `shared` threshold for the exits in `shared_on`.
 
-    scored: with all exits on. price_of: from the switches, what an image costs that leaves at each
-    exit, heads that ran included. switch: whether exits may be switched off, which must not change
-    what the others say.
+    scored: with all exits on. switch: whether exits may be switched off, which must not change what
+    the others say.
     """
     enabled = (True,) * (scored.scores.shape[1] - 1)
-    moves = Moves(scored, enabled, price_of(enabled))
-    starts = [(shared,) * len(enabled)]
-    for first, weights in ((NEVER, WEIGHTS), (-np.inf, WEIGHTS[::-1])):
-        thresholds = (first,) * len(enabled)
-        for weight in weights:
-            thresholds = moves.descend(thresholds, _worth(weight / moves.price[-1]))
-            starts.append(thresholds)
+    moves = Moves(scored, enabled, price)
+    starts = [(shared,) * len(enabled), *moves.sweep(WEIGHTS)]
     starts = [starts[0], *sorted(set(starts), key=lambda start: moves.rank(start, key))[:KEPT]]
     ends = [moves.descend(start, key) for start in starts]
     best = min(ends, key=lambda end: moves.rank(end, key))
     if shared_on != enabled:
-        fewer = Moves(scored, shared_on, price_of(shared_on), moves.order)
+        fewer = Moves(scored, shared_on, price, moves.order)
         each = tuple(shared if on else NEVER for on in shared_on)
         end = fewer.descend(each, key)
         if _less(fewer.rank(end, key), moves.rank(best, key)):
@@ -107,7 +106,7 @@ def per_exit(
         trials = []
         for index in moves.on:
             fewer = _put(enabled, index, False)
-            without = Moves(scored, fewer, price_of(fewer), moves.order)
+            without = Moves(scored, fewer, price, moves.order)
             end = without.descend(_put(best, index, NEVER), key)
             trials.append((without.rank(end, key), fewer, without, end))
         rank, fewer, without, end = min(trials, key=lambda trial: trial[0])
@@ -115,6 +114,33 @@ def per_exit(
             break
         enabled, moves, best = fewer, without, end
     return best, enabled
+
+
+def path(
+    scored: Scores, price: Price, enabled: Sequence[bool], steps: int = 100
+) -> list[tuple[float, ...]]:
+    """Thresholds for each early exit, from never leaving early to always, falling in price: the
+    most accurate found for each of `steps` budgets, from the best points of a sweep and of one
+    threshold for all."""
+    moves = Moves(scored, enabled, price)
+    never, always = ((limit,) * len(enabled) for limit in (NEVER, -np.inf))
+    curve = shared_curve(scored, enabled, np.zeros(len(enabled) + 1))
+    met = {each: moves.outcome(each) for each in (never, always, *moves.sweep(WEIGHTS))}
+    shared = curve.accuracy, price(enabled, curve.shares)
+    found = {never, always}
+    for budget in np.linspace(met[never][1], met[always][1], steps)[1:-1]:
+        key = most_accurate(budget)
+        best = min(met, key=lambda each: _rank(met[each], key))
+        at, _ = _least(key(*shared))
+        starts = best, (float(curve.thresholds[at]),) * len(enabled)
+        found.add(
+            min((moves.descend(each, key) for each in starts), key=lambda end: moves.rank(end, key))
+        )
+    return sorted(found, key=lambda each: moves.outcome(each)[1], reverse=True)
+
+
+def _rank(outcome: tuple[float, float], key: Key) -> tuple[float, ...]:
+    return tuple(float(part[0]) for part in key(*(np.array([value]) for value in outcome)))
 
 
 def _worth(weight: float) -> Key:
@@ -131,12 +157,12 @@ class Moves:
         self,
         scored: Scores,
         enabled: Sequence[bool],
-        price: Sequence[float],
+        price: Price,
         order: dict[int, np.ndarray] | None = None,
     ) -> None:
         """order: of the images by each exit's score, where it is known already."""
         self.scores, self.right = scored.scores, scored.right
-        self.price = np.asarray(price, np.float64)
+        self.price = partial(price, enabled)
         self.on = [index for index, on in enumerate(enabled) if on]
         self.order = order or {
             index: np.argsort(-self.scores[:, index], kind="stable") for index in self.on
@@ -151,11 +177,15 @@ class Moves:
             leaves[:, index] = self.scores[:, index] >= thresholds[index]
         return leaves
 
+    def outcome(self, thresholds: Sequence[float]) -> tuple[float, float]:
+        """Accuracy and price of one policy."""
+        taken = self.leaves(thresholds).argmax(axis=1)
+        shares = np.bincount(taken, minlength=self.scores.shape[1]) / len(taken)
+        return float(self.right[self.rows, taken].mean()), float(self.price(shares[None])[0])
+
     def rank(self, thresholds: Sequence[float], key: Key) -> tuple[float, ...]:
         """The key of one policy."""
-        taken = self.leaves(thresholds).argmax(axis=1)
-        outcome = self.right[self.rows, taken].mean(), self.price[taken].mean()
-        return tuple(float(part[0]) for part in key(*(np.array([value]) for value in outcome)))
+        return _rank(self.outcome(thresholds), key)
 
     def outcomes(
         self, thresholds: Sequence[float], index: int
@@ -169,16 +199,29 @@ class Moves:
         order = order[taken[order] > index]  # whom it can take, the surest first
         here, there = self.right[order, index], self.right[order, taken[order]]
         gained = np.cumsum(here.astype(np.int64) - there)
-        saved = np.cumsum(self.price[index] - self.price[taken[order]])
         values = self.scores[order, index]
         last = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)])
-        count = len(self.rows)
-        right, price = self.right[self.rows, taken].sum(), self.price[taken].sum()
+        count, right = len(self.rows), self.right[self.rows, taken].sum()
+        leave = np.tile(np.bincount(taken, minlength=self.scores.shape[1]), (len(last) + 1, 1))
+        leave[1:, index] += last + 1
+        for later in range(index + 1, leave.shape[1]):
+            leave[1:, later] -= np.cumsum(taken[order] == later)[last]
         return (
             np.concatenate([[NEVER], values[last].astype(np.float64)]),
             np.concatenate([[right], right + gained[last]]) / count,
-            np.concatenate([[price], price + saved[last]]) / count,
+            self.price(leave / count),
         )
+
+    def sweep(self, weights: np.ndarray) -> Iterator[tuple[float, ...]]:
+        """The best found of accuracy - weight x price, in units of the whole network's price, for
+        every weight, from never leaving early to always and back."""
+        num_exits = self.scores.shape[1]
+        whole = float(self.price(np.eye(num_exits)[-1:])[0])
+        for first, each in ((NEVER, weights), (-np.inf, weights[::-1])):
+            thresholds = (first,) * (num_exits - 1)
+            for weight in each:
+                thresholds = self.descend(thresholds, _worth(weight / whole))
+                yield thresholds
 
     def descend(self, thresholds: Sequence[float], key: Key) -> tuple[float, ...]:
         """Moves one threshold after the other to where the key is least, until none gains."""

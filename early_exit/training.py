@@ -49,7 +49,8 @@ from early_exit.experiment import (
     setup,
 )
 from early_exit.journal import Journal, percents
-from early_exit.losses import joint_loss
+from early_exit.heads import POOLED
+from early_exit.losses import joint_loss, weights_at
 from early_exit.network import MultiExitNetwork, synchronise_norms
 from early_exit.splits import Share, seed_of
 
@@ -221,11 +222,12 @@ def refuse_misfits(
     config: Config, phases: list[Phase], images: int, device: torch.device, group: Group
 ) -> None:
     """Raises UserError for settings that do not go with this machine or with each other."""
-    pooled = config.model.head in ("linear", "mixed_pool") and phases[-1].name == "joint"
+    pooled = set(config.model.head) & set(POOLED) and phases[-1].name == "joint"
     if config.run.deterministic and device.type == "cuda" and pooled:
         raise UserError(
-            f"--deterministic on a GPU goes with {config.model.head} heads only on a frozen"
-            " backbone: pooling to a grid has no deterministic gradient there; take --head conv"
+            f"--deterministic on a GPU goes with {' '.join(config.model.head)} heads only on a"
+            " frozen backbone: pooling to a grid has no deterministic gradient there; take --head"
+            " conv"
         )
     if config.run.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn is for GPUs: torch has no synchronised BatchNorm on a CPU")
@@ -345,7 +347,8 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
 
     Raises UserError where the checkpoint belongs to another run than the configuration's.
     """
-    changed = list(configs.differences(state["config"], configs.to_dict(run.config)))
+    saved = configs.to_dict(configs.build(type(run.config), state["config"]))
+    changed = list(configs.differences(saved, configs.to_dict(run.config)))
     for name, before, after in changed:
         # another file may bring the backbone; whether one does decides which phases there are
         moved = name in MOVABLE or (name == "model.backbone" and before and after) or (
@@ -537,7 +540,7 @@ def train_epoch(
         reseeded(batches, (config.run.seed, order), here.step, run.share),
         partial(
             joint_loss,
-            weights=phase.weights,
+            weights=weights_at(phase.weights, config.loss.start, here.epoch / optim.epochs),
             label_smoothing=optim.label_smoothing,
             distill=config.loss.distill,
             distill_temperature=config.loss.distill_temperature,

@@ -45,12 +45,21 @@ def build_network(config: FolderRun, num_classes: int) -> MultiExitNetwork:
             f"{model.arch} takes images of one size, and --train-crop is {images.train_crop},"
             f" --val-crop {images.val_crop}; give both the same"
         )
-    return networks.build_network(
-        model.arch, model.exits, model.head, num_classes, images.val_crop
-    )
+    exits = model.exits
+    if exits is None and config.run.regime == "cdl":  # every block is a candidate
+        exits = tuple(networks.place_shares(model.arch))
+    return networks.build_network(model.arch, exits, model.head, num_classes, images.val_crop)
 
 
 DOOR = experiment.FrontDoor(build_network, data.load, FolderRun)
+
+
+class Directory(argparse.Action):
+    """A directory by its absolute path. (A `type` would be applied to the default too, which says
+    that there is none.)"""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, cli.absolute(values))
 
 
 class ListArchs(argparse.Action):
@@ -70,7 +79,7 @@ def parser() -> cli.Parser:
     parser = cli.build_parser("main.py", "python imagenet/main.py [DIR] [flags]", __doc__)
     default = configs.build(FolderRun, CLASSIC)
     parser.add_argument(
-        "data.root", nargs="?", type=cli.absolute, metavar="DIR", default=argparse.SUPPRESS,
+        "data.root", nargs="?", action=Directory, metavar="DIR", default=argparse.SUPPRESS,
         help="directory with train/ and val/ (default: data/imagenet in the repository)",
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ import difflib
 import functools
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torchvision import models
 from torchvision.models.convnext import CNBlock
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
-from early_exit.cost import FUTILE, count_macs
+from early_exit import cost
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
 
@@ -171,7 +171,7 @@ def refuse_unknown(arch: str) -> None:
 def build_network(
     arch: str = "resnet50",
     exits: tuple[str, ...] | None = None,
-    head: str = DEFAULT_HEAD,
+    head: str | Sequence[str] = DEFAULT_HEAD,
     num_classes: int = 1000,
     image_size: int = 224,
 ) -> MultiExitNetwork:
@@ -200,24 +200,13 @@ def default_places(arch: str) -> tuple[str, ...]:
 @functools.cache
 def place_shares(arch: str) -> dict[str, float]:
     """Every place of an exit, in order, and the share of MACs that lies before it, for images of
-    224x224. The last block of a stage is called by the stage: `layer1` for `layer1.2`.
-    """
+    224x224 (`early_exit.cost.place_shares`)."""
     try:
         with torch.device("meta"):  # no weights are made or moved
             net = build_backbone(arch)
     except NotImplementedError:  # RegNet computes its widths with tensors
         net = build_backbone(arch).to("meta")
-    units = units_of(arch, net.eval())
-    features, before, macs = torch.empty(1, 3, 224, 224, device="meta"), 0, {}
-    for name, unit in units.items():
-        before += count_macs(unit, features)
-        macs[name] = before
-        with torch.no_grad():
-            features = unit(features)
-    stages = {name.rpartition(".")[0]: name for name in units}
-    lasts = {name: stage for stage, name in stages.items() if stage not in ("", "features")}
-    names = [name for name in list(units)[:-1] if macs[name] < FUTILE * before]
-    return {lasts.get(name, name): macs[name] / before for name in names}
+    return cost.place_shares(units_of(arch, net), torch.empty(1, 3, 224, 224, device="meta"))
 
 
 def describe_archs() -> Iterator[str]:

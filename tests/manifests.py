@@ -16,7 +16,7 @@ from scripts import ROOT
 
 import cifar10.trainer
 import imagenet.main
-from cifar10 import resnet
+from cifar10 import networks as cifar_networks
 from early_exit import cli
 from early_exit.config import Config
 from early_exit.errors import UserError
@@ -186,7 +186,7 @@ def of_flags(script: str, *flags: str) -> list[str]:
         args = module.parser().parse_args(flags)
         resolved = cli.resolve_config(args, None, getattr(module, "CLASSIC", None), config)
         if module is cifar10.trainer:
-            resnet.build_network(resolved.model.arch, resolved.model.exits)
+            cifar_networks.build_network(resolved.model.arch, resolved.model.exits)
         else:
             module.DOOR.build_network(resolved, 1000)
     except (SystemExit, UserError) as error:

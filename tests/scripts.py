@@ -47,7 +47,7 @@ def tiny_network(config: Config, num_classes: int) -> MultiExitNetwork:
     """A CIFAR ResNet of one block a stage, whatever `model.arch` says."""
     model = config.model
     backbone = resnet.ResNet(1, num_classes)
-    places = resnet.DEFAULT_EXITS if model.exits is None else model.exits
+    places = backbone.default_exits if model.exits is None else model.exits
     return MultiExitNetwork(
         backbone, backbone.units(), places, head=model.head, num_classes=num_classes,
         example=torch.zeros(1, 3, SIDE, SIDE),

@@ -16,7 +16,8 @@ import early_exit
 from early_exit import evaluation
 from early_exit.config import Config
 from early_exit.cost import network_cost
-from early_exit.evaluation import Goal, Trained, choose, evaluate
+from early_exit.choosing import Goal, choose
+from early_exit.evaluation import Trained, evaluate
 from early_exit.policy import Policy
 from early_exit.records import replay
 
@@ -26,9 +27,9 @@ ORDER = (
     "errors", "disk",
     "pixels", "heads", "losses", "criteria", "metrics", "calibration", "config", "checkpoint",
     "distributed", "runtime", "splits",
-    "network", "policy", "cost",
-    "records", "thresholds", "search", "guarantees", "inference",
-    "engine", "journal", "latency", "report", "plots",
+    "network", "policy", "cost", "energy",
+    "records", "overthinking", "thresholds", "search", "guarantees", "cdl", "inference",
+    "engine", "journal", "latency", "choosing", "report", "plots",
     "experiment",
     "training", "evaluation",
     "cli",
@@ -155,6 +156,7 @@ GOALS = [
     Goal(max_drop=0.01),
     Goal(budget=0.9, criterion="entropy"),
     Goal(max_drop=0.02, criterion="patience", calibrate=False),
+    Goal(risk=0.2, confidence=0.8, per_exit=True),
 ]
 
 
@@ -168,7 +170,7 @@ def policy_of(tiny_net, tmp_path, monkeypatch):
             cost=network_cost(tiny_net), device=torch.device("cpu"), precision="off",
             weights="some weights", unseen_val="hash",
         )
-        data = type("Data", (), {"name": "wallpapers"})()
+        data = type("Data", (), {"name": "wallpapers", "classes": tuple("abcd")})()
         monkeypatch.setattr(evaluation, "load_run", lambda *_: trained)
         monkeypatch.setattr(evaluation, "val_and_test", lambda *_: (val, test, data, "held out"))
         _, directory = evaluate(tmp_path, None, goal, overrides={}, live=False, draw=False)

@@ -155,8 +155,11 @@ class TestConversion:
         [
             ("optim: {schedule: linear}", ("step", "cosine")),
             ("run: {amp: fp8}", ("auto", "bf16", "fp16", "off")),
-            ("run: {regime: both}", ("joint", "mixed", "frozen")),
-            ("model: {head: big}", ("conv", "separable", "linear", "mixed_pool")),
+            ("run: {regime: both}", ("joint", "mixed", "frozen", "cdl")),
+            (
+                "model: {head: big}",
+                ("conv", "separable", "linear", "mixed_pool", "branch1", "branch2", "branch3"),
+            ),
         ],
     )
     def test_a_choice_that_is_not_there_lists_those_that_are(self, text, choices):
@@ -181,7 +184,7 @@ class TestUnknownKeys:
 
     def test_nothing_near_lists_what_is_known(self):
         message = refusal(from_yaml, "loss: {zzzz: 1}")
-        known = "loss.weights, loss.distill, loss.distill_temperature"
+        known = "loss.weights, loss.start, loss.distill, loss.distill_temperature"
         assert message == f"there is no setting 'loss.zzzz'; known are {known}"
 
     def test_a_key_that_is_no_text(self):
@@ -355,7 +358,10 @@ whole_configs = st.builds(
         ModelConfig,
         arch=names,
         exits=st.none() | st.lists(names, max_size=3).map(tuple),
-        head=st.sampled_from(["conv", "separable", "linear", "mixed_pool"]),
+        head=st.lists(
+            st.sampled_from(["conv", "separable", "linear", "mixed_pool", "branch2"]),
+            min_size=1, max_size=3,
+        ).map(tuple),
         backbone=st.none() | names,
     ),
     optim=optims,
@@ -367,12 +373,13 @@ whole_configs = st.builds(
     loss=st.builds(
         LossConfig,
         weights=st.none() | st.lists(st.floats(0, 10), max_size=4).map(tuple),
+        start=st.none() | st.floats(0, 10),
         distill=st.floats(0, 10),
         distill_temperature=positive,
     ),
     run=st.builds(
         RunConfig,
-        regime=st.sampled_from(["joint", "mixed", "frozen"]),
+        regime=st.sampled_from(["joint", "mixed", "frozen", "cdl"]),
         seed=st.integers(0, 2**31),
         device=names,
         threads=st.none() | st.integers(1, 64),

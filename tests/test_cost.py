@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10.resnet import DEPTHS, build_network
+from cifar10.networks import build_network
+from cifar10.resnet import DEPTHS
 from early_exit.cost import Cost, count_macs, network_cost
 from early_exit.errors import UserError
 

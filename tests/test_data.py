@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import http.client
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ class TestDigits:
 
     def test_classes(self, digits):
         assert digits.classes == tuple("0123456789")
-        assert digits.image_shape == (3, 32, 32)
+        assert data.SHAPES["digits"] == tuple(digits.splits["train"].images.shape[1:])
 
     def test_they_are_grey(self, digits):
         images = digits.splits["train"].images
@@ -113,7 +114,7 @@ class TestDigits:
 
 def test_an_unknown_data_set_lists_those_that_are():
     assert refusal(data.load, "cifar100") == (
-        "there is no data set 'cifar100'; choose one of cifar10, digits"
+        "there is no data set 'cifar100'; choose one of cifar10, digits, mnist"
     )
 
 
@@ -252,8 +253,8 @@ def crop_and_flip(image: np.ndarray, top: int, left: int, mirrored: bool) -> np.
 
 def augmented(images: torch.Tensor, seed: int, flip: bool) -> torch.Tensor:
     """`images` after draws of that seed."""
-    draws = data.Draws.of(len(images), torch.Generator().manual_seed(seed))
-    return data.augment(images, draws, flip)
+    draws = data.Draws.of(len(images), data.PAD, torch.Generator().manual_seed(seed))
+    return data.augment(images, draws, data.PAD, flip)
 
 
 @pytest.fixture(scope="module")
@@ -357,9 +358,9 @@ class TestBatches:
     def test_every_steps_crops_are_drawn_from_a_stream_of_their_own(self, monkeypatch):
         seeds, draw = [], data.Draws.of
 
-        def noted(count, generator):
+        def noted(count, pad, generator):
             seeds.append(generator.initial_seed())
-            return draw(count, generator)
+            return draw(count, pad, generator)
 
         monkeypatch.setattr(data.Draws, "of", noted)
         for epoch in range(3):
@@ -381,6 +382,69 @@ class TestBatches:
         assert torch.equal(images.round().to(torch.uint8), digits.splits["val"].images)
         targets = torch.cat([targets for _, targets in found])
         assert torch.equal(targets, digits.splits["val"].targets)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An array of bytes in the format of MNIST's files."""
+    head = b"\0\0\x08" + bytes([array.ndim]) + b"".join(
+        size.to_bytes(4, "big") for size in array.shape
+    )
+    path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="module")
+def mnist_root(tmp_path_factory) -> Path:
+    """Files as MNIST's: every image is even, with its number in the first four pixels."""
+    root = tmp_path_factory.mktemp("mnist")
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 60_000), ("t10k", 10_000)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[:, 0, :4] = np.arange(count, dtype="<u4").view(np.uint8).reshape(count, 4)
+        write_idx(raw / f"{name}-images-idx3-ubyte", images)
+        write_idx(raw / f"{name}-labels-idx1-ubyte", np.arange(count) % 10)
+    return root
+
+
+class TestMnist:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def mnist(cls, mnist_root) -> Data:
+        return data.load("mnist", mnist_root)
+
+    def test_sizes_and_shapes(self, mnist):
+        assert [mnist.size(split) for split in data.SPLITS] == [55_000, 5_000, 10_000]
+        assert tuple(mnist.splits["train"].images.shape[1:]) == data.SHAPES["mnist"]
+
+    def test_train_and_val_are_the_train_files_and_test_the_test_files(self, mnist):
+        def numbers_of(split):
+            pixels = mnist.splits[split].images[:, 0, 0, :4].contiguous().numpy()
+            return pixels.view("<u4").ravel()
+
+        assert sorted([*numbers_of("train"), *numbers_of("val")]) == list(range(60_000))
+        assert numbers_of("test").tolist() == list(range(10_000))
+        for split in data.SPLITS:
+            assert np.array_equal(numbers_of(split) % 10, mnist.splits[split].targets.numpy())
+
+    def test_batches_are_grey_and_moved_by_up_to_two_pixels_and_never_flipped(self, mnist):
+        assert (mnist.pad, mnist.flip) == (2, False)
+        images, _ = next(mnist.train_batches(64, 0, 0))
+        assert images.shape == (64, 1, 28, 28)
+        black = -data.MNIST_MEAN[0] / data.MNIST_STD[0]
+        first = (images[:, 0] > black + 1e-3).nonzero()
+        assert first[:, 1].max() <= 2 and first[:, 2].max() <= 3 + 2
+
+    def test_a_picture_has_three_channels(self, mnist):
+        assert mnist.picture("test", 3).shape == (28, 28, 3)
+
+    def test_absent_and_not_to_be_had(self, monkeypatch, tmp_path):
+        def no_network(self):
+            raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+        monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
+        message = refusal(data.load, "mnist", tmp_path)
+        assert message.startswith(f"MNIST is not under {tmp_path} and downloading http")
+        assert "put the original MNIST/raw folder there, or run with --dataset digits" in message
 
 
 class TestStratified:

@@ -18,12 +18,13 @@ from scripts import few_digits, run_main, tiny_network
 
 from cifar10 import data
 from cifar10 import eval as script
-from early_exit import checkpoint, evaluation, guarantees, plots
+from early_exit import checkpoint, energy, evaluation, guarantees, plots
+from early_exit.choosing import Goal, choose
 from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from early_exit.cost import Cost
+from early_exit.cost import Cost, network_cost
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
-from early_exit.evaluation import Goal, choose, evaluate
+from early_exit.evaluation import evaluate
 from early_exit.experiment import FrontDoor
 from early_exit.inference import infer
 from early_exit.latency import StageTimes
@@ -134,7 +135,7 @@ def slow_exit(
 ) -> int:
     """The exit that one image takes."""
     for index, threshold in enumerate(thresholds):
-        if enabled[index] and scores[index] >= threshold:
+        if enabled[index] and scores[index] >= threshold - 1e-6:  # a threshold is one's float32
             return index
     return len(thresholds)
 
@@ -186,6 +187,9 @@ GOALS = {
     "margin": Goal(budget=0.8, criterion="margin"),
     "patience": Goal(thresholds=(1,), criterion="patience"),
     "a guarantee": Goal(risk=0.15, confidence=0.9),
+    "a guarantee, each": Goal(risk=0.15, confidence=0.9, per_exit=True),
+    "delta": Goal(delta=0.6, calibrate=False),
+    "delta, and a gain to exceed": Goal(delta=0.6, epsilon=0.3, calibrate=False),
     "a threshold for each, chosen": Goal(max_drop=0.03, per_exit=True),
     "a budget, each": Goal(budget=0.75, per_exit=True),
 }
@@ -287,6 +291,41 @@ class TestRows:
             assert row["gain_auroc"] == pytest.approx(sum(lower) / len(lower), abs=1e-6)
         assert exits[-1]["gain_auroc"] is None
 
+    def test_classes_by_hand(self, rows):
+        directory, _, report = rows
+        policy = yaml.safe_load(next((directory / "eval").glob("*/policy.yaml")).read_text())
+        slow, targets = slow_outcome(directory, "test", policy), stored(directory, "test")[1]
+        assert [row["name"] for row in report["classes"]] == [str(digit) for digit in range(10)]
+        for digit, row in enumerate(report["classes"]):
+            here = [index for index, target in enumerate(targets) if target == digit]
+            macs = [MACS[slow["taken"][index]] / PLAIN for index in here]
+            assert row["images"] == len(here)
+            assert row["accuracy"] == pytest.approx(
+                sum(slow["right"][index] for index in here) / len(here)
+            )
+            assert row["macs_share"] == pytest.approx(sum(macs) / len(macs))
+
+    def test_energy_is_that_of_the_exits_taken(self, rows):
+        directory, exits, report = rows
+        network = tiny_network(Config(model=ModelConfig(exits=NAMES[:-1])), 10)
+        taken = [row["taken"] for row in exits]
+        assert [row["weights"] for row in report["energy"]] == ["SRAM", "DRAM"]
+        for row in report["energy"]:
+            found = energy.estimate(network, network_cost(network), row["weights"])
+            assert row["plain"] == pytest.approx(found.plain)
+            assert row["test"] == pytest.approx(np.dot(taken, found.cumulative()))
+
+    def test_overthinking_is_that_of_the_record(self, rows):
+        directory, _, report = rows
+        answers = [
+            [one.index(max(one)) == target for one in image]
+            for image, target in zip(*stored(directory, "test"), strict=True)
+        ]
+        destructive = sum(any(right[:-1]) and not right[-1] for right in answers)
+        wasteful = sum(any(right[:-1]) and right[-1] for right in answers)
+        assert report["overthinking"]["destructive"] == pytest.approx(destructive / 120)
+        assert report["overthinking"]["wasteful"] == pytest.approx(wasteful / 120)
+
     def test_final_accuracy_is_the_last_exits(self, rows):
         assert rows[2]["final_accuracy"] == rows[1][-1]["accuracy"]
 
@@ -374,7 +413,9 @@ class TestChoice:
 
 
 class TestLatency:
-    TIMES = StageTimes(1, (1,), ((2e-3,), (3e-3,), (5e-3,)), plain=9e-3)
+    TIMES = StageTimes(
+        1, (1,), ((2e-3,), (3e-3,), (5e-3,)), ((1.9e-3,), (2.9e-3,), (5e-3,)), plain=9e-3
+    )
 
     @pytest.fixture
     def timed(self, copy, monkeypatch):
@@ -384,7 +425,9 @@ class TestLatency:
 
     def expected(self, directory, split, policy) -> float:
         taken = slow_outcome(directory, split, policy)["taken"]
-        return sum((2e-3, 5e-3, 10e-3)[index] for index in taken) / len(taken)
+        first, second = policy["enabled"]
+        stages = (2e-3 if first else 1.9e-3, 3e-3 if second else 2.9e-3, 5e-3)
+        return sum(sum(stages[: index + 1]) for index in taken) / len(taken)
 
     @pytest.mark.parametrize(
         ("budget", "seconds"), [((0.8, "share"), 7.2e-3), ((6e-3, "s"), 6e-3)]
@@ -396,6 +439,21 @@ class TestLatency:
         assert said["val"] == pytest.approx(self.expected(timed, "val", policy))
         assert said["test"] == pytest.approx(self.expected(timed, "test", policy))
         assert said["val"] <= seconds
+
+    def test_a_threshold_for_each_exit_is_never_worse_on_val(self, timed):
+        one, _ = quickly(timed, Goal(latency=(0.8, "share")))
+        each, policy = quickly(timed, Goal(latency=(0.8, "share"), per_exit=True))
+        assert each["latency"]["val"] == pytest.approx(self.expected(timed, "val", policy))
+        assert each["latency"]["val"] <= 7.2e-3
+        assert each["val"]["accuracy"] >= one["val"]["accuracy"]
+
+    def test_an_exit_that_costs_more_than_it_saves_is_off(self, copy, monkeypatch):
+        """The first head takes 90 ms, and 1 without it."""
+        dear = StageTimes(1, (1,), ((90e-3,), (3e-3,), (5e-3,)), ((1e-3,), (2e-3,), (5e-3,)), 8e-3)
+        monkeypatch.setattr(evaluation, "stage_times", lambda *_, **__: dear)
+        report, policy = quickly(copy, Goal(latency=(1.0, "share")))
+        assert policy["enabled"][0] is False
+        assert report["latency"]["val"] <= 8e-3
 
     def test_the_page_and_the_screen_say_what_came_of_it(self, timed):
         report, _ = evaluate(
@@ -411,6 +469,24 @@ class TestLatency:
     def test_less_than_the_least_is_refused(self, timed):
         with pytest.raises(UserError, match="1.00 ms cannot be kept: the least .* is 2.00 ms"):
             quickly(timed, Goal(latency=(1e-3, "s")))
+
+
+class TestConditionalDeepLearning:
+    def test_the_page_and_the_screen_list_the_stages(self, copy):
+        report, directory = evaluate(
+            copy, DOOR, Goal(delta=0.6, calibrate=False), overrides=CPU, live=False, draw=False
+        )
+        assert [stage.name for stage in report.cdl] == list(NAMES[:-1])
+        admitted = tuple(stage.admitted for stage in report.cdl)
+        assert Policy.load(directory / "policy.yaml").enabled == admitted
+        for text in (
+            (directory / "report.md").read_text(), evaluation.summary(report, directory)
+        ):
+            assert "| stage | reached | stopped | saved | its classifier | gain | adm" in text
+            assert "Estimated energy: " in text
+
+    def test_other_goals_ask_about_no_stages(self, copy):
+        assert quickly(copy, Goal(max_drop=0.02))[0]["cdl"] is None
 
 
 class TestGuarantee:
@@ -643,7 +719,10 @@ class TestMistakes:
                 ("--latency-budget", "3ms", "--latency-batch", "500"),
                 "val has 100 images, fewer than --latency-batch 500",
             ),
-            (("--risk", "5", "--per-exit"), "--per-exit goes with --max-drop or --budget"),
+            (("--thresholds", "0.5", "--per-exit"), "--per-exit searches, and --thresholds and"),
+            (("--epsilon", "1"), "--epsilon goes with --delta"),
+            (("--delta", "0.3"), "--delta lies in 0.5 to below 1, got 0.3"),
+            (("--delta", "0.9", "--criterion", "margin"), "--delta is a probability; drop"),
             (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
             (("--risk", "5", "--confidence", "100"), "--confidence is 100; it lies between"),
         ],
@@ -736,7 +815,8 @@ class TestFiles:
     def test_their_names(self, written):
         assert {path.name for path in written.iterdir()} == {
             "policy.yaml", "report.json", "report.md", "accuracy_vs_macs.png",
-            "share_per_exit.png", "gallery.png", "reliability.png",
+            "share_per_exit.png", "gallery.png", "reliability.png", "confusion.png",
+            "overthinking.png",
         }
 
     def test_the_directory_is_named_after_the_goal(self, written):

@@ -6,6 +6,7 @@ import torch
 from early_exit.errors import UserError
 from early_exit.heads import (
     HEADS,
+    BranchHead,
     ConvHead,
     LinearHead,
     MixedPoolHead,
@@ -126,6 +127,23 @@ def test_mixed_pool_head_by_hand(mix, logit):
     features = torch.zeros(1, 1, 8, 8)
     features[:, :, 1::2, 1::2] = 4.0
     assert head(features).item() == pytest.approx(logit)
+
+
+def test_branch_head_by_hand():
+    """A ReLU, the maxima of 3x3 pixels two apart, a convolution, again maxima, a linear layer."""
+    head = BranchHead(channels=1, num_classes=1, side=8, convs=1)
+    conv, linear = head[2], head[-1]
+    assert (conv.out_channels, linear.in_features) == (2, 2 * 2 * 2)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[0, 0, 1, 1] = 2.0  # twice the pixel; the other channel only its bias
+        conv.bias.copy_(torch.tensor([-1.0, 0.5]))
+        linear.weight.copy_(torch.tensor([[1.0, 0, 0, 10.0, 0.25, 0, 0, 0]]))
+        linear.bias.fill_(3.0)
+    features = torch.full((1, 1, 8, 8), -5.0)
+    features[0, 0, 0, 0] = 4.0  # 2 * 4 - 1 = 7 in the first quarter
+    features[0, 0, 7, 7] = 1.0  # 2 * 1 - 1 = 1 in the last
+    assert head(features).item() == pytest.approx(1 * 7 + 10 * 1 + 0.25 * 0.5 + 3)
 
 
 @pytest.mark.parametrize("kind", HEADS)

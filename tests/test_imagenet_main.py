@@ -75,7 +75,7 @@ class TestFlags:
 
     def test_defaults_are_the_classic_recipe(self):
         config = settings()
-        assert config.model.arch == "resnet50" and config.model.head == "separable"
+        assert config.model.arch == "resnet50" and config.model.head == ("separable",)
         assert (config.optim.epochs, config.optim.batch_size, config.optim.lr) == (90, 256, 0.1)
         rates = [cli.training.lr_at(config.optim, epoch) for epoch in (0, 29.9, 30, 60)]
         assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
@@ -87,6 +87,18 @@ class TestFlags:
     )
     def test_exits_absent_bare_and_named(self, flags, exits):
         assert settings(*flags).model.exits == exits
+
+    def test_without_a_directory_it_is_the_repositorys(self, main, monkeypatch, tmp_path):
+        assert settings().data.root is None
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(data, "ROOT", tmp_path / "data" / "imagenet")
+        code, _, err = main("--exits", "--check")
+        assert code == 2
+        assert err.startswith(f"main.py: there is no directory {tmp_path}/data/imagenet; expected")
+
+    def test_a_directory_is_meant_from_where_one_is(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert settings("here").data.root == f"{tmp_path}/here"
 
     def test_bare_dummy_is_as_large_as_imagenet(self):
         assert settings("--dummy").data.dummy == 1_281_167

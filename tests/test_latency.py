@@ -35,7 +35,7 @@ def spread(total):
 
 HAND = Timing(
     batch_size=2, images=8, repeats=3, plain=spread(12.0), live=spread(8.0), promise=spread(6.0),
-    full=spread(15.0), stage_seconds=(1.0, 2.0, 5.0),
+    full=spread(15.0), trunk=spread(4.0), stage_seconds=(1.0, 2.0, 5.0),
 )
 
 
@@ -45,6 +45,10 @@ def test_speedup_is_over_the_plain_network():
 
 def test_kept_is_the_share_of_what_stages_promise():
     assert HAND.kept == 0.75
+
+
+def test_the_trunk_alone_looks_faster():
+    assert HAND.trunk_speedup == 3.0
 
 
 def test_overhead_is_what_exits_cost_when_nobody_leaves():
@@ -89,11 +93,30 @@ def test_a_measurement_has_positive_times(tiny_net, images, policy, batch_size):
     batches = list(images[: 3 * batch_size].split(batch_size))
     timing = timed(tiny_net, batches, policy, repeats=2)
     assert (timing.batch_size, timing.images, timing.repeats) == (batch_size, 3 * batch_size, 2)
-    for spread in (timing.plain, timing.live, timing.promise, timing.full):
+    for spread in (timing.plain, timing.live, timing.promise, timing.full, timing.trunk):
         assert 0 < spread.p50 <= spread.p95 <= spread.total
     assert len(timing.stage_seconds) == 4
     assert min(timing.stage_seconds) > 0
     assert sum(timing.stage_shares) == pytest.approx(1)
+
+
+def test_no_head_is_inside_the_trunk(tiny_net, images, policy, monkeypatch):
+    """BranchyNet's clock: as many bodies as stages are reached, and nothing else."""
+    asked = []
+    original = latency._time_stage
+
+    def spy(timed, network, chosen, exit_index, features):
+        asked.append((chosen.enabled, exit_index, len(features)))
+        return original(timed, network, chosen, exit_index, features)
+
+    monkeypatch.setattr(latency, "_time_stage", spy)
+    timed(tiny_net, [images[:8]], policy, repeats=1)
+    with torch.inference_mode():
+        rows = [(index, len(features)) for index, features in stage_inputs(
+            tiny_net, images[:8], policy
+        )]
+    bare = [(index, count) for enabled, index, count in asked if not any(enabled)]
+    assert bare == 2 * rows  # once to warm up
 
 
 def test_a_measurement_without_time_left_has_one_batch(tiny_net, images, policy):
@@ -159,14 +182,16 @@ def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
 class TestStageTimes:
     def test_a_batch_takes_what_its_survivors_take(self):
         # two stages; of a batch of 4 the first always sees 4 rows
-        times = StageTimes(4, (1, 2, 4), ((1.0, 1.5, 2.0), (10.0, 12.0, 20.0)), plain=21.0)
+        seconds, bare = ((1.0, 1.5, 2.0), (10.0, 12.0, 20.0)), ((0.8, 1.2, 1.6), (10.0, 12.0, 20.0))
+        times = StageTimes(4, (1, 2, 4), seconds, bare, plain=21.0)
         shares = np.array([[0, 1], [0.5, 0.5], [0.25, 0.75], [1, 0]])
         # 4, 2 and 3 rows in the second stage (between 12 and 20), and none
-        assert times.of(shares) == pytest.approx([22, 14, 18, 2])
+        assert times.of((True,), shares) == pytest.approx([22, 14, 18, 2])
 
     def test_one_image_takes_each_stage_as_often_as_it_is_reached(self):
-        times = StageTimes(1, (1,), ((1.0,), (10.0,)), plain=10.5)
-        assert times.of(np.array([[0.7, 0.3]])) == pytest.approx([1 + 0.3 * 10])
+        times = StageTimes(1, (1,), ((1.0,), (10.0,)), ((0.5,), (10.0,)), plain=10.5)
+        assert times.of((True,), np.array([[0.7, 0.3]])) == pytest.approx([1 + 0.3 * 10])
+        assert times.of((False,), np.array([[0.0, 1.0]])) == pytest.approx([0.5 + 10])
 
     def test_every_stage_is_timed_on_the_rows_it_gets(self, tiny_net, images, monkeypatch):
         seen = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.errors import UserError
-from early_exit.losses import joint_loss, resolve_weights
+from early_exit.losses import joint_loss, resolve_weights, weights_at
 
 EVEN = [[0.0, 0.0]]  # probabilities 1/2, 1/2
 LEANING = [[math.log(3), 0.0]]  # probabilities 3/4, 1/4
@@ -25,6 +25,21 @@ def test_one_weight_per_exit_is_taken_as_given():
 
 def test_one_weight_fewer_leaves_the_final_exit_the_rest_to_one():
     assert resolve_weights([0.25, 0.5], 3) == (0.25, 0.5, 0.25)
+
+
+@pytest.mark.parametrize(("progress", "expected"), [
+    (0.0, (0.01, 0.01, 1.0)), (0.5, (0.08, 0.155, 1.0)), (1.0, (0.15, 0.3, 1.0)),
+])
+def test_early_weights_rise_evenly_from_a_start(progress, expected):
+    assert weights_at((0.15, 0.3, 1.0), 0.01, progress) == pytest.approx(expected)
+
+
+def test_without_a_start_they_are_constant():
+    assert weights_at((0.15, 1.0), None, 0.2) == (0.15, 1.0)
+
+
+def test_a_weight_below_the_start_is_constant():
+    assert weights_at((0.0, 0.005, 1.0), 0.01, 0.5) == (0.0, 0.005, 1.0)
 
 
 def test_the_plain_network_needs_no_weight():

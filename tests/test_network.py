@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cifar10.resnet import build_backbone, build_network
+from cifar10.networks import build_backbone, build_network
 from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork, resolve_places, synchronise_norms
+from early_exit.heads import HEADS
+from early_exit.network import (
+    MultiExitNetwork,
+    kind_of_each,
+    resolve_places,
+    synchronise_norms,
+)
 
 BLOCKS = [f"layer{layer}.{block}" for layer in (1, 2, 3) for block in range(3)]  # of a ResNet-20
 UNITS = ["stem", *BLOCKS, "classifier"]
@@ -32,6 +38,25 @@ def resnet20():
 def pictures():
     """Four images, (4, 3, 32, 32)."""
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class TestKinds:
+    def test_one_kind_for_all_or_one_each(self):
+        assert kind_of_each("conv", ["a", "b"]) == {"a": "conv", "b": "conv"}
+        assert kind_of_each(["conv"], ["a", "b"]) == {"a": "conv", "b": "conv"}
+        assert kind_of_each(["conv", "linear"], ["b", "a"]) == {"b": "conv", "a": "linear"}
+
+    def test_the_plain_network_needs_none(self):
+        assert kind_of_each(["conv", "linear"], []) == {}
+
+    def test_another_number_is_refused(self):
+        with pytest.raises(UserError, match="got 2 kinds of head for 3 early exits; give one"):
+            kind_of_each(["conv", "linear"], ["a", "b", "c"])
+
+    def test_each_place_gets_its_own_whatever_the_order(self):
+        heads = build_network("resnet20", ["layer2", "layer1"], ["linear", "conv"]).heads
+        assert type(heads["layer1"]) is HEADS["conv"]
+        assert type(heads["layer2"]) is HEADS["linear"]
 
 
 def with_exits(backbone, places, head="linear"):

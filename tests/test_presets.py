@@ -11,7 +11,9 @@ from early_exit import cli
 from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.cost import network_cost
+from early_exit.engine import make_optimizer, set_training_mode
 from early_exit.experiment import plan_phases
+from early_exit.losses import joint_loss, weights_at
 from early_exit.network import MultiExitNetwork
 from imagenet import main
 from imagenet.data import FolderRun
@@ -76,6 +78,37 @@ def test_its_network_builds_and_its_exits_save_work(path):
     network = built(path)
     shares = network_cost(network).shares()
     assert all(share < 0.98 for share in shares[:-1])
+
+
+def test_every_phase_trains_for_a_step(path):
+    """On noise, small where the network takes any size: a finite loss, and what is to learn moves
+    while the rest does not."""
+    torch.manual_seed(0)
+    config = configured(path)
+    folders = path.parts[-3] == "imagenet"
+    classes = 10
+    network = (main if folders else trainer).build_network(config, classes)
+    side = 64 if folders else network.image_shape[-1]
+    images = torch.randn(2, network.image_shape[0], side, side)
+    target = torch.tensor([1, 7])
+    for phase in plan_phases(config, network.num_exits):
+        set_training_mode(network, phase.backbone_frozen)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        part = network.backbone if phase.backbone_only else network
+        weights = weights_at(phase.weights, config.loss.start, 0.5)
+        logits = [part(images)] if phase.backbone_only else part(images)
+        optimizer = make_optimizer(part, phase.optim)
+        loss = joint_loss(logits, target, weights, phase.optim.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+        moved = {
+            name for name, value in network.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
+        heads = {name for name in moved if name.startswith("heads.")}
+        assert bool(heads) is not phase.backbone_only
+        assert bool(moved - heads) is not phase.backbone_frozen
 
 
 def test_its_phases_can_be_planned(path):

@@ -15,7 +15,7 @@ from early_exit import records
 from early_exit.cost import Cost
 from early_exit.criteria import CRITERIA
 from early_exit.errors import Unavailable, UserError
-from early_exit.evaluation import Goal, choose
+from early_exit.choosing import Goal, choose
 from early_exit.policy import NEVER, Policy
 from early_exit.records import ExitRecord, disagreements, record, replay, score_record
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar10.resnet import DEPTHS, BasicBlock, ResNet, build_backbone, build_network
+from cifar10.networks import build_backbone, build_network
+from cifar10.resnet import DEPTHS, BasicBlock, ResNet
 from early_exit.errors import UserError
 from early_exit.heads import LinearHead
 

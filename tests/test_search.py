@@ -1,6 +1,7 @@
 """A threshold for each exit, against trying every combination."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from early_exit.policy import NEVER
 from early_exit.records import Scores
-from early_exit.search import Moves, cheapest, most_accurate, per_exit, that_pay
-from early_exit.thresholds import for_budget, for_max_drop, shared_curve
+from early_exit.search import Moves, cheapest, most_accurate, path, per_exit, that_pay
+from early_exit.thresholds import for_budget, for_latency, for_max_drop, shared_curve
 
 EARLY = 3
 ON = (True,) * EARLY
@@ -21,6 +22,11 @@ def price_of(enabled, heads=HEADS):
     """What an image costs that leaves at each exit."""
     run = [head * on for head, on in zip(heads, (*enabled, True), strict=True)]
     return tuple(itertools.accumulate(map(sum, zip(STAGES, run, strict=True))))
+
+
+def price(enabled, shares, heads=HEADS):
+    """What an image costs on average."""
+    return shares @ np.array(price_of(enabled, heads), float)
 
 
 def sample(seed: int, count: int = 24) -> Scores:
@@ -36,9 +42,9 @@ def sample(seed: int, count: int = 24) -> Scores:
     return Scores(scores, answers, np.ones(count, np.int64))
 
 
-def outcome(scored, thresholds, enabled=ON, price=None):
+def outcome(scored, thresholds, enabled=ON, prices=None):
     """Accuracy and mean price, image by image."""
-    price = price or price_of(enabled)
+    prices = prices or price_of(enabled)
     right = total = 0
     for image in range(len(scored.targets)):
         taken = EARLY
@@ -46,7 +52,7 @@ def outcome(scored, thresholds, enabled=ON, price=None):
             if enabled[index] and scored.scores[image, index] >= thresholds[index]:
                 taken = index
         right += bool(scored.right[image, taken])
-        total += price[taken]
+        total += prices[taken]
     return right / len(scored.targets), total / len(scored.targets)
 
 
@@ -68,7 +74,7 @@ def test_a_move_knows_what_each_value_does(seed, data):
     scored.scores[:] = np.round(scored.scores * 4) / 4  # ties
     thresholds = tuple(data.draw(st.sampled_from([NEVER, 0.25, 0.5, 0.75, -1.0])) for _ in ON)
     index = data.draw(st.integers(0, EARLY - 1))
-    outcomes = Moves(scored, ON, price_of(ON)).outcomes(thresholds, index)
+    outcomes = Moves(scored, ON, price).outcomes(thresholds, index)
     for value, *found in zip(*outcomes, strict=True):
         moved = (*thresholds[:index], value, *thresholds[index + 1 :])
         assert outcome(scored, moved) == pytest.approx(tuple(found))
@@ -80,14 +86,14 @@ def test_it_is_never_worse_than_one_for_all(seed, drop):
     curve = shared_curve(scored, ON, price_of(ON))
     needed = curve.accuracy[0] - drop
     shared = for_max_drop(curve, drop)
-    found, enabled = per_exit(scored, price_of, cheapest(needed), shared, ON)
-    accuracy, price = outcome(scored, found, enabled)
+    found, enabled = per_exit(scored, price, cheapest(needed), shared, ON)
+    accuracy, paid = outcome(scored, found, enabled)
     assert accuracy >= needed - 1e-9
-    assert price <= outcome(scored, (shared,) * EARLY)[1] + 1e-9
+    assert paid <= outcome(scored, (shared,) * EARLY)[1] + 1e-9
     shared = for_budget(curve, 70)
-    found, enabled = per_exit(scored, price_of, most_accurate(70), shared, ON)
-    accuracy, price = outcome(scored, found, enabled)
-    assert price <= 70 + 1e-9
+    found, enabled = per_exit(scored, price, most_accurate(70), shared, ON)
+    accuracy, paid = outcome(scored, found, enabled)
+    assert paid <= 70 + 1e-9
     assert accuracy >= outcome(scored, (shared,) * EARLY)[0] - 1e-9
 
 
@@ -99,7 +105,7 @@ def test_how_far_it_is_from_the_best_there_is():
         drop = (0, 0.04, 0.09)[seed % 3]
         needed = curve.accuracy[0] - drop
         shared = for_max_drop(curve, drop)
-        found, _ = per_exit(scored, price_of, cheapest(needed), shared, ON, switch=False)
+        found, _ = per_exit(scored, price, cheapest(needed), shared, ON, switch=False)
         accuracies, prices = every_combination(scored)
         best = prices[accuracies >= needed - 1e-12].min()
         excess.append(outcome(scored, found)[1] / best - 1)
@@ -124,17 +130,69 @@ def test_what_pays_with_a_shared_threshold_is_never_worse_than_all(seed, drop):
         return curve.macs[curve.accuracy >= needed - 1e-12].min()
 
     needed = scored.right[:, -1].mean() - drop
-    found = that_pay(scored, lambda on: price_of(on, heads), cheapest(needed))
+    found = that_pay(scored, partial(price, heads=heads), cheapest(needed))
     shared = for_max_drop(shared_curve(scored, found, price_of(found, heads)), drop)
     each, on = per_exit(
-        scored, lambda on: price_of(on, heads), cheapest(needed), shared, found
+        scored, partial(price, heads=heads), cheapest(needed), shared, found
     )
-    accuracy, price = outcome(scored, each, on, price_of(on, heads))
-    assert accuracy >= needed - 1e-9 and price <= cheapest_of(found) + 1e-9
+    accuracy, paid = outcome(scored, each, on, price_of(on, heads))
+    assert accuracy >= needed - 1e-9 and paid <= cheapest_of(found) + 1e-9
     subsets = list(itertools.product([True, False], repeat=EARLY))
     assert cheapest_of(found) <= cheapest_of(ON) + 1e-9
-    # one at a time, it may miss a better pair
-    assert cheapest_of(found) <= 1.25 * min(map(cheapest_of, subsets)) + 1e-9
+    # of three exits it found the best subset in each of 9,000 samples; with more it may miss it
+    assert cheapest_of(found) <= 1.05 * min(map(cheapest_of, subsets)) + 1e-9
+
+
+def seconds(enabled, shares):
+    """A price that is not a sum over images: half of a stage's time is there once anybody comes."""
+    reach = 1 - np.cumsum(shares, axis=1) + shares
+    stages = np.array(STAGES) + np.array(HEADS) * np.array((*enabled, True))
+    return (stages * np.where(reach > 0, 0.5 + 0.5 * reach, 0)).sum(axis=1)
+
+
+class TestAnyPrice:
+    """Seconds of a batch, too, are a function of the shares that leave."""
+
+    @given(st.integers(0, 10**6), st.sampled_from([50, 70, 90]))
+    def test_a_budget_is_kept_and_each_is_never_worse_than_one_for_all(self, seed, budget):
+        scored, key = sample(seed), most_accurate(budget)
+        on = that_pay(scored, seconds, key)
+        curve = shared_curve(scored, on, price_of(on))
+        shared = for_latency(curve, seconds(on, curve.shares), budget)
+        each, enabled = per_exit(scored, seconds, key, shared, on)
+        one = Moves(scored, on, seconds).outcome((shared,) * EARLY)
+        found = Moves(scored, enabled, seconds).outcome(each)
+        assert max(one[1], found[1]) <= budget * (1 + 1e-9)
+        assert found[0] >= one[0] - 1e-12
+
+    def test_an_outcome_is_priced_by_its_shares(self):
+        scored = sample(3)
+        thresholds = (0.7, 0.7, 0.7)
+        accuracy, paid = Moves(scored, ON, seconds).outcome(thresholds)
+        taken = np.full(24, EARLY)
+        for index in reversed(range(EARLY)):
+            taken[scored.scores[:, index] >= 0.7] = index
+        shares = np.bincount(taken, minlength=EARLY + 1) / 24
+        assert paid == pytest.approx(seconds(ON, shares[None])[0])
+        assert accuracy == pytest.approx(scored.right[np.arange(24), taken].mean())
+
+
+class TestPath:
+    def test_it_leads_from_never_to_always_and_falls_in_price(self):
+        scored = sample(5, count=200)
+        on = (True, False, True)
+        steps = path(scored, price, on)
+        assert steps[0] == (NEVER,) * 3 and steps[-1] == (-np.inf,) * 3
+        paid = [Moves(scored, on, price).outcome(each)[1] for each in steps]
+        assert paid == sorted(paid, reverse=True)
+        assert len(steps) > 20
+
+    def test_no_shared_threshold_is_better_than_a_step_near_its_price(self):
+        scored = sample(5, count=200)
+        steps = [Moves(scored, ON, price).outcome(each) for each in path(scored, price, ON)]
+        curve = shared_curve(scored, ON, price_of(ON))
+        for accuracy, macs in zip(curve.accuracy, curve.macs, strict=True):
+            assert max(right for right, paid in steps if paid <= macs + 1) >= accuracy - 1e-9
 
 
 class TestSwitchingOff:
@@ -142,20 +200,20 @@ class TestSwitchingOff:
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
         scored.scores[:, 1] = 0.99
-        on = that_pay(scored, price_of, cheapest(scored.right[:, -1].mean()))
+        on = that_pay(scored, price, cheapest(scored.right[:, -1].mean()))
         assert on == (True, False, True)
 
     def test_exits_that_pay_stay_on_with_a_shared_threshold(self):
         scored = sample(1, count=200)
         scored.answers[:] = 1
-        assert that_pay(scored, price_of, cheapest(1.0))[0]
+        assert that_pay(scored, price, cheapest(1.0))[0]
 
     def test_an_exit_that_never_pays_is_off(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
         heads = (1, 9, 1, 0)
         found, enabled = per_exit(
-            scored, lambda on: price_of(on, heads), cheapest(scored.right[:, -1].mean()), NEVER, ON
+            scored, partial(price, heads=heads), cheapest(scored.right[:, -1].mean()), NEVER, ON
         )
         assert enabled == (True, False, True) and found[1] == NEVER
 
@@ -163,19 +221,19 @@ class TestSwitchingOff:
         scored = sample(1, count=200)
         scored.answers[:, :-1] = 0
         scored.answers[:, -1] = 1
-        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER, ON)
+        found, enabled = per_exit(scored, price, cheapest(1.0), NEVER, ON)
         assert enabled == (False,) * EARLY and found == (NEVER,) * EARLY
 
     def test_exits_that_pay_stay(self):
         scored = sample(1, count=200)
         scored.answers[:] = 1
-        found, enabled = per_exit(scored, price_of, cheapest(1.0), NEVER, ON)
+        found, enabled = per_exit(scored, price, cheapest(1.0), NEVER, ON)
         assert enabled[0] and outcome(scored, found, enabled)[1] <= 21  # everybody leaves at once
 
     def test_they_may_have_to_stay(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0
-        _, enabled = per_exit(scored, price_of, most_accurate(60), -1.0, ON, switch=False)
+        _, enabled = per_exit(scored, price, most_accurate(60), -1.0, ON, switch=False)
         assert enabled == ON
 
 
@@ -183,5 +241,5 @@ def test_no_goal_in_reach_is_missed_for_want_of_a_good_start():
     scored = sample(5, count=300)
     accuracies = [scored.right[:, index].mean() for index in range(EARLY + 1)]
     assert accuracies[0] < accuracies[-1]
-    found, enabled = per_exit(scored, price_of, most_accurate(21), -1.0, ON)
+    found, enabled = per_exit(scored, price, most_accurate(21), -1.0, ON)
     assert outcome(scored, found, enabled)[1] <= 21 + 1e-9

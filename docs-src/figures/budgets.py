@@ -15,7 +15,7 @@ import numpy as np
 from criteria import CUTS, cost_of, cut, record_parser, records
 
 from early_exit.cost import Cost
-from early_exit.evaluation import Goal, choose, outcome
+from early_exit.choosing import Goal, choose, outcome
 from early_exit.metrics import mean_std
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from early_exit.cost import Cost
-from early_exit.evaluation import Goal, choose, outcome
+from early_exit.choosing import Goal, choose, outcome
 from early_exit.metrics import mean_std
 from early_exit.records import ExitRecord, score_record
 from early_exit.splits import halves

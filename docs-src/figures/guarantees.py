@@ -17,7 +17,7 @@ from criteria import cost_of
 from matplotlib.figure import Figure
 
 from early_exit.disk import written_whole
-from early_exit.evaluation import Goal, fit_and_certify, ladder
+from early_exit.choosing import Goal, fit_and_certify, ladder
 from early_exit.guarantees import losses_of, on_average, with_confidence
 from early_exit.plots import BLUE, GREEN, ORANGE, STYLE
 from early_exit.records import ExitRecord, score_record
@@ -51,7 +51,7 @@ def main() -> None:
     policies = ladder(val.subset(rows, "val", ""), Goal(risk=risk), cost)
     scored = score_record(test, policies[0])
     lost = losses_of(scored, policies, "wrong")
-    true, shares = lost.mean(axis=1), np.array(cost.shares())
+    true, shares = lost.mean(axis=1), np.array(cost.shares(policies[0].enabled))
     macs = np.array([shares[scored.exit_index(policy)].mean() for policy in policies])
 
     methods = {

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
 from early_exit.disk import written_whole
-from early_exit.evaluation import Goal, choose, ladder, outcome
+from early_exit.choosing import Goal, choose, ladder, outcome
 from early_exit.plots import BLUE, GREY, ORANGE, STYLE
 from early_exit.records import ExitRecord, score_record
 

@@ -1,0 +1,94 @@
+"""Small networks for MNIST: the LeNet of BranchyNet, and two as in Conditional Deep Learning.
+
+Places for exits in LeNet are `conv1` (what a convolution gives), `pool1` (after pooling and ReLU),
+and so on.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LeNet(nn.Module):
+    """Three 5x5 convolutions and two linear layers, with the widths of BranchyNet's public code
+    (arXiv:1709.01686).
+
+    Maps images (B, C, H, W) of 28x28 or 32x32 to logits (B, K).
+    """
+
+    default_exits = ("conv1",)
+
+    def __init__(self, num_classes: int = 10, shape: Sequence[int] = (1, 28, 28)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(shape[0], 5, 5, padding=3)
+        self.conv2 = nn.Conv2d(5, 10, 5, padding=3)
+        self.conv3 = nn.Conv2d(10, 20, 5, padding=3)
+        self.fc1 = nn.Linear(20 * 6 * 6, 84)
+        self.fc2 = nn.Linear(84, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images
+        for conv in (self.conv1, self.conv2, self.conv3):
+            features = F.relu(F.max_pool2d(conv(features), 2, ceil_mode=True))
+        return self.fc2(F.relu(self.fc1(features.flatten(1))))
+
+    def units(self) -> dict[str, nn.Module]:
+        """The blocks in order, by name; one after the other they are `forward`."""
+        units: dict[str, nn.Module] = {}
+        for number, conv in enumerate((self.conv1, self.conv2, self.conv3), 1):
+            units |= {f"conv{number}": conv, f"pool{number}": Pool()}
+        return units | {"classifier": nn.Sequential(nn.Flatten(), self.fc1, nn.ReLU(), self.fc2)}
+
+
+class Pool(nn.Module):
+    """The maxima of 2x2 pixels, and ReLU."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.relu(F.max_pool2d(features, 2, ceil_mode=True))
+
+
+class MnistCNN(nn.Module):
+    """Convolutions without padding, each with ReLU and pooling, and one linear layer, as the
+    networks of Conditional Deep Learning (arXiv:1509.08971).
+
+    maps, kernels: of each convolution; its place, `conv1` or so, is after the pooling. Maps images
+    (B, C, H, W) to logits (B, K).
+    """
+
+    default_exits = ("conv1",)
+
+    def __init__(
+        self,
+        maps: Sequence[int],
+        kernels: Sequence[int],
+        num_classes: int = 10,
+        shape: Sequence[int] = (1, 28, 28),
+    ) -> None:
+        super().__init__()
+        widths = [shape[0], *maps]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, kernel)
+            for before, after, kernel in zip(widths, maps, kernels, strict=False)
+        )
+        with torch.no_grad():
+            width = self.features(torch.zeros(1, *shape)).shape[1]
+        self.fc = nn.Linear(width, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the linear layer gets of images (B, C, H, W): (B, features)."""
+        for conv in self.convs:
+            images = F.relu(F.max_pool2d(conv(images), 2, ceil_mode=True))
+        return images.flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images))
+
+    def units(self) -> dict[str, nn.Module]:
+        """The blocks in order, by name; one after the other they are `forward`."""
+        units: dict[str, nn.Module] = {
+            f"conv{number}": nn.Sequential(conv, Pool())
+            for number, conv in enumerate(self.convs, 1)
+        }
+        return units | {"classifier": nn.Sequential(nn.Flatten(), self.fc)}

@@ -1,0 +1,52 @@
+"""The networks for small images, by name, with exits."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from cifar10.alexnet import AlexNet
+from cifar10.lenet import LeNet, MnistCNN
+from cifar10.resnet import DEPTHS, ResNet
+from early_exit.errors import UserError
+from early_exit.network import MultiExitNetwork
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
+    "alexnet": AlexNet,
+    "lenet": LeNet,
+    "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
+    "mnist_3c": partial(MnistCNN, (8, 16, 32), (3, 3, 3)),
+}
+
+
+def build_backbone(
+    arch: str, num_classes: int = 10, shape: Sequence[int] = (3, 32, 32)
+) -> nn.Module:
+    """The plain network called `arch`, for images of that shape (C, H, W)."""
+    if arch not in BACKBONES:
+        raise UserError(f"there is no network {arch!r}; choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[arch](num_classes, shape)
+
+
+def build_network(
+    arch: str = "resnet32",
+    exits: Sequence[str] | None = None,
+    head: str | Sequence[str] = "conv",
+    num_classes: int = 10,
+    shape: Sequence[int] = (3, 32, 32),
+) -> MultiExitNetwork:
+    """`arch` with exits after the named blocks; None: its default places; (): the plain network.
+
+    head: their kind, or one for each; shape: of an image (C, H, W).
+    """
+    backbone = build_backbone(arch, num_classes, shape)
+    return MultiExitNetwork(
+        backbone,
+        backbone.units(),
+        backbone.default_exits if exits is None else exits,
+        head=head,
+        num_classes=num_classes,
+        example=torch.zeros(1, *shape),
+    )

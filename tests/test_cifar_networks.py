@@ -1,0 +1,74 @@
+"""The small networks beside the ResNets: their blocks, and their price worked out by hand."""
+
+import pytest
+import torch
+from scripts import refusal
+
+from cifar10 import data
+from cifar10.networks import BACKBONES, build_backbone, build_network
+from early_exit.cost import count_macs, network_cost, place_shares
+
+SMALL = ["alexnet", "lenet", "mnist_2c", "mnist_3c"]
+GREY, COLOUR = data.SHAPES["mnist"], data.SHAPES["cifar10"]
+
+
+@pytest.mark.parametrize("shape", [GREY, COLOUR])
+@pytest.mark.parametrize("arch", [*SMALL, "resnet20"])
+def test_the_blocks_one_after_the_other_are_the_network(arch, shape):
+    torch.manual_seed(0)
+    backbone = build_backbone(arch, 10, shape).eval()
+    features = images = torch.randn(3, *shape)
+    for unit in backbone.units().values():
+        features = unit(features)
+    assert torch.equal(features, backbone(images))
+    assert features.shape == (3, 10)
+
+
+@pytest.mark.parametrize(("arch", "shape", "layers"), [
+    # outputs x (kernel^2 x inputs) for a convolution; inputs x outputs for a linear layer
+    ("lenet", GREY, [
+        5 * 30**2 * 25, 10 * 17**2 * 25 * 5, 20 * 11**2 * 25 * 10, 20 * 36 * 84, 84 * 10
+    ]),
+    ("alexnet", COLOUR, [
+        32 * 32**2 * 25 * 3, 64 * 16**2 * 25 * 32, 96 * 8**2 * 9 * 64, 96 * 8**2 * 9 * 96,
+        64 * 8**2 * 9 * 96, 1024 * 256, 256 * 128, 128 * 10,
+    ]),
+    ("mnist_2c", GREY, [6 * 24**2 * 25, 12 * 8**2 * 25 * 6, 12 * 16 * 10]),
+    ("mnist_3c", GREY, [8 * 26**2 * 9, 16 * 11**2 * 9 * 8, 32 * 4**2 * 9 * 16, 32 * 4 * 10]),
+])
+def test_multiply_adds_by_hand(arch, shape, layers):
+    backbone = build_backbone(arch, 10, shape)
+    assert count_macs(backbone.to("meta"), torch.empty(1, *shape, device="meta")) == sum(layers)
+
+
+@pytest.mark.parametrize(("arch", "head", "shape", "head_macs"), [
+    ("lenet", "branch1", GREY, [15**2 * 9 * 5 * 10 + 640 * 10]),
+    ("alexnet", ["branch2", "branch1"], COLOUR, [
+        8**2 * 9 * (64 + 32) * 32 + 512 * 10, 4**2 * 9 * 96 * 32 + 128 * 10,
+    ]),
+])
+def test_the_branches_of_branchynet_by_hand(arch, head, shape, head_macs):
+    cost = network_cost(build_network(arch, None, head, shape=shape))
+    assert cost.head_macs == (*head_macs, 0)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in BACKBONES if arch != "resnet1202"])
+def test_default_places_are_there_and_save_something(arch):
+    shape = GREY if arch in SMALL and arch != "alexnet" else COLOUR
+    with torch.device("meta"):
+        backbone = build_backbone(arch, 10, shape)
+    shares = place_shares(backbone.units(), torch.empty(1, *shape))
+    assert set(backbone.default_exits) <= set(shares)
+    assert list(shares.values()) == sorted(shares.values())
+
+
+def test_an_unknown_network_is_named_with_the_known_ones():
+    assert "there is no network 'vgg'; choose one of resnet20, " in refusal(build_backbone, "vgg")
+
+
+def test_a_branch_does_not_change_what_the_backbone_gets():
+    """The head begins with a ReLU on features that the next block reads too."""
+    torch.manual_seed(0)
+    network = build_network("lenet", None, "branch1", shape=GREY)
+    images = torch.randn(2, *GREY)
+    assert torch.equal(network(images)[-1], network.backbone(images))

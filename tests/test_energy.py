@@ -1,0 +1,55 @@
+"""The energy estimate, against numbers worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from early_exit.cost import network_cost
+from early_exit.energy import PICOJOULES, Energy, estimate
+from early_exit.network import MultiExitNetwork
+
+
+@pytest.fixture(scope="module")
+def network() -> MultiExitNetwork:
+    """A 3x3 convolution from 3 to 8 channels on 4x4, and a linear layer; an exit between, with a
+    linear head on averages."""
+    units = {"conv": nn.Conv2d(3, 8, 3, padding=1), "end": nn.Sequential(
+        nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )}
+    return MultiExitNetwork(
+        nn.Sequential(*units.values()), units, ["conv"], num_classes=10, head="mixed_pool",
+        example=torch.zeros(1, 3, 4, 4),
+    )
+
+
+MAC, SRAM, DRAM = 3.7 + 0.9, 2.5, 162.5  # pJ of a multiply-add, and of a byte
+
+
+def test_the_table_is_horowitz_s():
+    assert PICOJOULES["float32 multiplication"] + PICOJOULES["float32 addition"] == MAC
+    assert PICOJOULES["byte of SRAM"] == SRAM
+    assert PICOJOULES["byte of DRAM"] == DRAM
+
+
+@pytest.mark.parametrize(("weights", "price"), [("DRAM", DRAM), ("SRAM", SRAM)])
+def test_stages_and_heads_by_hand(network, weights, price):
+    found = estimate(network, network_cost(network), weights)
+    # 3456 MACs; reads 48 and writes 128 numbers; 216 weights and 8 biases
+    assert found.stages[0] == pytest.approx(
+        3456 * MAC + 4 * (48 + 128) * SRAM + 4 * (216 + 8) * price
+    )
+    # 8192 + 640 MACs; 128 + 64 and 64 + 10 numbers; two layers' weights and biases
+    assert found.stages[1] == pytest.approx(
+        (8192 + 640) * MAC + 4 * (192 + 74) * SRAM + 4 * (8192 + 64 + 640 + 10) * price
+    )
+    # on 4x4 pools: 128 to 10, and the mixture's one number
+    assert found.heads == (
+        pytest.approx(1280 * MAC + 4 * (128 + 10) * SRAM + 4 * (1280 + 10 + 1) * price), 0.0
+    )
+
+
+def test_an_image_pays_for_all_that_ran():
+    energy = Energy((10.0, 20.0, 30.0), (1.0, 2.0, 0.0))
+    assert energy.plain == 60
+    assert energy.cumulative() == (11, 33, 63)
+    assert energy.cumulative((False, True)) == (10, 32, 62)
