@@ -217,7 +217,7 @@ def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
 def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
     """Policies of the goal's criterion from never leaving early to always, with temperatures and,
     for a goal of risk, without the exits that do not pay at that drop; evenly in MACs, or with a
-    threshold for each exit. All of it from `fit`."""
+    threshold for each exit, in the order of their losses. All of it from `fit`."""
     policy = _calibrated(fit, goal)
     scored = score_record(fit, policy)
     if goal.risk is not None:
@@ -225,8 +225,12 @@ def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
         enabled = _that_pay(scored, policy, cost.mean_macs, key)
         policy = dataclasses.replace(policy, enabled=enabled)
     if goal.per_exit:
-        path = search.path(scored, cost.mean_macs, policy.enabled)
-        return [dataclasses.replace(policy, thresholds=each) for each in path]
+        kept = guarantees.as_kept(scored, goal.loss)
+        path = search.path(kept, cost.mean_macs, policy.enabled)
+        policies = [dataclasses.replace(policy, thresholds=each) for each in path]
+        # the safest first, as in Pareto testing (Laufer-Goldshtein et al., arXiv:2210.07913)
+        lost = guarantees.losses_of(scored, policies, goal.loss).sum(axis=1)
+        return [policies[index] for index in np.argsort(lost, kind="stable")]
     curve = thresholds.shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
     return [policy.shared(float(threshold)) for threshold in curve.thresholds[thinned(curve)]]
 

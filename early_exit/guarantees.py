@@ -69,14 +69,16 @@ def losses_of(scored: Scores, policies: Sequence[Policy], loss: str) -> np.ndarr
 
     The policies share the criterion, temperatures and switches that `scored` was made with.
     """
-    count = len(scored.targets)
-    full = scored.answers[:, -1]
-    counts = full == scored.targets if loss == "wrong" else np.ones(count, bool)
-    lost = np.zeros((len(policies), count), bool)
-    for row, policy in zip(lost, policies, strict=True):
-        answer = scored.answers[np.arange(count), scored.exit_index(policy)]
-        row[:] = counts & (answer != full)
-    return lost
+    kept, rows = as_kept(scored, loss).right, np.arange(len(scored.targets))
+    return np.array([~kept[rows, scored.exit_index(policy)] for policy in policies])
+
+
+def as_kept(scored: Scores, loss: str) -> Scores:
+    """The same scores, where an exit is right that does not lose the image."""
+    full = scored.answers[:, -1:]
+    counts = full == scored.targets[:, None] if loss == "wrong" else np.ones_like(full, bool)
+    lost = counts & (scored.answers != full)
+    return Scores(scored.scores, (~lost).astype(np.int64), np.ones_like(scored.targets))
 
 
 def with_confidence(lost: np.ndarray, risk: float, confidence: float) -> int:

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from early_exit.choosing import Goal, ladder
+from early_exit.cost import Cost
 from early_exit.errors import UserError
 from early_exit.guarantees import (
     LOSSES,
     Guarantee,
+    as_kept,
     images_needed,
     losses_of,
     on_average,
@@ -58,6 +61,13 @@ class TestLosses:
         assert lost.tolist() == [[False] * 4, [False, True, True, True]]
         other = dataclasses.replace(self.SCORED, targets=np.array([2, 0, 1, 1]))
         assert np.array_equal(losses_of(other, [self.STAY, self.LEAVE], "differs"), lost)
+
+    @pytest.mark.parametrize(("loss", "kept"), [
+        ("wrong", [True, False, True, True]), ("differs", [True, False, False, False])
+    ])
+    def test_what_is_kept_is_what_is_not_lost(self, loss, kept):
+        right = as_kept(self.SCORED, loss).right
+        assert right[:, 0].tolist() == kept and right[:, 1].all()
 
     def test_both_are_no_less_than_the_accuracy_given_up(self, stored):
         policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.7, 0.7, 0.7))
@@ -160,6 +170,21 @@ def test_on_average_holds(population, loss):
     risks = risks_of_draws(population[loss], lambda lost: on_average(lost, RISK))
     assert risks.mean() <= RISK + 3 * risks.std() / DRAWS**0.5
     assert risks.mean() > 0.7 * RISK
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_a_ladder_that_was_fitted_on_other_images_holds_too(stored, per_exit):
+    """With exits that do not pay switched off, and with a threshold for each."""
+    names = stored.info.exit_names
+    cost = Cost(names, (10, 10, 10, 30), (1, 9, 1, 0), 0, (0,) * 4)
+    fit = stored.subset(np.arange(400), "val", "fit")
+    rest = stored.subset(np.arange(400, len(stored)), "test", "rest")
+    policies = ladder(fit, Goal(risk=RISK, confidence=CONFIDENCE, per_exit=per_exit), cost)
+    assert len(policies) > 10 and policies[0].thresholds == (NEVER,) * 3
+    lost = losses_of(score_record(rest, policies[0]), policies, "wrong")
+    risks = risks_of_draws(lost, lambda drawn: with_confidence(drawn, RISK, CONFIDENCE))
+    assert not too_many(int((risks > RISK).sum()), 1 - CONFIDENCE)
+    assert risks.max() > 0  # it accepts more than the first
 
 
 def test_a_method_without_a_guarantee_is_found_out(population):

@@ -12,11 +12,10 @@ import argparse
 import dataclasses
 
 import numpy as np
-from criteria import CUTS, cost_of, cut, record_parser, records
+from criteria import over_cuts, record_parser, records
 
-from early_exit.cost import Cost
 from early_exit.choosing import Goal, choose, outcome
-from early_exit.metrics import mean_std
+from early_exit.cost import Cost
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
 from early_exit.thresholds import geometric
@@ -50,25 +49,19 @@ def msdnet(val: ExitRecord, budget: float, cost: Cost) -> Policy:
 def main() -> None:
     """Reads and prints."""
     args = parser().parse_args()
-    val, test = records(args)
-    cost = cost_of(test)
+    runs = records(args)
     ways = {
-        "one for all": lambda record, budget: choose(record, Goal(budget=budget), cost),
-        "one each": lambda record, budget: choose(record, Goal(budget=budget, per_exit=True), cost),
-        "geometric shares": lambda record, budget: msdnet(record, budget, cost),
+        "one for all": lambda record, cost: choose(record, Goal(budget=budget / 100), cost),
+        "one each": lambda record, cost: choose(
+            record, Goal(budget=budget / 100, per_exit=True), cost
+        ),
+        "geometric shares": lambda record, cost: msdnet(record, budget / 100, cost),
     }
     print("| budget | thresholds | test | MACs |\n| ---: | --- | ---: | ---: |")
     for budget in args.budgets:
         for name, way in ways.items():
-            accuracies, shares = [], []
-            for seed in range(CUTS):
-                chosen_on, shown_on = cut(val, test, seed)
-                policy = way(chosen_on, budget / 100)
-                point, _ = outcome(score_record(shown_on, policy), policy, cost)
-                accuracies.append(100 * point.accuracy)
-                shares.append(100 * point.macs_share)
-            cells = ["{:.2f} ± {:.2f}".format(*mean_std(values)) for values in (accuracies, shares)]
-            print(f"| {budget:g} % | {name} | {cells[0]} % | {cells[1]} % |")
+            accuracy, _, share = over_cuts(runs, way)
+            print(f"| {budget:g} % | {name} | {accuracy} % | {share} % |")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
     python docs-src/figures/criteria.py runs/resnet20-mixed
     python docs-src/figures/criteria.py runs/resnet56-frozen6 --val-from test
+    python docs-src/figures/criteria.py runs/b-lenet-0 runs/b-lenet-1 runs/b-lenet-2
 
-The run must have been evaluated (its records are read). Thresholds are chosen on val and shown on
-test; ten cuts give mean and deviation. --val-from train: ten random halves of val choose, all of
-test is shown; test: test is cut in two ten times. Prints a table.
+The runs must have been evaluated (their records are read). Thresholds are chosen on val and shown
+on test; ten cuts of each run, which may be seeds of one recipe, give mean and deviation.
+--val-from train: ten random halves of val choose, all of test is shown; test: test is cut in two
+ten times. Prints a table.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from early_exit.cost import Cost
 from early_exit.choosing import Goal, choose, outcome
+from early_exit.cost import Cost
 from early_exit.metrics import mean_std
+from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
 from early_exit.splits import halves
 
@@ -33,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
 def record_parser(docstring: str) -> argparse.ArgumentParser:
     """The flags that name records."""
     parser = argparse.ArgumentParser(description=docstring.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="run directory that was evaluated")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="run", help="run directory that was evaluated"
+    )
     parser.add_argument(
         "--val-from", choices=("train", "test"), default="train",
         help="train: halves of val choose; test: halves of test (default train)",
@@ -41,11 +48,15 @@ def record_parser(docstring: str) -> argparse.ArgumentParser:
     return parser
 
 
-def records(args: argparse.Namespace) -> tuple[ExitRecord | None, ExitRecord]:
-    """Of val, if it chooses, and of test."""
-    folder = args.run / "records"
-    val = None if args.val_from == "test" else ExitRecord.load(folder / "val-off")
-    return val, ExitRecord.load(folder / "test-off")
+def records(args: argparse.Namespace) -> list[tuple[ExitRecord | None, ExitRecord]]:
+    """Of every run: of val, if it chooses, and of test."""
+    return [
+        (
+            None if args.val_from == "test" else ExitRecord.load(run / "records" / "val-off"),
+            ExitRecord.load(run / "records" / "test-off"),
+        )
+        for run in args.runs
+    ]
 
 
 def cost_of(record: ExitRecord) -> Cost:
@@ -61,28 +72,37 @@ def cut(val: ExitRecord | None, test: ExitRecord, seed: int) -> tuple[ExitRecord
     return chosen_on, test if val else test.subset(rest, "test", "")
 
 
+def over_cuts(
+    runs: Sequence[tuple[ExitRecord | None, ExitRecord]],
+    choice: Callable[..., Policy],
+) -> list[str]:
+    """Accuracy, accuracy lost, and MACs, in percent, means and deviations over ten cuts of every
+    run, of what is chosen there."""
+    outcomes = []
+    for val, test in runs:
+        cost = cost_of(test)
+        for seed in range(CUTS):
+            chosen_on, shown_on = cut(val, test, seed)
+            policy = choice(chosen_on, cost=cost)
+            scored = score_record(shown_on, policy)
+            point, _ = outcome(scored, policy, cost)
+            lost = np.mean(scored.right[:, -1]) - point.accuracy
+            outcomes.append((point.accuracy, lost, point.macs_share))
+    return [
+        "{:.2f} ± {:.2f}".format(*mean_std([100 * value for value in values]))
+        for values in zip(*outcomes, strict=True)
+    ]
+
+
 def main() -> None:
     """Reads and prints."""
     args = parser().parse_args()
-    val, test = records(args)
-    cost = cost_of(test)
+    runs = records(args)
     print("| criterion | temperatures | test | lost | MACs |\n| --- | --- | ---: | ---: | ---: |")
     for criterion in CRITERIA:
         for calibrate in (False, True):
             goal = Goal(max_drop=args.max_drop / 100, criterion=criterion, calibrate=calibrate)
-            accuracies, losses, shares = [], [], []
-            for seed in range(CUTS):
-                chosen_on, shown_on = cut(val, test, seed)
-                policy = choose(chosen_on, goal, cost)
-                scored = score_record(shown_on, policy)
-                point, _ = outcome(scored, policy, cost)
-                accuracies.append(100 * point.accuracy)
-                losses.append(100 * (np.mean(scored.right[:, -1]) - point.accuracy))
-                shares.append(100 * point.macs_share)
-            cells = [
-                "{:.2f} ± {:.2f}".format(*mean_std(values))
-                for values in (accuracies, losses, shares)
-            ]
+            cells = over_cuts(runs, partial(choose, goal=goal))
             words = "fitted" if calibrate else "none"
             print(f"| {criterion} | {words} | {cells[0]} % | {cells[1]} | {cells[2]} % |")
 

@@ -58,7 +58,7 @@ def surprise_of(record: ExitRecord) -> np.ndarray:
 def main() -> None:
     """Reads, draws and prints."""
     args = parser().parse_args()
-    val, test = records(args)
+    ((val, test),) = records(args)
     val, cost = val or test, cost_of(test)
     surprise, rows = surprise_of(test), np.arange(len(test))
     chosen = choose(val, Goal(max_drop=0.005), cost)
