@@ -217,10 +217,10 @@ def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> 
                 dataset(root, train=True, download=True)
             return [read(True), read(False)]
         except (*damaged, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split()) or "what lies there is damaged; remove it"
             raise UserError(
-                f"{name} is not under {root} and downloading {url} failed"
-                f" ({' '.join(str(error).split())}); put the original {folder}"
-                f" there, or run with --dataset digits, which needs no network"
+                f"{name} is not under {root} and downloading {url} failed ({reason}); put the"
+                f" original {folder} there, or run with --dataset digits, which needs no network"
             ) from None
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from cifar10.alexnet import AlexNet
 from cifar10.lenet import LeNet, MnistCNN
 from cifar10.resnet import DEPTHS, ResNet
+from early_exit.cost import place_shares
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
 
@@ -28,6 +29,13 @@ def build_backbone(
     if arch not in BACKBONES:
         raise UserError(f"there is no network {arch!r}; choose one of {', '.join(BACKBONES)}")
     return BACKBONES[arch](num_classes, shape)
+
+
+def places(arch: str, shape: Sequence[int] = (3, 32, 32)) -> tuple[str, ...]:
+    """The places of `arch` where an exit saves something, if its head costs nothing."""
+    with torch.random.fork_rng(devices=[]):
+        units = build_backbone(arch, shape=shape).units()
+    return tuple(place_shares(units, torch.empty(1, *shape)))
 
 
 def build_network(

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cifar10 import data, networks
 from early_exit import cli, experiment
 from early_exit.config import Config, DataConfig
-from early_exit.cost import place_shares
+from early_exit.cost import with_every_exit
 from early_exit.network import MultiExitNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +32,13 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     """The network that the configuration describes."""
     model = config.model
     shape = data.SHAPES.get(config.data.dataset, data.SHAPES["cifar10"])
-    exits = model.exits
-    if exits is None and config.run.regime == "cdl":  # every block is a candidate
-        backbone = networks.build_backbone(model.arch, num_classes, shape)
-        exits = tuple(place_shares(backbone.units(), torch.zeros(1, *shape)))
-    return networks.build_network(model.arch, exits, model.head, num_classes, shape)
+
+    def build(exits: Sequence[str] | None) -> MultiExitNetwork:
+        return networks.build_network(model.arch, exits, model.head, num_classes, shape)
+
+    if model.exits is None and config.run.regime == "cdl":  # every block is a candidate
+        return with_every_exit(build, networks.places(model.arch, shape))
+    return build(model.exits)
 
 
 def load_data(settings: DataConfig) -> data.Data:

@@ -32,7 +32,8 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the thresholds are chosen for; exactly one of the first six is given."""
+    """What the thresholds are chosen for; exactly one of `max_drop`, `budget`, `thresholds`,
+    `latency`, `delta` and `risk` is given."""
 
     max_drop: float | None = None
     """Fraction of accuracy given up against the final exit, on val."""

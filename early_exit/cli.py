@@ -261,7 +261,7 @@ def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
         " stages whose gain on val exceeds --epsilon",
     )
     group.add_argument(
-        "--latency-batch", type=int, default=1, metavar="B",
+        "--latency-batch", type=int, metavar="B",
         help="of --latency-budget: images in a batch (default 1)",
     )
     group.add_argument(
@@ -346,6 +346,8 @@ def goal_of(args: argparse.Namespace) -> Goal:
         max_drop = 0.5
     if args.risk is None and (args.confidence is not None or args.on_average or args.loss):
         raise UserError("--confidence, --on-average and --loss go with --risk")
+    if args.latency_budget is None and args.latency_batch is not None:
+        raise UserError("--latency-batch goes with --latency-budget")
     if args.delta is None and args.epsilon is not None:
         raise UserError("--epsilon goes with --delta")
     if args.confidence is not None and args.on_average:
@@ -362,7 +364,7 @@ def goal_of(args: argparse.Namespace) -> Goal:
         epsilon=(args.epsilon or 0.0) / 100,
         per_exit=args.per_exit,
         latency=None if args.latency_budget is None else _latency(args.latency_budget),
-        latency_batch=args.latency_batch,
+        latency_batch=1 if args.latency_batch is None else args.latency_batch,
         criterion=args.criterion,
         calibrate=not args.no_calibration and args.delta is None,  # delta is of plain outputs
     )
@@ -452,14 +454,17 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
     for key, value in given.items():
         section, name = key.split(".", 1)
         nested.setdefault(section, {})[name] = value
-    exits = nested.get("model", {}).get("exits")
-    if exits is not None:
-        for place in exits if isinstance(exits, list) else ():
-            if "/" in place or (Path(place) / "train").is_dir():
+    model = nested.get("model", {})
+    for name, what in (("exits", "a place"), ("head", "a kind of head")):
+        given = model.get(name)
+        for word in given if isinstance(given, list) else ():
+            if "/" in word or (Path(word) / "train").is_dir():
                 raise UserError(
-                    f"--exits took the directory {place} for a place; put the directory before the"
+                    f"--{name} took the directory {word} for {what}; put the directory before the"
                     " flags, or -- between"
                 )
+    exits = model.get("exits")
+    if exits is not None:
         # no names: the default places, which the configuration writes as null
         nested["model"]["exits"] = exits or None
     return nested

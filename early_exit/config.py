@@ -165,8 +165,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.start is None or self.start >= 0,
-            f"loss.start must not be negative, got {self.start}",
+            self.start is None or self.start > 0,
+            f"loss.start must be positive, got {self.start}",
         )
         _require(self.distill >= 0, f"loss.distill must not be negative, got {self.distill}")
         _require(

@@ -1,7 +1,7 @@
 """The price of an exit, in integer multiply-adds per image, and in parameters."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,28 @@ def network_cost(network: MultiExitNetwork) -> Cost:
 
     Raises UserError for an early exit at 98 % of the plain network's MACs or more.
     """
+    cost = _counted(network)
+    for name, share in list(zip(network.exit_names, cost.shares(), strict=True))[:-1]:
+        if share >= FUTILE:
+            raise UserError(
+                f"an exit after {name} costs {share:.1%} of the plain network and saves nothing;"
+                f" choose a place below {FUTILE:.0%}"
+            )
+    return cost
+
+
+def with_every_exit(
+    build: Callable[[Sequence[str]], MultiExitNetwork], places: Sequence[str]
+) -> MultiExitNetwork:
+    """The network with an exit at each of the `places` that saves something, the heads before it
+    counted. build: from places to the network."""
+    with torch.random.fork_rng(devices=[]):  # the weights do not depend on the trial
+        trial = build(places)
+    shares = zip(trial.exit_names[:-1], _counted(trial).shares(), strict=False)
+    return build([name for name, share in shares if share < FUTILE])
+
+
+def _counted(network: MultiExitNetwork) -> Cost:
     shadow = copy.deepcopy(network).to("meta").eval()
     features = torch.empty(1, *network.image_shape, device="meta")
     stage_macs, head_macs, head_params = [], [], []
@@ -84,20 +106,13 @@ def network_cost(network: MultiExitNetwork) -> Cost:
             features = stage.body(features)
         head_macs.append(count_macs(stage.head, features) if stage.head else 0)
         head_params.append(_params(stage.head) if stage.head else 0)
-    cost = Cost(
+    return Cost(
         exit_names=network.exit_names,
         stage_macs=tuple(stage_macs),
         head_macs=tuple(head_macs),
         backbone_params=_params(network.backbone),
         head_params=tuple(head_params),
     )
-    for name, share in list(zip(network.exit_names, cost.shares(), strict=True))[:-1]:
-        if share >= FUTILE:
-            raise UserError(
-                f"an exit after {name} costs {share:.1%} of the plain network and saves nothing;"
-                f" choose a place below {FUTILE:.0%}"
-            )
-    return cost
 
 
 def place_shares(units: Mapping[str, nn.Module], image: torch.Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ time. Each multiply-add is one multiplication and one addition. What a convoluti
 reads and writes goes through a small SRAM, once each. The weights of every stage and head that runs
 are read once for every image: from DRAM, where nothing is kept between two images, or from that
 SRAM, where the network fits on the chip. Much hangs on which, so both are told. Instructions,
-leakage, normalisation as an operation and the decision are not counted.
+leakage, normalisation as an operation, a ViT's position embedding and the decision are not counted.
 """
 
 import copy
@@ -68,13 +68,17 @@ def _run(module: nn.Module, features: torch.Tensor) -> tuple[torch.Tensor, int]:
     layers read and write."""
     moved = 0
 
-    def count(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def count(part: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal moved
-        moved += inputs[0].numel() + output.numel()
+        if isinstance(part, nn.MultiheadAttention):  # projects in, to three, and out, by itself
+            moved += 6 * inputs[0].numel()
+        else:
+            moved += inputs[0].numel() + output.numel()
 
     hooks = [
         part.register_forward_hook(count)
-        for part in module.modules() if isinstance(part, nn.Conv2d | nn.Linear)
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
     ]
     with torch.no_grad():
         after = module(features)

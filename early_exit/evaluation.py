@@ -225,24 +225,27 @@ def evaluate(
     val, test, data, val_words = val_and_test(trained, val_from, cut_seed)
     cost, network = trained.cost, trained.network
 
+    if trained.config.run.compile:
+        network.compile_stages()
+        network.backbone.compile(dynamic=True)
     times = _stage_times(trained, data, goal) if goal.latency else None
     policy = choose(val, goal, cost, times)
     log.info("%s: thresholds %s", goal, " ".join(f"{t:.4f}" for t in policy.thresholds))
     for index, on in enumerate(policy.enabled):
         if not on:
-            log.info("%s is off: on val it costs more than it saves", policy.exit_names[index])
+            why = "on val it costs more than it saves"
+            if goal.delta is not None:
+                why = "its gain on val does not exceed epsilon"
+            log.info("%s is off: %s", policy.exit_names[index], why)
     val_scored, test_scored = score_record(val, policy), score_record(test, policy)
     val_point, _ = outcome(val_scored, policy, cost)
     test_point, taken = outcome(test_scored, policy, cost)
 
-    confused = overthinking.confusion(test, val)
+    alone, confused = overthinking.right_answers(test), overthinking.confusion(test, val)
 
     several = None
     if cuts > 1:
         several = _over_cuts(trained, goal, cut_seed, cuts, times)
-    if trained.config.run.compile:
-        network.compile_stages()
-        network.backbone.compile(dynamic=True)
     live_result = _run_live(trained, data, test, policy) if live else None
     timings = []
     if live:
@@ -257,7 +260,7 @@ def evaluate(
         arch=trained.config.model.arch,
         regime=trained.config.run.regime,
         chosen_by=str(goal),
-        thresholds_given=goal.thresholds is not None,
+        thresholds_given=goal.thresholds is not None or goal.delta is not None,
         criterion=goal.criterion,
         calibrated=goal.calibrate,
         val_from=val_words,
@@ -275,7 +278,7 @@ def evaluate(
         exits=_exit_rows(val, test, test_scored, taken, policy, cost),
         classes=_class_rows(test_scored, taken, policy, cost, data.classes),
         energy=_energy(network, taken, policy, cost),
-        overthinking=overthinking.analyse(test, confused),
+        overthinking=overthinking.analyse(test, alone, confused),
         curve=_curve(val_scored, test_scored, policy, cost),
         cdl=None if goal.delta is None else cdl.admit(
             score_record(val, policy.all_on()), cost, goal.delta, goal.epsilon
@@ -295,7 +298,7 @@ def evaluate(
     )
     directory = run_dir / "eval" / (name or _name_of(goal))
     return report, _write(
-        report, policy, test, test_scored, taken, confused, data, directory, draw
+        report, policy, test, test_scored, taken, alone, confused, data, directory, draw
     )
 
 
@@ -385,7 +388,7 @@ def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
                 ece_after=expected_calibration_error(after),
                 gain_auroc=auroc(-test_scored.scores[:, index], helped)
                 if early and policy.is_on(index) else None,
-                top5=_share(test_scored.among5, index),
+                top5=_share(test_scored.among5, index) if policy.is_on(index) else None,
                 taken=float(shares[index]),
                 taken_accuracy=float(test_scored.right[here, index].mean()) if here.any() else None,
             )
@@ -476,7 +479,9 @@ def _name_of(goal: Goal) -> str:
     return words
 
 
-def _write(report, policy, test, scored, taken, confused, data, directory, draw) -> Path:
+def _write(
+    report, policy, test, scored, taken, alone, confused, data, directory, draw
+) -> Path:
     """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
     images = {
         "accuracy_vs_macs.png": "Accuracy against multiply-adds",
@@ -485,7 +490,7 @@ def _write(report, policy, test, scored, taken, confused, data, directory, draw)
         "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
         "confusion.png": "Confusion of the exits where the final one is right, and wrong",
     }
-    overthought = _overthought_rows(test, confused, data) if draw else []
+    overthought = _overthought_rows(test, alone, confused, data) if draw else []
     if overthought:
         images["overthinking.png"] = (
             "Right early and wrong at the end: the early answer, then the final one"
@@ -498,8 +503,7 @@ def _write(report, policy, test, scored, taken, confused, data, directory, draw)
             plots.reliability(report, partial / "reliability.png")
             rows = _gallery_rows(scored, taken, policy, data)
             plots.gallery(rows, partial / "gallery.png")
-            final = overthinking.right_answers(test)[:, -1]
-            plots.confusion(confused, final, partial / "confusion.png")
+            plots.confusion(confused, alone[:, -1], partial / "confusion.png")
             if overthought:
                 plots.gallery(overthought, partial / "overthinking.png")
         write_text(partial / "report.json", to_json(report))
@@ -526,9 +530,9 @@ def _gallery_rows(scored: Scores, taken, policy: Policy, data: Data):
     return rows
 
 
-def _overthought_rows(test: ExitRecord, confused: np.ndarray, data: Data):
+def _overthought_rows(test: ExitRecord, right: np.ndarray, confused: np.ndarray, data: Data):
     """Per early exit, images that it is the last one to answer rightly, the most confused first."""
-    right, rows = overthinking.right_answers(test), []
+    rows = []
     exits = right.shape[1] - 1
     last = exits - 1 - right[:, :-1][:, ::-1].argmax(axis=1)
     for index, name in enumerate(test.info.exit_names[:-1]):

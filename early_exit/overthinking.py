@@ -60,9 +60,9 @@ def confusion(test: ExitRecord, val: ExitRecord) -> np.ndarray:
     return (disagreement(test) - known.mean()) / max(float(known.std()), 1e-12)
 
 
-def analyse(test: ExitRecord, confused: np.ndarray) -> Overthinking:
-    """The shares and how well confusion warns. confused: (images,), `confusion` of test."""
-    right = right_answers(test)
+def analyse(test: ExitRecord, right: np.ndarray, confused: np.ndarray) -> Overthinking:
+    """The shares and how well confusion warns. right: `right_answers` of test; confused: (images,),
+    its `confusion`."""
     early, final = right[:, :-1].any(axis=1), right[:, -1]
     doubt = np.empty(len(test), np.float32)
     for rows, logits in test.chunks():

@@ -129,7 +129,8 @@ def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
     confused: (images,); right: (images,) bool.
     """
     with _figure(path, (7, 3.6)) as (_, axes):
-        edges = np.linspace(*np.quantile(confused, (0.0, 0.999)), 41)
+        low, high = np.quantile(confused, (0.0, 0.999))
+        edges = np.linspace(low, max(high, low + 1e-6), 41)  # all may be alike
         for mask, colour, style, hatch, name in (
             (right, BLUE, "-", None, "right"), (~right, ORANGE, "--", "///", "wrong")
         ):
@@ -154,7 +155,8 @@ def gallery(
     with _figure(path, (1.05 * columns + 2.0, 1.3 * len(pictures)), (len(pictures), columns)) as (
         figure, grid,
     ):
-        for (caption, row), line in zip(pictures, np.atleast_2d(grid), strict=True):
+        lines = np.reshape(grid, (len(pictures), columns))
+        for (caption, row), line in zip(pictures, lines, strict=True):
             for axes in line:
                 axes.axis("off")
             line[0].text(

@@ -194,6 +194,8 @@ def to_json(report: Report) -> str:
             "overhead": measured.overhead,
             "stage_shares": measured.stage_shares,
         }
+    for row, stage in zip(values["cdl"] or (), report.cdl or (), strict=True):
+        row["gain"] = stage.gain
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
@@ -206,7 +208,7 @@ def table(report: Report) -> str:
         f"| --- | ---: | ---: |{' ---: |' if five else ''} ---: | ---: | ---: | ---: |",
     ]
     for row in report.exits:
-        top5 = f" {100 * row.top5:.2f} % |" if five else ""
+        top5 = "" if not five else " - |" if row.top5 is None else f" {100 * row.top5:.2f} % |"
         right = "-" if row.taken_accuracy is None else f"{100 * row.taken_accuracy:.2f} %"
         limit = "-" if row.threshold is None else f"{row.threshold:.4f}"
         lines.append(
@@ -475,6 +477,7 @@ def _provenance(report: Report) -> str:
     fitted = [
         *(() if report.thresholds_given else ("thresholds",)),
         *(("temperatures",) if report.calibrated else ()),
+        *(("the stages that are on",) if report.cdl is not None else ()),
     ]
     where = f"{report.val_images:,} images of val ({report.val_from})"
     sentence = (

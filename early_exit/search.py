@@ -113,7 +113,7 @@ def per_exit(
         if not _less(rank, found):
             break
         enabled, moves, best = fewer, without, end
-    return best, enabled
+    return moves.finite(best), enabled
 
 
 def path(
@@ -136,6 +136,7 @@ def path(
         found.add(
             min((moves.descend(each, key) for each in starts), key=lambda end: moves.rank(end, key))
         )
+    found = {moves.finite(each) for each in found}
     return sorted(found, key=lambda each: moves.outcome(each)[1], reverse=True)
 
 
@@ -176,6 +177,15 @@ class Moves:
         for index in self.on:
             leaves[:, index] = self.scores[:, index] >= thresholds[index]
         return leaves
+
+    def finite(self, thresholds: Sequence[float]) -> tuple[float, ...]:
+        """The same on this sample, where all leave at an exit by its lowest score."""
+        lowest = self.scores.min(axis=0).tolist()
+        return tuple(
+            lowest[index] if each == -np.inf and index in self.on else
+            NEVER if index not in self.on else each
+            for index, each in enumerate(thresholds)
+        )
 
     def outcome(self, thresholds: Sequence[float]) -> tuple[float, float]:
         """Accuracy and price of one policy."""

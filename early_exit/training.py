@@ -65,6 +65,9 @@ MOVABLE = ("data.root", "data.workers", "data.bad_files")
 RECIPE = ("optim.", "backbone_phase.", "loss.", "run.amp", "run.deterministic", "run.sync_bn")
 
 
+MOST_NAMED = 8  # exits in a run directory's name
+
+
 class Diverged(RuntimeError):
     """The loss is not finite, so nothing more can be learned from here."""
 
@@ -115,8 +118,10 @@ class Trainee:
 
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
     """runs/NAME, where the name says data set, network, exits, regime and seed."""
-    parts = [config.data.dataset, config.model.arch]
-    parts += [*exit_names[:-1], config.run.regime] if len(exit_names) > 1 else ["plain"]
+    parts, early = [config.data.dataset, config.model.arch], list(exit_names[:-1])
+    if len(early) > MOST_NAMED:  # a file system takes 255 letters
+        early = [f"{len(early)}exits"]
+    parts += [*early, config.run.regime] if early else ["plain"]
     return runs / "-".join([*parts, f"seed{config.run.seed}"])
 
 

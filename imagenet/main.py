@@ -17,6 +17,7 @@ import torch
 
 from early_exit import cli, experiment
 from early_exit import config as configs
+from early_exit.cost import with_every_exit
 from early_exit.disk import locked, written_whole
 from early_exit.errors import UserError
 from early_exit.network import MultiExitNetwork
@@ -45,10 +46,13 @@ def build_network(config: FolderRun, num_classes: int) -> MultiExitNetwork:
             f"{model.arch} takes images of one size, and --train-crop is {images.train_crop},"
             f" --val-crop {images.val_crop}; give both the same"
         )
-    exits = model.exits
-    if exits is None and config.run.regime == "cdl":  # every block is a candidate
-        exits = tuple(networks.place_shares(model.arch))
-    return networks.build_network(model.arch, exits, model.head, num_classes, images.val_crop)
+
+    def build(exits: Sequence[str] | None) -> MultiExitNetwork:
+        return networks.build_network(model.arch, exits, model.head, num_classes, images.val_crop)
+
+    if model.exits is None and config.run.regime == "cdl":  # every block is a candidate
+        return with_every_exit(build, tuple(networks.place_shares(model.arch)))
+    return build(model.exits)
 
 
 DOOR = experiment.FrontDoor(build_network, data.load, FolderRun)

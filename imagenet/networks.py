@@ -111,13 +111,15 @@ class Tokens(nn.Module):
 
     def __init__(self, vit: models.VisionTransformer) -> None:
         super().__init__()
-        self.vit = vit
+        self.conv_proj = vit.conv_proj
+        self.whole = (vit,)  # in a tuple: its other blocks are not this one's
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.vit.conv_proj(images).flatten(2).transpose(1, 2)
-        first = self.vit.class_token.expand(len(images), -1, -1)
+        (vit,) = self.whole
+        patches = self.conv_proj(images).flatten(2).transpose(1, 2)
+        first = vit.class_token.expand(len(images), -1, -1)
         tokens = torch.cat([first, patches], dim=1)
-        return self.vit.encoder.dropout(tokens + self.vit.encoder.pos_embedding)
+        return vit.encoder.dropout(tokens + vit.encoder.pos_embedding)
 
 
 class ClassToken(nn.Module):

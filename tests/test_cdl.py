@@ -1,7 +1,5 @@
 """Conditional Deep Learning: which stages are admitted, and when an image stops."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,7 @@ from early_exit.cost import Cost
 from early_exit.experiment import plan_phases
 from early_exit.policy import Policy
 from early_exit.records import Scores
-from early_exit.training import train
+from early_exit.training import default_run_dir, train
 
 COST = Cost(("a", "b", "final"), (20, 30, 50), (4, 5, 0), 0, (0, 0, 0))
 
@@ -129,6 +127,12 @@ def configured(**over) -> Config:
     return build(Config, {**values, **over})
 
 
+def test_a_run_of_many_exits_has_a_name_that_a_file_system_takes(tmp_path):
+    names = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(18)]
+    found = default_run_dir(tmp_path, configured(), [*names, "final"])
+    assert found.name == "digits-resnet32-54exits-cdl-seed0"
+
+
 class TestTraining:
     @pytest.fixture(scope="class")
     @classmethod
@@ -159,7 +163,7 @@ class TestTraining:
 
     def test_other_heads_are_refused(self):
         config = configured(model={"head": "conv", "exits": ["layer1"]})
-        network = copy.deepcopy(tiny_network(config, 10))
+        network = tiny_network(config, 10)
         assert "classifiers are linear, and the heads are conv" in refusal(
             plan_phases, config, network.num_exits
         )

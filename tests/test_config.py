@@ -373,7 +373,7 @@ whole_configs = st.builds(
     loss=st.builds(
         LossConfig,
         weights=st.none() | st.lists(st.floats(0, 10), max_size=4).map(tuple),
-        start=st.none() | st.floats(0, 10),
+        start=st.none() | positive,
         distill=st.floats(0, 10),
         distill_temperature=positive,
     ),

@@ -7,6 +7,7 @@ from torch import nn
 from early_exit.cost import network_cost
 from early_exit.energy import PICOJOULES, Energy, estimate
 from early_exit.network import MultiExitNetwork
+from imagenet import networks
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,41 @@ def test_stages_and_heads_by_hand(network, weights, price):
     assert found.heads == (
         pytest.approx(1280 * MAC + 4 * (128 + 10) * SRAM + 4 * (1280 + 10 + 1) * price), 0.0
     )
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16"])
+def test_the_stages_weights_are_the_networks(arch):
+    """But for a ViT's class token and position embedding, which belong to no block."""
+    with torch.device("meta"):
+        net = networks.build_network(arch, ())
+    found, cost = estimate(net, network_cost(net), "DRAM"), network_cost(net)
+    free = estimate(net, cost, "SRAM")
+    weights = (found.plain - free.plain) / 4 / (DRAM - SRAM)
+    outside = (197 + 1) * 768 if arch == "vit_b_16" else 0
+    assert round(weights) == sum(p.numel() for p in net.backbone.parameters()) - outside
+
+
+def test_attention_moves_what_its_projections_read_and_write():
+    units = {"attend": Attend(), "end": nn.Sequential(nn.Flatten(), nn.Linear(5 * 8, 2))}
+    net = MultiExitNetwork(
+        nn.Sequential(*units.values()), units, [], num_classes=2, example=torch.zeros(1, 5, 8)
+    )
+    cost = network_cost(net)
+    found = estimate(net, cost, "SRAM")
+    moved = 6 * 40 + 40 + 2  # in, three times out, in, out; the linear layer
+    weights = 8 * 24 + 24 + 8 * 8 + 8 + 80 + 2
+    assert found.plain == pytest.approx(cost.plain_macs * MAC + 4 * (moved + weights) * SRAM)
+
+
+class Attend(nn.Module):
+    """One layer of attention on tokens (B, 5, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
 
 
 def test_an_image_pays_for_all_that_ran():

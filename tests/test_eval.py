@@ -484,6 +484,10 @@ class TestConditionalDeepLearning:
         ):
             assert "| stage | reached | stopped | saved | its classifier | gain | adm" in text
             assert "Estimated energy: " in text
+        page = (directory / "report.md").read_text()
+        assert "The stages that are on were fitted on 100 images of val" in page
+        gains = json.loads((directory / "report.json").read_text())["cdl"]
+        assert [row["gain"] for row in gains] == [stage.gain for stage in report.cdl]
 
     def test_other_goals_ask_about_no_stages(self, copy):
         assert quickly(copy, Goal(max_drop=0.02))[0]["cdl"] is None
@@ -721,6 +725,7 @@ class TestMistakes:
             ),
             (("--thresholds", "0.5", "--per-exit"), "--per-exit searches, and --thresholds and"),
             (("--epsilon", "1"), "--epsilon goes with --delta"),
+            (("--latency-batch", "4"), "--latency-batch goes with --latency-budget"),
             (("--delta", "0.3"), "--delta lies in 0.5 to below 1, got 0.3"),
             (("--delta", "0.9", "--criterion", "margin"), "--delta is a probability; drop"),
             (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
@@ -798,6 +803,18 @@ class TestMistakes:
         assert "--name" in refusal(copy, "--name", name)
         assert (precious / "file").exists()
         assert (copy / checkpoint.NAME).exists()
+
+
+def test_a_gallery_of_single_images_can_be_drawn(tmp_path):
+    row = [(np.zeros((4, 4, 3), np.uint8), "cat", False)]
+    plots.gallery([("first", row), ("second", row)], tmp_path / "gallery.png")
+    assert (tmp_path / "gallery.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_are_all_as_confused_can_be_drawn(tmp_path):
+    plots.confusion(np.zeros(5), np.array([True] * 5), tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
 class TestFiles:

@@ -100,6 +100,11 @@ class TestFlags:
         monkeypatch.chdir(tmp_path)
         assert settings("here").data.root == f"{tmp_path}/here"
 
+    def test_a_directory_after_the_heads_is_told_from_them(self, main):
+        code, _, err = main("--exits", "layer2", "--head", "conv", "/data/imagenet")
+        assert code == 2
+        assert "--head took the directory /data/imagenet for a kind of head; put the direct" in err
+
     def test_bare_dummy_is_as_large_as_imagenet(self):
         assert settings("--dummy").data.dummy == 1_281_167
         assert settings("--dummy", 200).data.dummy == 200

@@ -40,7 +40,7 @@ def test_confusion_is_in_deviations_of_val(record, make_record):
 
 
 def test_the_shares(record):
-    found = analyse(record, np.array([0.0, 1.0, 2.0, 0.0, 1.0]))
+    found = analyse(record, right_answers(record), np.array([0.0, 1.0, 2.0, 0.0, 1.0]))
     assert (found.wasteful, found.destructive, found.wrong) == (0.4, 0.4, 0.6)
     assert (found.confusion_right, found.confusion_wrong) == (0.5, 1.0)
     # of the six pairs: 2 over 0 and 1, a tie of 0 and one loss, 1 over 0 and a tie
@@ -48,7 +48,8 @@ def test_the_shares(record):
 
 
 def test_a_final_exit_without_mistakes_has_no_confusion_of_wrong_ones(make_record):
-    found = analyse(make_record([said(0, 0), said(1, 0)], [0, 0]), np.array([0.0, 1.0]))
+    record = make_record([said(0, 0), said(1, 0)], [0, 0])
+    found = analyse(record, right_answers(record), np.array([0.0, 1.0]))
     assert (found.wrong, found.destructive, found.wasteful) == (0, 0, 0.5)
     assert found.confusion_wrong is None and found.confusion_auroc is None
     assert found.doubt_auroc is None
@@ -56,5 +57,6 @@ def test_a_final_exit_without_mistakes_has_no_confusion_of_wrong_ones(make_recor
 
 def test_doubt_is_the_final_exits(make_record):
     weak = [[[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 9.0, 0.0]]]
-    found = analyse(make_record(weak, [0, 0]), np.zeros(2))
+    record = make_record(weak, [0, 0])
+    found = analyse(record, right_answers(record), np.zeros(2))
     assert found.doubt_auroc == 0.0  # the wrong one is sure, the right one is not

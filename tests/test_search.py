@@ -177,12 +177,19 @@ class TestAnyPrice:
         assert accuracy == pytest.approx(scored.right[np.arange(24), taken].mean())
 
 
+def test_always_is_the_lowest_score_and_an_exit_that_is_off_never():
+    scored = sample(1)
+    found = Moves(scored, (True, False, True), price).finite((-np.inf, -np.inf, 0.5))
+    assert found == (float(scored.scores[:, 0].min()), NEVER, 0.5)
+
+
 class TestPath:
     def test_it_leads_from_never_to_always_and_falls_in_price(self):
         scored = sample(5, count=200)
         on = (True, False, True)
         steps = path(scored, price, on)
-        assert steps[0] == (NEVER,) * 3 and steps[-1] == (-np.inf,) * 3
+        assert steps[0] == (NEVER,) * 3
+        assert steps[-1] == (*scored.scores[:, :1].min(axis=0), NEVER, scored.scores[:, 2].min())
         paid = [Moves(scored, on, price).outcome(each)[1] for each in steps]
         assert paid == sorted(paid, reverse=True)
         assert len(steps) > 20

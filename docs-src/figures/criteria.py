@@ -35,11 +35,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def record_parser(docstring: str) -> argparse.ArgumentParser:
-    """The flags that name records."""
+def record_parser(docstring: str, several: bool = True) -> argparse.ArgumentParser:
+    """The flags that name records, of one run or several."""
     parser = argparse.ArgumentParser(description=docstring.partition("\n")[0])
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="run", help="run directory that was evaluated"
+        "runs", type=Path, nargs="+" if several else 1, metavar="run",
+        help="run directory that was evaluated",
     )
     parser.add_argument(
         "--val-from", choices=("train", "test"), default="train",

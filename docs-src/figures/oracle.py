@@ -30,7 +30,7 @@ IMAGE = Path(__file__).resolve().parent.parent / "docs" / "imgs" / "oracle.png"
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    return record_parser(__doc__)
+    return record_parser(__doc__, several=False)
 
 
 def by_label(surprise: np.ndarray, counts: np.ndarray) -> np.ndarray:
