@@ -3,6 +3,7 @@
     python cifar10/eval.py RUN                       at most 0.5 points below the final exit
     python cifar10/eval.py RUN --budget 50           within half of the plain network's MACs
     python cifar10/eval.py RUN --criterion entropy --thresholds -0.3
+    python cifar10/eval.py RUN --delta 0.9           Conditional Deep Learning's choice of stages
     python cifar10/eval.py RUN --val-from test       for backbones that have seen all of train
 """
 

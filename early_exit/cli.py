@@ -534,6 +534,8 @@ def train_or_score(
     if args.check or distributed.rank() > 0:
         return
     following = [str(eval_script), str(run_dir)]
+    if config.run.regime == "cdl":
+        following += ["--delta", "0.9"]
     if config.model.backbone and checkpoint.load(run_dir)["unseen_val"] is None:
         following += ["--val-from", "test"]
     if config.model.exits == ():  # a plain network has nothing to choose

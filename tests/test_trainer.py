@@ -716,6 +716,14 @@ class TestWhatIsNext:
         assert (python, run_dir) == (sys.executable, str(directory))
         assert script.endswith("eval.py") and Path(script).is_file()
 
+    def test_a_choice_of_stages_after_cdl(self, run, tmp_path):
+        flags = ("--regime", "cdl", "--epochs", "1", "--backbone-epochs", "1")
+        code, out, err = run(*TINY, *flags, "--save-dir", tmp_path / "run")
+        assert (code, err) == (0, "")
+        assert self.next_of(out)[-2:] == ["--delta", "0.9"]
+        config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        assert config["model"]["head"] == ["linear"]  # without being asked for
+
     def test_the_score_of_a_plain_network(self, run, tmp_path):
         directory = tmp_path / "run"
         _, out, _ = run(*TINY, "--epochs", "1", "--save-dir", directory, "--exits", "none")
