@@ -215,6 +215,23 @@ class TestSwitchingOff:
         scored.answers[:] = 1
         assert that_pay(scored, price, cheapest(1.0))[0]
 
+    def test_a_cheap_head_is_left_out_for_more_than_a_little_alone(self):
+        heads, stayed, better = (0.1, 0.1, 0.1, 0), 0, 0
+        for seed in range(20):
+            scored = sample(seed, count=200)
+            needed = scored.right[:, -1].mean()
+
+            def cheapest_of(on, scored=scored, needed=needed):
+                curve = shared_curve(scored, on, price_of(on, heads))
+                return curve.macs[curve.accuracy >= needed - 1e-12].min()
+
+            on = that_pay(scored, partial(price, heads=heads), cheapest(needed))
+            stayed += on == ON
+            better += min(map(cheapest_of, itertools.product([True, False], repeat=EARLY))) \
+                < cheapest_of(ON) - 1e-9
+            assert on == ON or cheapest_of(on) < 0.97 * cheapest_of(ON)
+        assert stayed + better > 20  # in some of them a subset was better, and all stayed
+
     def test_an_exit_that_never_pays_is_off(self):
         scored = sample(1, count=200)
         scored.answers[:, 1] = 0  # never right
