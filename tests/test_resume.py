@@ -525,6 +525,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 class TestProcesses:
     """One run, ended three times by three signals and then let finish."""
 

@@ -362,6 +362,7 @@ class TestHelp:
         assert "python cifar10/trainer.py --dataset digits" in text
 
 
+@pytest.mark.slow
 class TestProcess:
     """The script itself, run from another working directory."""
 
