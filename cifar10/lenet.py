@@ -31,7 +31,7 @@ class LeNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = images
         for conv in (self.conv1, self.conv2, self.conv3):
-            features = F.relu(F.max_pool2d(conv(features), 2, ceil_mode=True))
+            features = pooled(conv(features))
         return self.fc2(F.relu(self.fc1(features.flatten(1))))
 
     def units(self) -> dict[str, nn.Module]:
@@ -42,11 +42,16 @@ class LeNet(nn.Module):
         return units | {"classifier": nn.Sequential(nn.Flatten(), self.fc1, nn.ReLU(), self.fc2)}
 
 
-class Pool(nn.Module):
+def pooled(features: Tensor) -> Tensor:
     """The maxima of 2x2 pixels, and ReLU."""
+    return F.relu(F.max_pool2d(features, 2, ceil_mode=True))
+
+
+class Pool(nn.Module):
+    """`pooled` as a block."""
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.relu(F.max_pool2d(features, 2, ceil_mode=True))
+        return pooled(features)
 
 
 class MnistCNN(nn.Module):
@@ -79,7 +84,7 @@ class MnistCNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the linear layer gets of images (B, C, H, W): (B, features)."""
         for conv in self.convs:
-            images = F.relu(F.max_pool2d(conv(images), 2, ceil_mode=True))
+            images = pooled(conv(images))
         return images.flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The price of an exit, in integer multiply-adds per image, and in parameters."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork
+from early_exit.network import MultiExitNetwork, Stage
 
 FUTILE = 0.98  # an exit that costs this share of the plain network saves nothing
 
@@ -96,21 +96,29 @@ def with_every_exit(
     return build([name for name, share in shares if share < FUTILE])
 
 
-def _counted(network: MultiExitNetwork) -> Cost:
+def on_meta(network: MultiExitNetwork) -> Iterator[tuple[Stage, torch.Tensor, torch.Tensor]]:
+    """Every stage of a copy of `network` without numbers, in eval mode, with the features (1, C, H,
+    W) that its body gets and gives."""
     shadow = copy.deepcopy(network).to("meta").eval()
-    features = torch.empty(1, *network.image_shape, device="meta")
-    stage_macs, head_macs, head_params = [], [], []
+    after = torch.empty(1, *network.image_shape, device="meta")
     for stage in shadow.stages:
-        stage_macs.append(count_macs(stage.body, features))
+        before = after
         with torch.no_grad():
-            features = stage.body(features)
-        head_macs.append(count_macs(stage.head, features) if stage.head else 0)
-        head_params.append(_params(stage.head) if stage.head else 0)
+            after = stage.body(before)
+        yield stage, before, after
+
+
+def _counted(network: MultiExitNetwork) -> Cost:
+    stage_macs, head_macs, head_params = [], [], []
+    for stage, before, after in on_meta(network):
+        stage_macs.append(count_macs(stage.body, before))
+        head_macs.append(count_macs(stage.head, after) if stage.head else 0)
+        head_params.append(count_params(stage.head) if stage.head else 0)
     return Cost(
         exit_names=network.exit_names,
         stage_macs=tuple(stage_macs),
         head_macs=tuple(head_macs),
-        backbone_params=_params(network.backbone),
+        backbone_params=count_params(network.backbone),
         head_params=tuple(head_params),
     )
 
@@ -135,5 +143,6 @@ def place_shares(units: Mapping[str, nn.Module], image: torch.Tensor) -> dict[st
     return {lasts.get(name, name): macs[name] / before for name in names}
 
 
-def _params(module: nn.Module) -> int:
+def count_params(module: nn.Module) -> int:
+    """Numbers that a module learns."""
     return sum(parameter.numel() for parameter in module.parameters())

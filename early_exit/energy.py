@@ -8,14 +8,13 @@ SRAM, where the network fits on the chip. Much hangs on which, so both are told.
 leakage, normalisation as an operation, a ViT's position embedding and the decision are not counted.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from early_exit.cost import Cost, accumulated
+from early_exit.cost import Cost, accumulated, count_params, on_meta
 from early_exit.network import MultiExitNetwork
 
 # Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9.
@@ -48,24 +47,25 @@ class Energy:
         return accumulated(self.stages, self.heads, enabled)
 
 
-def estimate(network: MultiExitNetwork, cost: Cost, weights: str) -> Energy:
-    """The energy of every stage and head of `network`, by the table above; weights: where they are
-    read from, one of `MEMORIES`."""
-    shadow = copy.deepcopy(network).to("meta").eval()
-    features = torch.empty(1, *network.image_shape, device="meta")
-    stages, heads = [], []
-    for stage, macs, head_macs in zip(shadow.stages, cost.stage_macs, cost.head_macs, strict=True):
-        after, moved = _run(stage.body, features)
-        stages.append(_picojoules(stage.body, macs, moved, weights))
-        moved = _run(stage.head, after)[1] if stage.head else 0
-        heads.append(_picojoules(stage.head, head_macs, moved, weights) if stage.head else 0.0)
-        features = after
-    return Energy(tuple(stages), tuple(heads))
+def estimate(network: MultiExitNetwork, cost: Cost) -> dict[str, Energy]:
+    """The energy of every stage and head of `network`, by the table above, for each of `MEMORIES`
+    that the weights may be read from."""
+    bodies, heads = [], []
+    walk = zip(on_meta(network), cost.stage_macs, cost.head_macs, strict=True)
+    for (stage, before, after), macs, head_macs in walk:
+        bodies.append((macs, _moved(stage.body, before), count_params(stage.body)))
+        head = stage.head
+        heads.append((head_macs, _moved(head, after), count_params(head)) if head else (0, 0, 0))
+    return {
+        memory: Energy(*(tuple(_picojoules(*part, memory) for part in parts)
+                         for parts in (bodies, heads)))
+        for memory in MEMORIES
+    }
 
 
-def _run(module: nn.Module, features: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """What the module makes of meta features, and how many numbers its convolutions and linear
-    layers read and write."""
+def _moved(module: nn.Module, features: torch.Tensor) -> int:
+    """How many numbers the module's convolutions and linear layers read and write, given meta
+    features."""
     moved = 0
 
     def count(part: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -81,17 +81,16 @@ def _run(module: nn.Module, features: torch.Tensor) -> tuple[torch.Tensor, int]:
         if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
     ]
     with torch.no_grad():
-        after = module(features)
+        module(features)
     for hook in hooks:
         hook.remove()
-    return after, moved
+    return moved
 
 
-def _picojoules(module: nn.Module, macs: int, moved: int, weights: str) -> float:
-    count = sum(parameter.numel() for parameter in module.parameters())
+def _picojoules(macs: int, moved: int, weights: int, memory: str) -> float:
     table = PICOJOULES
     return (
         macs * (table["float32 multiplication"] + table["float32 addition"])
         + BYTES * moved * table["byte of SRAM"]
-        + BYTES * count * table[f"byte of {weights}"]
+        + BYTES * weights * table[f"byte of {memory}"]
     )

@@ -36,10 +36,8 @@ from early_exit.metrics import (
     among5,
     auroc,
     expected_calibration_error,
-    in_chunks,
     mean_std,
     reliability,
-    top1,
 )
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
@@ -275,7 +273,7 @@ def evaluate(
         random_accuracy=random_exit_accuracy(test_scored, taken),
         final_accuracy=float(test_scored.right[:, -1].mean()),
         top5=_share(test_scored.among5, taken),
-        exits=_exit_rows(val, test, test_scored, taken, policy, cost),
+        exits=_exit_rows(val, test, alone, test_scored, taken, policy, cost),
         classes=_class_rows(test_scored, taken, policy, cost, data.classes),
         energy=_energy(network, taken, policy, cost),
         overthinking=overthinking.analyse(test, alone, confused),
@@ -298,7 +296,7 @@ def evaluate(
     )
     directory = run_dir / "eval" / (name or _name_of(goal))
     return report, _write(
-        report, policy, test, test_scored, taken, alone, confused, data, directory, draw
+        report, policy, test_scored, taken, alone, confused, data, directory, draw
     )
 
 
@@ -354,13 +352,8 @@ def _over_cuts(trained, goal, cut_seed, cuts, times) -> Cuts:
     )
 
 
-def _alone(record: ExitRecord, exit_index: int) -> float:
-    """How often an exit's own best class is the target, whether it is on or off."""
-    logits, targets = record.exit_logits(exit_index), torch.from_numpy(record.targets)
-    return sum(int(top1(*part)) for part in in_chunks(logits, targets)) / len(record)
-
-
-def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
+def _exit_rows(val, test, alone, test_scored, taken, policy: Policy, cost: Cost):
+    alone_val = overthinking.right_answers(val)
     shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
     targets = torch.from_numpy(test.targets)
     right = test_scored.right
@@ -380,8 +373,8 @@ def _exit_rows(val, test, test_scored, taken, policy: Policy, cost: Cost):
                 macs=cost.cumulative(policy.enabled)[index],
                 macs_share=cost.shares(policy.enabled)[index],
                 head_share=cost.head_macs[index] / cost.plain_macs,
-                accuracy_val=_alone(val, index),
-                accuracy=_alone(test, index),
+                accuracy_val=float(alone_val[:, index].mean()),
+                accuracy=float(alone[:, index].mean()),
                 reliability_before=before,
                 reliability=after,
                 ece_before=expected_calibration_error(before),
@@ -411,8 +404,7 @@ def _class_rows(scored: Scores, taken, policy: Policy, cost: Cost, names) -> tup
 
 def _energy(network: MultiExitNetwork, taken, policy: Policy, cost: Cost):
     estimates = []
-    for weights in energy.MEMORIES:
-        found = energy.estimate(network, cost, weights)
+    for weights, found in energy.estimate(network, cost).items():
         mean = float(np.asarray(found.cumulative(policy.enabled))[taken].mean())
         estimates.append(EnergyEstimate(weights, plain=found.plain, test=mean))
     return tuple(estimates)
@@ -479,9 +471,7 @@ def _name_of(goal: Goal) -> str:
     return words
 
 
-def _write(
-    report, policy, test, scored, taken, alone, confused, data, directory, draw
-) -> Path:
+def _write(report, policy, scored, taken, alone, confused, data, directory, draw) -> Path:
     """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
     images = {
         "accuracy_vs_macs.png": "Accuracy against multiply-adds",
@@ -490,7 +480,7 @@ def _write(
         "gallery.png": "The easiest and hardest images of each exit (wrong answers in bold)",
         "confusion.png": "Confusion of the exits where the final one is right, and wrong",
     }
-    overthought = _overthought_rows(test, alone, confused, data) if draw else []
+    overthought = _overthought_rows(scored, alone, confused, policy, data) if draw else []
     if overthought:
         images["overthinking.png"] = (
             "Right early and wrong at the end: the early answer, then the final one"
@@ -530,18 +520,18 @@ def _gallery_rows(scored: Scores, taken, policy: Policy, data: Data):
     return rows
 
 
-def _overthought_rows(test: ExitRecord, right: np.ndarray, confused: np.ndarray, data: Data):
+def _overthought_rows(scored: Scores, right, confused, policy: Policy, data: Data):
     """Per early exit, images that it is the last one to answer rightly, the most confused first."""
     rows = []
     exits = right.shape[1] - 1
     last = exits - 1 - right[:, :-1][:, ::-1].argmax(axis=1)
-    for index, name in enumerate(test.info.exit_names[:-1]):
+    for index, name in enumerate(policy.exit_names[:-1]):
         lost = np.flatnonzero(~right[:, -1] & right[:, index] & (last == index))
         chosen = lost[np.argsort(-confused[lost], kind="stable")][:GALLERY_COLUMNS]
         row = []
         for image in chosen:
-            final = int(test.logits[image if test.rows is None else test.rows[image], -1].argmax())
-            label = f"{data.classes[test.targets[image]]},\n{data.classes[final]}"
+            target, final = scored.targets[image], scored.answers[image, -1]
+            label = f"{data.classes[target]},\n{data.classes[final]}"
             row.append((data.picture("test", int(image)), label, False))
         rows.append((f"{name}\n{len(lost)} in all", row))
     return [row for row in rows if row[1]]

@@ -5,7 +5,6 @@ the device synchronised before the clock is read. Heads, decision and the droppi
 inside the timed region.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -123,13 +122,12 @@ def stage_times(
     network.eval()
     batch_size = len(images)
     sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
-    early = network.num_exits - 1
     never = Policy(
-        exit_names=network.exit_names, thresholds=(NEVER,) * early, criterion=criterion
+        exit_names=network.exit_names,
+        thresholds=(NEVER,) * (network.num_exits - 1),
+        criterion=criterion,
     )
-    off = Policy(
-        exit_names=network.exit_names, thresholds=(NEVER,) * early, enabled=(False,) * early
-    )
+    off = _heads_off(network)
     timed = _timer(images.device)
 
     def seconds_of(policy: Policy, index: int, features: Tensor) -> float:
@@ -152,6 +150,13 @@ def stage_times(
         tuple(map(tuple, part.tolist())) for part in np.median(samples[2:], axis=0)
     )
     return StageTimes(batch_size, tuple(sizes), seconds, bare, float(np.median(plain[2:])))
+
+
+def _heads_off(network: MultiExitNetwork) -> Policy:
+    early = network.num_exits - 1
+    return Policy(
+        exit_names=network.exit_names, thresholds=(NEVER,) * early, enabled=(False,) * early
+    )
 
 
 def stage_inputs(
@@ -185,7 +190,7 @@ def measure(
     device = batches[0].device
     network.eval()
     never = policy.shared(NEVER)
-    bare = dataclasses.replace(never, criterion="max_prob", enabled=(False,) * len(never.enabled))
+    bare = _heads_off(network)
     names = ("plain", "live", "promise", "full", "trunk")
     medians: dict[str, list[float]] = {name: [] for name in names}
     stage_medians: list[list[float]] = []

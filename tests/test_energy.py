@@ -34,7 +34,7 @@ def test_the_table_is_horowitz_s():
 
 @pytest.mark.parametrize(("weights", "price"), [("DRAM", DRAM), ("SRAM", SRAM)])
 def test_stages_and_heads_by_hand(network, weights, price):
-    found = estimate(network, network_cost(network), weights)
+    found = estimate(network, network_cost(network))[weights]
     # 3456 MACs; reads 48 and writes 128 numbers; 216 weights and 8 biases
     assert found.stages[0] == pytest.approx(
         3456 * MAC + 4 * (48 + 128) * SRAM + 4 * (216 + 8) * price
@@ -54,8 +54,8 @@ def test_the_stages_weights_are_the_networks(arch):
     """But for a ViT's class token and position embedding, which belong to no block."""
     with torch.device("meta"):
         net = networks.build_network(arch, ())
-    found, cost = estimate(net, network_cost(net), "DRAM"), network_cost(net)
-    free = estimate(net, cost, "SRAM")
+    estimates = estimate(net, network_cost(net))
+    found, free = estimates["DRAM"], estimates["SRAM"]
     weights = (found.plain - free.plain) / 4 / (DRAM - SRAM)
     outside = (197 + 1) * 768 if arch == "vit_b_16" else 0
     assert round(weights) == sum(p.numel() for p in net.backbone.parameters()) - outside
@@ -67,7 +67,7 @@ def test_attention_moves_what_its_projections_read_and_write():
         nn.Sequential(*units.values()), units, [], num_classes=2, example=torch.zeros(1, 5, 8)
     )
     cost = network_cost(net)
-    found = estimate(net, cost, "SRAM")
+    found = estimate(net, cost)["SRAM"]
     moved = 6 * 40 + 40 + 2  # in, three times out, in, out; the linear layer
     weights = 8 * 24 + 24 + 8 * 8 + 8 + 80 + 2
     assert found.plain == pytest.approx(cost.plain_macs * MAC + 4 * (moved + weights) * SRAM)
