@@ -1,26 +1,18 @@
-"""CIFAR-10, MNIST and digits as tensors: the whole set in memory, augmented a batch at a time.
+"""CIFAR-10, MNIST and digits as tensors (`early_exit.tensors`)."""
 
-Crops and flips are drawn from a generator seeded by (seed, epoch, step), so every batch is a pure
-function of its position: resuming in the middle of an epoch needs nothing but the position.
-"""
-
-import dataclasses
 import http.client
 import logging
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from early_exit.disk import locked
 from early_exit.errors import UserError
-from early_exit.pixels import ImageData
-from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
+from early_exit.splits import stratified
+from early_exit.tensors import Data, ImageSet, cut
 
 log = logging.getLogger(__name__)
 
@@ -29,141 +21,7 @@ SPLITS = ("train", "val", "test")
 # ImageNet's statistics, as in akamaster's script, so that its public checkpoints need no flag.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of its train images
-PAD = 4  # pixels on each side before a crop (He et al. 2015, section 4.2)
 SHAPES = {"cifar10": (3, 32, 32), "digits": (3, 32, 32), "mnist": (1, 28, 28)}
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images and what they show.
-
-    images: (N, C, H, W) uint8; targets: (N,) int64.
-    """
-
-    images: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def subset(self, indices: np.ndarray) -> "ImageSet":
-        """The images at `indices`, in that order."""
-        indices = torch.from_numpy(indices)
-        return ImageSet(self.images[indices], self.targets[indices])
-
-
-@dataclass(frozen=True)
-class Data(ImageData):
-    """A data set cut into train, val and test, giving normalised batches on a device."""
-
-    name: str
-    classes: tuple[str, ...]
-    splits: dict[str, ImageSet]
-    val_hash: str
-    """Says which images are val; a checkpoint carries it."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool
-    """Whether a mirrored image shows the same thing."""
-    pad: int = PAD
-    """By how many pixels an image may be moved in training."""
-    layout: torch.memory_format = torch.channels_last
-    eval_batch: int = 500
-
-    @property
-    def test_hash(self) -> str:
-        """Says which images are test."""
-        return f"{self.name} test"
-
-    def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
-        """The same data with its tensors on `device`, giving batches of that layout."""
-        splits = {
-            split: ImageSet(part.images.to(device), part.targets.to(device))
-            for split, part in self.splits.items()
-        }
-        return dataclasses.replace(self, splits=splits, layout=layout)
-
-    def size(self, split: str) -> int:
-        """How many images a split has."""
-        return len(self.splits[split])
-
-    def train_batches(
-        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from `first_step` on: images (B, C, H, W), targets (B,); of each
-        step its parts that are in `share`."""
-        train = self.splits["train"]
-        order = torch.randperm(len(train), generator=_generator(seed, epoch))
-        order = order.to(train.images.device)
-        for step in range(first_step, self.steps_per_epoch(batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            # from 1 on: a seed sequence of (seed, epoch, 0) is the order's (seed, epoch)
-            draws = Draws.of(len(rows), self.pad, _generator(seed, epoch, step + 1))
-            for part in share.parts(len(rows)):
-                images = augment(train.images[rows[part]], draws.at(part), self.pad, self.flip)
-                yield self.normalise(images), train.targets[rows[part]]
-
-    def eval_batches(
-        self, split: str, batch_size: int, share: Share = WHOLE
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The split's batches in order, not augmented; those that are in `share`."""
-        part = self.splits[split]
-        for rows in share.batches(len(part), batch_size):
-            yield self.normalise(part.images[rows]), part.targets[rows]
-
-    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of two stratified halves of test: the first to be val, the second test."""
-        return halves(self.splits["test"].targets.cpu().numpy(), seed)
-
-    def cut_test(self, seed: int) -> "Data":
-        """The same data whose val and test are the two halves of test.
-
-        For backbones that have seen all of train: no image of train is held out from them.
-        """
-        chosen, rest = self.test_halves(seed)
-        test = self.splits["test"]
-        splits = {**self.splits, "val": test.subset(chosen), "test": test.subset(rest)}
-        val_hash = index_hash(f"{self.name} test", chosen)
-        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
-
-    def picture(self, split: str, index: int) -> np.ndarray:
-        """One image as (H, W, 3) uint8."""
-        return self.splits[split].images[index].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What chance decides about a step's images: the corner of each crop, and who is mirrored."""
-
-    corners: Tensor  # (2, B)
-    mirrored: Tensor  # (B,)
-
-    @classmethod
-    def of(cls, count: int, pad: int, generator: torch.Generator) -> "Draws":
-        """The draws for `count` images that are moved by up to `pad` pixels."""
-        corners = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
-        return cls(corners, torch.rand(count, generator=generator) < 0.5)
-
-    def at(self, rows: slice) -> "Draws":
-        """Those of some of the images."""
-        return Draws(self.corners[:, rows], self.mirrored[rows])
-
-
-def augment(images: Tensor, draws: Draws, pad: int, flip: bool) -> Tensor:
-    """Random crops after padding with black by `pad` pixels, and random mirror images.
-
-    The distribution of torchvision's RandomCrop(H, padding=pad) and RandomHorizontalFlip, for a
-    whole batch at once. images: (B, C, H, W) uint8, square.
-    """
-    count, _, height, width = images.shape
-    top, left = draws.corners.to(images.device, non_blocking=True)
-    padded = F.pad(images, (pad,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 9, 9, H, W), a view
-    images = windows[torch.arange(count, device=images.device), :, top, left]
-    if flip:
-        mirrored = draws.mirrored.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-        images = torch.where(mirrored, images.flip(-1), images)
-    return images
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
@@ -185,7 +43,10 @@ def _cifar10(root: Path, split_seed: int) -> Data:
         )
         for part in sets
     )
-    return _cut("cifar10", train, test, 5000, split_seed, tuple(sets[0].classes), flip=True)
+    return cut(
+        "cifar10", train, test, sets[0].classes, val_size=5000, split_seed=split_seed, mean=MEAN,
+        std=STD, flip=True,
+    )
 
 
 def _mnist(root: Path, split_seed: int) -> Data:
@@ -195,8 +56,10 @@ def _mnist(root: Path, split_seed: int) -> Data:
     sets = _downloaded(MNIST, root, "MNIST", "MNIST/raw folder", MNIST.mirrors[0])
     train, test = (ImageSet(part.data[:, None], part.targets) for part in sets)
     names = tuple(str(digit) for digit in range(10))
-    cut = _cut("mnist", train, test, 5000, split_seed, names, flip=False)
-    return dataclasses.replace(cut, mean=MNIST_MEAN, std=MNIST_STD, pad=2)
+    return cut(
+        "mnist", train, test, names, val_size=5000, split_seed=split_seed, mean=MNIST_MEAN,
+        std=MNIST_STD, pad=2,
+    )
 
 
 def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> list:
@@ -242,29 +105,10 @@ def _digits(_root: Path, split_seed: int) -> Data:
     kept = np.setdiff1d(np.arange(len(whole)), held_out)
     names = tuple(str(name) for name in digits.target_names)
     # a mirrored digit is no digit
-    return _cut(
-        "digits", whole.subset(kept), whole.subset(held_out), 180, split_seed, names, flip=False
+    return cut(
+        "digits", whole.subset(kept), whole.subset(held_out), names, val_size=180,
+        split_seed=split_seed, mean=MEAN, std=STD,
     )
 
 
-def _cut(
-    name: str,
-    train: ImageSet,
-    test: ImageSet,
-    val_size: int,
-    split_seed: int,
-    classes: tuple[str, ...],
-    flip: bool,
-) -> Data:
-    val = stratified(train.targets.numpy(), val_size, split_seed)
-    rest = np.setdiff1d(np.arange(len(train)), val)
-    splits = {"train": train.subset(rest), "val": train.subset(val), "test": test}
-    return Data(name, classes, splits, index_hash(name, val), MEAN, STD, flip)
-
-
 LOADERS = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist}
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """A generator on the CPU, so that the order does not depend on the device."""
-    return torch.Generator().manual_seed(seed_of(*numbers))

@@ -20,6 +20,12 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
     "mnist_3c": partial(MnistCNN, (8, 16, 32), (3, 3, 3)),
 }
+# On test, as their author states it; their best epochs were picked there.
+PUBLIC_ACCURACY = {
+    "resnet20": 0.9173, "resnet32": 0.9263, "resnet44": 0.9310, "resnet56": 0.9339,
+    "resnet110": 0.9368, "resnet1202": 0.9382,
+}
+PUBLIC_SOURCE = "github.com/akamaster/pytorch_resnet_cifar10 (best epoch on test)"
 
 
 def build_backbone(

@@ -9,6 +9,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,20 @@ def load_data(settings: DataConfig) -> data.Data:
     return data.load(settings.dataset, settings.root, settings.split_seed)
 
 
-DOOR = experiment.FrontDoor(build_network, load_data)
+def statics(config: Config) -> list[experiment.StaticNetwork]:
+    """The CIFAR ResNets with a public checkpoint, if the configuration's is one of them."""
+    known = networks.PUBLIC_ACCURACY
+    if config.data.dataset != "cifar10" or config.model.arch not in known:
+        return []
+    return [
+        experiment.StaticNetwork(
+            name, accuracy, networks.PUBLIC_SOURCE, partial(networks.build_backbone, name)
+        )
+        for name, accuracy in known.items()
+    ]
+
+
+DOOR = experiment.FrontDoor(build_network, load_data, name="cifar10.trainer:DOOR", statics=statics)
 
 
 def parser() -> cli.Parser:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from early_exit import checkpoint, runtime
 from early_exit.config import Config, OptimConfig
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """What a front door's data set offers (`cifar10.data.Data`)."""
+    """What a front door's data set offers (`early_exit.tensors.Data` is one)."""
 
     name: str
     classes: tuple[str, ...]
@@ -51,6 +52,19 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
+class StaticNetwork:
+    """A network without exits, and what is known of it."""
+
+    name: str
+    accuracy: float
+    """On the official test set."""
+    source: str
+    """Who states that."""
+    build: Callable[[], nn.Module]
+    """Makes it, untrained: its time does not depend on its weights."""
+
+
+@dataclass(frozen=True)
 class FrontDoor:
     """What the scripts of a data set bring along."""
 
@@ -60,6 +74,14 @@ class FrontDoor:
     """From the data's settings."""
     config: type[Config] = Config
     """The configuration's class, with the data set's own settings."""
+    name: str = ""
+    """Where to find it again: `package.module:NAME`."""
+    statics: Callable[[Config], Sequence[StaticNetwork]] = lambda config: ()
+    """Networks without exits that others trained on the same data and that one could use instead
+    of the configuration's; nothing where none are known."""
+    held_out: Callable[[Config, Image.Image], Image.Image] | None = None
+    """What is done to an image file before the network sees it in an evaluation: RGB to RGB.
+    Absent: its shorter side is brought to the network's, and the centre cut out."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ inside the timed region.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from early_exit.inference import Rows, advance, infer
 from early_exit.network import MultiExitNetwork
@@ -93,6 +93,8 @@ class StageTimes:
     """(stages, sizes), with the head off."""
     plain: float
     """Of a whole batch."""
+    others: dict[str, float] = field(default_factory=dict)
+    """Of a whole batch by other networks, timed in between."""
 
     def of(self, enabled: Sequence[bool], shares: np.ndarray) -> np.ndarray:
         """Seconds (P,) that a batch takes of which the shares (P, exits) leave at each exit: every
@@ -115,10 +117,13 @@ def stage_times(
     criterion: str,
     *,
     autocast: Autocast,
+    others: Mapping[str, nn.Module] | None = None,
     repeats: int = 21,
+    seconds: float = 15.0,
 ) -> StageTimes:
     """Measures the stages, with their heads and without, on 1, 2, 4, ... rows of a batch of
-    `images` (B, C, H, W), and the plain network on all of it: interleaved, medians of `repeats`."""
+    `images` (B, C, H, W), and the plain network and the `others` on all of it: interleaved, medians
+    of `repeats`, or of as many as about `seconds` allow and at least three."""
     network.eval()
     batch_size = len(images)
     sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
@@ -134,11 +139,16 @@ def stage_times(
         rows = Rows(torch.arange(len(features), device=features.device), features)
         return timed(lambda: advance(network.stages[index], rows, policy, index))
 
-    plain, samples = [], []
+    names = list(others or {})
+    wholes, samples = [], []
     with autocast():
         given = stage_inputs(network, images, never)
-        for _ in range(2 + repeats):  # the first two to warm up
-            plain.append(timed(lambda: network.backbone(images)))
+        began = time.perf_counter()
+        for turn in range(2 + repeats):  # the first two to warm up
+            if turn >= 5 and time.perf_counter() - began > seconds:
+                break
+            nets = (network.backbone, *((others or {})[name] for name in names))
+            wholes.append([timed(lambda net=net: net(images)) for net in nets])
             samples.append(
                 [
                     [[seconds_of(policy, index, rows[:size]) for size in sizes]
@@ -146,10 +156,13 @@ def stage_times(
                     for policy in (never, off)
                 ]
             )
-    seconds, bare = (
+    with_head, bare = (
         tuple(map(tuple, part.tolist())) for part in np.median(samples[2:], axis=0)
     )
-    return StageTimes(batch_size, tuple(sizes), seconds, bare, float(np.median(plain[2:])))
+    plain, *rest = np.median(wholes[2:], axis=0).tolist()
+    return StageTimes(
+        batch_size, tuple(sizes), with_head, bare, plain, dict(zip(names, rest, strict=True))
+    )
 
 
 def _heads_off(network: MultiExitNetwork) -> Policy:

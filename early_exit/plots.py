@@ -8,7 +8,7 @@ import numpy as np
 
 from early_exit.disk import written_whole
 from early_exit.errors import UserError
-from early_exit.report import Report
+from early_exit.report import Picture, Report, title
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -28,7 +28,7 @@ STYLE = {
 def accuracy_vs_macs(report: Report, path: Path) -> None:
     """Test accuracy against MACs: the curve of shared thresholds, the chosen point, the final exit,
     every exit alone, and exits drawn by lot at the same shares."""
-    with _figure(path, (7, 4.6)) as (_, axes):
+    with figure(path, (7, 4.6)) as (_, axes):
         curve = report.curve
         macs = [100 * point.test.macs_share for point in curve]
         axes.plot(
@@ -62,13 +62,13 @@ def accuracy_vs_macs(report: Report, path: Path) -> None:
         )
         axes.set_xlabel("multiply-adds, % of the plain network")
         axes.set_ylabel("accuracy on test, %")
-        axes.set_title(f"{report.arch} on {report.dataset}, {report.regime}: {report.chosen_by}")
+        axes.set_title(title(report))
         axes.legend(loc="lower right", fontsize=9)
 
 
 def share_per_exit(report: Report, path: Path) -> None:
     """How many test images leave at each exit, how often they are right, and what that costs."""
-    with _figure(path, (7, 0.7 * len(report.exits) + 1.6)) as (_, axes):
+    with figure(path, (7, 0.7 * len(report.exits) + 1.6)) as (_, axes):
         names = [row.name for row in report.exits]
         taken = [100 * row.taken for row in report.exits]
         bars = axes.barh(names, taken, color=BLUE, height=0.62)
@@ -96,7 +96,7 @@ def reliability(report: Report, path: Path) -> None:
     larger a point, the more answers."""
     columns = min(4, len(report.exits))
     lines = -(-len(report.exits) // columns)
-    with _figure(path, (2.6 * columns, 2.7 * lines + 0.5), (lines, columns)) as (figure, grid):
+    with figure(path, (2.6 * columns, 2.7 * lines + 0.5), (lines, columns)) as (whole, grid):
         panels = np.atleast_1d(grid).ravel()
         for axes, row in zip(panels, report.exits, strict=False):
             axes.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--")
@@ -118,9 +118,9 @@ def reliability(report: Report, path: Path) -> None:
         for axes in panels[len(report.exits) :]:
             axes.axis("off")
         panels[0].legend(fontsize=8, title="temperature", title_fontsize=8)
-        figure.supxlabel("confidence, %", fontsize=10)
-        figure.supylabel("accuracy on test, %", fontsize=10)
-        figure.tight_layout()
+        whole.supxlabel("confidence, %", fontsize=10)
+        whole.supylabel("accuracy on test, %", fontsize=10)
+        whole.tight_layout()
 
 
 def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
@@ -128,7 +128,7 @@ def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
 
     confused: (images,); right: (images,) bool.
     """
-    with _figure(path, (7, 3.6)) as (_, axes):
+    with figure(path, (7, 3.6)) as (_, axes):
         low, high = np.quantile(confused, (0.0, 0.999))
         edges = np.linspace(low, max(high, low + 1e-6), 41)  # all may be alike
         for mask, colour, style, hatch, name in (
@@ -146,14 +146,13 @@ def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
 
 
 def gallery(
-    pictures: Sequence[tuple[str, Sequence[tuple[np.ndarray, str, bool]]]], path: Path
+    pictures: Sequence[tuple[str, Sequence[Picture]]], path: Path
 ) -> None:
-    """Rows of images. pictures: a caption and, per image, its pixels (H, W, 3) uint8, a label and
-    whether the answer was right."""
+    """Rows of images, each with a caption."""
     pictures = [row for row in pictures if row[1]]
     columns = max(len(row) for _, row in pictures)
-    with _figure(path, (1.05 * columns + 2.0, 1.3 * len(pictures)), (len(pictures), columns)) as (
-        figure, grid,
+    with figure(path, (1.05 * columns + 2.0, 1.3 * len(pictures)), (len(pictures), columns)) as (
+        whole, grid,
     ):
         lines = np.reshape(grid, (len(pictures), columns))
         for (caption, row), line in zip(pictures, lines, strict=True):
@@ -163,17 +162,17 @@ def gallery(
                 -0.15, 0.5, caption, transform=line[0].transAxes, ha="right", va="center",
                 fontsize=10,
             )
-            for (pixels, label, right), axes in zip(row, line, strict=False):
-                axes.imshow(pixels, interpolation="nearest")
+            for picture, axes in zip(row, line, strict=False):
+                axes.imshow(picture.pixels, interpolation="nearest")
                 axes.set_title(
-                    label, fontsize=8, pad=3, color="black" if right else ORANGE,
-                    fontweight="normal" if right else "bold",
+                    picture.label, fontsize=8, pad=3, color="black" if picture.right else ORANGE,
+                    fontweight="normal" if picture.right else "bold",
                 )
-        figure.subplots_adjust(hspace=0.45, wspace=0.08)
+        whole.subplots_adjust(hspace=0.45, wspace=0.08)
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float], grid: tuple[int, int] = (1, 1)) -> Iterator:
+def figure(path: Path, size: tuple[float, float], grid: tuple[int, int] = (1, 1)) -> Iterator:
     """Figure and axes; written to `path`, whole, when the block ends well."""
     try:
         import matplotlib
@@ -185,10 +184,10 @@ def _figure(path: Path, size: tuple[float, float], grid: tuple[int, int] = (1, 1
     from matplotlib import pyplot
 
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(*grid, figsize=size)
+        whole, axes = pyplot.subplots(*grid, figsize=size)
         try:
-            yield figure, axes
+            yield whole, axes
             with written_whole(path) as file:
-                figure.savefig(file, format="png")
+                whole.savefig(file, format="png")
         finally:
-            pyplot.close(figure)
+            pyplot.close(whole)

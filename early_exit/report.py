@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from early_exit.cdl import Candidate
 from early_exit.choosing import Point
 from early_exit.energy import PICOJOULES
@@ -62,6 +64,42 @@ class CurvePoint:
     test: Point
     random: float
     """Test accuracy if as many images left at each exit, drawn by lot."""
+    val_shares: tuple[float, ...]
+    """Of val that leave at each exit."""
+    test_shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Static:
+    """A network without exits of the same family, as others trained it: what one could use
+    instead."""
+
+    name: str
+    accuracy: float
+    """On the official test set, as its source states it."""
+    macs_share: float
+    """Of the plain network's."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the points of the curve take at one batch size, as shares of the plain network's time:
+    the sum of the stages' times at the numbers of rows that reach them on average
+    (`early_exit.latency.StageTimes`)."""
+
+    batch_size: int
+    plain: float
+    """Seconds of a batch by the plain network, in the measurement that took exits."""
+    val: tuple[float, ...]
+    """One for each point of the curve."""
+    test: tuple[float, ...]
+    alone: tuple[float, ...]
+    """If all left at one exit."""
+    chosen_val: float
+    chosen_test: float
+    statics: dict[str, float]
+    """Of the static networks, timed in between."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +166,8 @@ class ClassRow:
     images: int
     accuracy: float
     macs_share: float
+    taken: tuple[float, ...]
+    """Share of its images that leaves at each exit."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +179,19 @@ class EnergyEstimate:
     plain: float
     test: float
     """Mean over test under the policy."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a gallery."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8."""
+    label: str
+    """What is written beside it: what was answered."""
+    right: bool
+    words: str
+    """All that is known of it, in words."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +232,12 @@ class Report:
     cuts: Cuts | None
     live: Live | None
     timing: tuple[Timing, ...]
+    statics: tuple[Static, ...]
+    pace: tuple[Pace, ...]
+    door: str
+    """The front door of the run's data (`early_exit.experiment.FrontDoor.name`)."""
+    settings: dict[str, Any]
+    """The run's configuration, as it was evaluated."""
     versions: dict[str, str]
     command: str
 
@@ -221,6 +280,11 @@ def table(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """The outcome in one sentence."""
+    if len(report.exits) == 1:
+        return (
+            f"{100 * report.test.accuracy:.2f} % on test by a plain network without early exits, so"
+            " there was nothing to choose"
+        )
     lost = 100 * (report.final_accuracy - report.test.accuracy)
     five = "" if report.top5 is None else f" (top 5 {100 * report.top5:.2f} %)"
     return (
@@ -296,13 +360,17 @@ def operations(report: Report) -> str:
     )
 
 
-def class_table(report: Report) -> str:
-    """What the classes cost, the cheapest first."""
+def shown_classes(report: Report) -> list[ClassRow | None]:
+    """The classes, the cheapest first; of many those at both ends, with None between."""
     rows = sorted(report.classes, key=lambda row: row.macs_share)
     half = CLASSES_SHOWN // 2
-    shown = rows if len(rows) <= CLASSES_SHOWN else [*rows[:half], None, *rows[-half:]]
+    return rows if len(rows) <= CLASSES_SHOWN else [*rows[:half], None, *rows[-half:]]
+
+
+def class_table(report: Report) -> str:
+    """What the classes cost, the cheapest first."""
     lines = ["| class | images | right | MACs |", "| --- | ---: | ---: | ---: |"]
-    for row in shown:
+    for row in shown_classes(report):
         lines.append(
             "| ... | | | |" if row is None else
             f"| {row.name} | {row.images} | {100 * row.accuracy:.1f} %"
@@ -384,92 +452,95 @@ def stage_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def to_markdown(report: Report, images: dict[str, str]) -> str:
-    """The page. images: caption by file name, shown in that order."""
-    parts = [
-        f"# {report.arch} on {report.dataset}, {report.regime}: {report.chosen_by}",
-        headline(report) + ".",
-        table(report),
-        "MACs are those of everything that ran up to the exit, heads included, as a share of the"
-        " plain network's"
-        f" {report.plain_macs / 1e6:.2f} M. *Alone*: if every test image left there. "
-        + _provenance(report),
-        f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
-        f" {100 * report.val.macs_share:.1f} %.",
-    ]
+def title(report: Report) -> str:
+    """What the page is called."""
+    return f"{report.arch} on {report.dataset}, {report.regime}: {report.chosen_by}"
+
+
+def sections(report: Report) -> dict[str, str]:
+    """The written parts of the page, in Markdown, by their titles; the first one has none."""
+    parts = {
+        "": "\n\n".join([
+            headline(report) + ".",
+            table(report),
+            "MACs are those of everything that ran up to the exit, heads included, as a share of"
+            f" the plain network's {report.plain_macs / 1e6:.2f} M. *Alone*: if every test image"
+            f" left there. {_provenance(report)}",
+            f"On val the same policy gives {100 * report.val.accuracy:.2f} % at"
+            f" {100 * report.val.macs_share:.1f} %.",
+        ])
+    }
     if report.cdl is not None:
-        parts += [
-            "## Conditional Deep Learning: admitted stages",
-            candidate_table(report),
+        parts["Conditional Deep Learning: admitted stages"] = (
+            f"{candidate_table(report)}\n\n"
             "On val, in the order of asking; shares of all images, and MACs an image on average as"
             " shares of the plain network's. *Saved*: what those it stops are spared; *gain*: less"
-            " its own cost for all that reach it.",
-        ]
+            " its own cost for all that reach it."
+        )
     if report.guarantee:
-        parts += ["## Guarantee", guaranteed(report)]
+        parts["Guarantee"] = guaranteed(report)
     if report.latency:
-        parts += ["## Latency", within_latency(report)]
+        parts["Latency"] = within_latency(report)
     if report.cuts:
         cuts = report.cuts
-        parts.append(
+        parts["Over several cuts"] = (
             f"Over {cuts.count} cuts of the test set into val and test: {_percent(cuts.accuracy)} %"
             f" at {_percent(cuts.macs_share)} % of the MACs, the final exit"
             f" {_percent(cuts.final_accuracy)} % (mean and standard deviation)."
         )
     if report.live:
         live = report.live
-        parts += [
-            "## Exits taken",
+        parts["Exits taken"] = (
             f"Live inference answered {live.images:,} test images at batch {live.batch_size} with"
             f" {100 * live.accuracy:.2f} % right"
             + ("" if live.top5 is None else f" (top 5 {100 * live.top5:.2f} %)")
             + f". {live.differing} of them took another exit or"
             " got another answer than on the record of all exits,"
             f" {live.differing_beyond_rounding} of these with a score further than 1e-5 from its"
-            " threshold.",
-        ]
+            " threshold."
+        )
     if report.timing:
-        parts += [
-            "## Seconds",
-            timing_table(report),
+        parts["Seconds"] = (
+            f"{timing_table(report)}\n\n"
             "Times are per batch. *Promise kept*: the sum of each stage's own time at the number of"
             " rows it really had, over the time measured; deciding and dropping rows is the rest."
             " *Nobody leaves*: what the exits cost on top of the plain network if they never fire."
             " *Heads left out*: the speed-up that would be claimed if heads, decisions and the"
-            " dropping of rows were not timed.",
-            stage_table(report),
-        ]
-    parts += [
-        "## How far the exits can be believed",
-        calibration_table(report),
-        "*Calibration error*: mean distance between confidence and accuracy in 15 bins (ECE), on"
-        " test; temperatures come from val. *Ranks*: of an image that is wrong here and right at"
-        " the end, and another one, how often the former has the lower score (AUROC); 0.5 is"
-        " chance. Thresholds live on that, and one temperature hardly changes it.",
-    ]
-    parts += [
-        "## Operations and energy",
-        operations(report),
-        class_table(report),
-        "## Overthinking",
-        overthought(report),
-        "All exits on, each on its own (Kaya et al., ICML 2019).",
-    ]
-    parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
-    parts += [
-        "## How this was made",
-        "\n".join(
-            [
-                f"- run: `{report.run}`, {report.weights}",
-                f"- criterion: {report.criterion},"
-                f" {'with' if report.calibrated else 'without'} temperature scaling",
-                f"- device: {report.device}; precision {report.precision}",
-                "- " + ", ".join(f"{name} {value}" for name, value in report.versions.items()),
-                f"- command: `{report.command}`",
-            ]
+            f" dropping of rows were not timed.\n\n{stage_table(report)}"
+        )
+    return parts | {
+        "How far the exits can be believed": (
+            f"{calibration_table(report)}\n\n"
+            "*Calibration error*: mean distance between confidence and accuracy in 15 bins (ECE),"
+            " on test; temperatures come from val. *Ranks*: of an image that is wrong here and"
+            " right at the end, and another one, how often the former has the lower score (AUROC);"
+            " 0.5 is chance. Thresholds live on that, and one temperature hardly changes it."
         ),
-    ]
-    return "\n\n".join(parts) + "\n"
+        "Operations and energy": f"{operations(report)}\n\n{class_table(report)}",
+        "Overthinking": (
+            f"{overthought(report)}\n\nAll exits on, each on its own (Kaya et al., ICML 2019)."
+        ),
+        "How this was made": "\n".join([
+            f"- run: `{report.run}`, {report.weights}",
+            f"- criterion: {report.criterion},"
+            f" {'with' if report.calibrated else 'without'} temperature scaling",
+            f"- device: {report.device}; precision {report.precision}",
+            "- " + ", ".join(f"{name} {value}" for name, value in report.versions.items()),
+            f"- command: `{report.command}`",
+        ]),
+    }
+
+
+def to_markdown(report: Report, images: dict[str, str]) -> str:
+    """The page. images: caption by file name, shown before the last part, in that order."""
+    parts = [f"# {title(report)}"]
+    *bodies, last = (
+        f"## {heading}\n\n{body}" if heading else body
+        for heading, body in sections(report).items()
+    )
+    parts += bodies
+    parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in images.items()]
+    return "\n\n".join([*parts, last]) + "\n"
 
 
 def _provenance(report: Report) -> str:

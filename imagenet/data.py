@@ -143,6 +143,13 @@ class Bad:
     reason: str
 
 
+def held_out(config: FolderConfig) -> v2.Transform:
+    """What is done to an image that is not trained on."""
+    return v2.Compose([
+        v2.Resize(config.val_resize, antialias=True), v2.CenterCrop(config.val_crop)
+    ])
+
+
 class Images(Dataset):
     """What a worker does: a key becomes an image (H, W, 3) uint8 and its target, or a Bad."""
 
@@ -153,10 +160,7 @@ class Images(Dataset):
             v2.RandomResizedCrop(config.train_crop, antialias=True),
             v2.RandomHorizontalFlip(),
         ])
-        self.held_out = v2.Compose([
-            v2.Resize(config.val_resize, antialias=True),
-            v2.CenterCrop(config.val_crop),
-        ])
+        self.held_out = held_out(config)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | Bad:
         which, row, chance = key

@@ -10,10 +10,12 @@
 import argparse
 import http.client
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from early_exit import cli, experiment
 from early_exit import config as configs
@@ -55,7 +57,28 @@ def build_network(config: FolderRun, num_classes: int) -> MultiExitNetwork:
     return build(model.exits)
 
 
-DOOR = experiment.FrontDoor(build_network, data.load, FolderRun)
+def statics(config: FolderRun) -> list[experiment.StaticNetwork]:
+    """The networks of the configuration's family, if its data set is called imagenet."""
+    if config.data.dataset != "imagenet":
+        return []
+    return [
+        experiment.StaticNetwork(
+            name, accuracy, "torchvision (first weights of each network)",
+            partial(networks.build_backbone, name, image_size=config.data.val_crop),
+        )
+        for name, accuracy in networks.public_accuracy(config.model.arch).items()
+    ]
+
+
+def held_out(config: FolderRun, image: Image.Image) -> Image.Image:
+    """What is done to an image that is evaluated."""
+    return data.held_out(config.data)(image)
+
+
+DOOR = experiment.FrontDoor(
+    build_network, data.load, FolderRun, name="imagenet.main:DOOR", statics=statics,
+    held_out=held_out,
+)
 
 
 class Directory(argparse.Action):

@@ -151,6 +151,22 @@ def units_of(arch: str, net: nn.Module) -> Units:
     return FAMILIES[family](net)
 
 
+def public_accuracy(arch: str) -> dict[str, float]:
+    """The networks of the family of `arch` that are hardly dearer, and what torchvision states of
+    their first weights on ImageNet's val at 224 pixels."""
+    family = next(pattern for pattern in FAMILIES if re.fullmatch(pattern, arch))
+    weights = {
+        name: next(iter(models.get_model_weights(name)))
+        for name in list_archs() if re.fullmatch(family, name)
+    }
+    return {
+        name: found.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
+        for name, found in weights.items()
+        if found.transforms().crop_size == [224]
+        and found.meta["_ops"] <= 1.5 * weights[arch].meta["_ops"]
+    }
+
+
 def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) -> nn.Module:
     """torchvision's network called `arch`, untrained.
 

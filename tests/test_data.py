@@ -15,7 +15,7 @@ from scripts import refusal
 
 from cifar10 import data
 from cifar10.data import Data, ImageSet
-from early_exit import splits
+from early_exit import splits, tensors
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +253,8 @@ def crop_and_flip(image: np.ndarray, top: int, left: int, mirrored: bool) -> np.
 
 def augmented(images: torch.Tensor, seed: int, flip: bool) -> torch.Tensor:
     """`images` after draws of that seed."""
-    draws = data.Draws.of(len(images), data.PAD, torch.Generator().manual_seed(seed))
-    return data.augment(images, draws, data.PAD, flip)
+    draws = tensors.Draws.of(len(images), tensors.PAD, torch.Generator().manual_seed(seed))
+    return tensors.augment(images, draws, tensors.PAD, flip)
 
 
 @pytest.fixture(scope="module")
@@ -356,13 +356,13 @@ class TestBatches:
         assert len(crops) > 4
 
     def test_every_steps_crops_are_drawn_from_a_stream_of_their_own(self, monkeypatch):
-        seeds, draw = [], data.Draws.of
+        seeds, draw = [], tensors.Draws.of
 
         def noted(count, pad, generator):
             seeds.append(generator.initial_seed())
             return draw(count, pad, generator)
 
-        monkeypatch.setattr(data.Draws, "of", noted)
+        monkeypatch.setattr(tensors.Draws, "of", noted)
         for epoch in range(3):
             list(numbered(50).train_batches(8, 5, epoch))
         assert len(seeds) == 3 * 6

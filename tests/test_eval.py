@@ -19,6 +19,7 @@ from scripts import few_digits, run_main, tiny_network
 from cifar10 import data
 from cifar10 import eval as script
 from early_exit import checkpoint, energy, evaluation, guarantees, plots
+from early_exit import trained as trained_run
 from early_exit.choosing import Goal, choose
 from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.cost import Cost, network_cost
@@ -30,6 +31,7 @@ from early_exit.inference import infer
 from early_exit.latency import StageTimes
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
+from early_exit.report import Picture
 from early_exit.training import train
 
 CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
@@ -735,11 +737,6 @@ class TestMistakes:
     def test_flags_of_a_goal(self, refusal, copy, flags, said):
         assert refusal(copy, *flags).startswith(said)
 
-    def test_a_plain_network(self, refusal, plain):
-        message = refusal(plain)
-        assert message.startswith(f"{plain} is a plain network without early exits, so there is")
-        assert not (plain / "records").exists()
-
     def test_branchynets_t_without_its_minus(self, refusal, copy):
         message = refusal(copy, "--criterion", "entropy", "--thresholds", "0.3")
         assert message.endswith("BranchyNet's T of 0.3 is --thresholds=-0.3")
@@ -805,8 +802,21 @@ class TestMistakes:
         assert (copy / checkpoint.NAME).exists()
 
 
+def test_a_plain_network_has_nothing_to_choose(plain):
+    """Its report is a point, which others are compared with."""
+    report, policy = quickly(plain, Goal(max_drop=0.005), live=True, draw=True, batch_sizes=(1,))
+    logits, targets = stored(plain, "test")
+    right = sum(exits[0].index(max(exits[0])) == target
+                for exits, target in zip(logits, targets, strict=True))
+    assert report["test"] == {"accuracy": right / len(targets), "macs_share": 1.0}
+    assert [row["name"] for row in report["exits"]] == ["final"]
+    assert len(report["curve"]) == 1
+    assert policy["thresholds"] == []
+    assert report["live"]["differing"] == 0
+
+
 def test_a_gallery_of_single_images_can_be_drawn(tmp_path):
-    row = [(np.zeros((4, 4, 3), np.uint8), "cat", False)]
+    row = [Picture(np.zeros((4, 4, 3), np.uint8), "cat", False, "cat, is dog")]
     plots.gallery([("first", row), ("second", row)], tmp_path / "gallery.png")
     assert (tmp_path / "gallery.png").stat().st_size > 1000
 
@@ -833,7 +843,7 @@ class TestFiles:
         assert {path.name for path in written.iterdir()} == {
             "policy.yaml", "report.json", "report.md", "accuracy_vs_macs.png",
             "share_per_exit.png", "gallery.png", "reliability.png", "confusion.png",
-            "overthinking.png",
+            "overthinking.png", "report.html",
         }
 
     def test_the_directory_is_named_after_the_goal(self, written):
@@ -991,13 +1001,13 @@ class TestRecords:
     @pytest.fixture
     def recorded(self, monkeypatch) -> list[str]:
         """The splits that were recorded, one after the other."""
-        splits, record = [], evaluation.record
+        splits, record = [], trained_run.record
 
         def noted(network, batches, count, info, *rest):
             splits.append(info.split)
             return record(network, batches, count, info, *rest)
 
-        monkeypatch.setattr(evaluation, "record", noted)
+        monkeypatch.setattr(trained_run, "record", noted)
         return splits
 
     def test_they_are_reused_where_weights_and_images_are_the_same(self, copy, recorded):

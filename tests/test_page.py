@@ -1,0 +1,266 @@
+"""The page of an evaluation: whole in one file, and what its slider shows, in a real browser."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripts import DOOR, few_digits, refusal
+
+from cifar10.resnet import ResNet
+from early_exit import page
+from early_exit.choosing import Goal
+from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.evaluation import evaluate
+from early_exit.experiment import FrontDoor, StaticNetwork
+from early_exit.report import Picture, Report
+from early_exit.training import train
+
+CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
+SCRIPT = "<img src=x onerror='document.title=`run`'>"
+# a class of that name, and a static network to compare with
+STRANGE = FrontDoor(
+    DOOR.build_network,
+    lambda settings: dataclasses.replace(
+        few_digits(settings.split_seed), classes=(SCRIPT, *"123456789")
+    ),
+    statics=lambda config: [StaticNetwork("resnet8", 0.75, "nobody", lambda: ResNet(1))],
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two epochs with two early exits. Not to be changed."""
+    directory = tmp_path_factory.mktemp("page") / "run"
+    config = Config(
+        data=DataConfig(dataset="digits"),
+        model=ModelConfig(arch="resnet20", exits=("layer1", "layer2")),
+        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05),
+        run=RunConfig(amp="off", device="cpu", threads=1),
+    )
+    return train(config, STRANGE, runs=directory, run_dir=directory)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run) -> tuple[Report, Path]:
+    """Its evaluation. Not to be changed."""
+    return evaluate(
+        run, STRANGE, Goal(max_drop=0.1), overrides=CPU, batch_sizes=(1, 8), timing_images=8
+    )
+
+
+@pytest.fixture(scope="module")
+def written(evaluated) -> Path:
+    """Where it lies."""
+    return evaluated[1]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window, of a phone's width."""
+    paths = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(paths):
+        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, written):
+    """The page, opened anew."""
+    browser.get((written / "report.html").as_uri())
+    assert browser.execute_script("return document.body.dataset.ready") == "yes"
+    return browser
+
+
+def text(browser, name: str) -> str:
+    """What stands in an element."""
+    return browser.find_element("id", name).text
+
+
+def percent(share: float, digits: int) -> str:
+    """A share as the page writes it."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def move(browser, stop: int) -> None:
+    """Moves the slider as a hand does: the value changes, and the page is told."""
+    browser.execute_script(
+        "const s = document.getElementById('threshold'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input'))", stop,
+    )
+
+
+class TestInABrowser:
+    def test_nothing_is_fetched_and_nothing_goes_wrong(self, browser, written):
+        for kind in ("browser", "performance"):
+            browser.get_log(kind)
+        browser.get((written / "report.html").as_uri())
+        events = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+        asked = {
+            event["params"]["request"]["url"] for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        }
+        assert {url for url in asked if not url.startswith("data:")} == {
+            (written / "report.html").as_uri()
+        }
+        assert browser.get_log("browser") == []
+
+    def test_it_begins_at_the_chosen_point(self, opened, written):
+        report = json.loads((written / "report.json").read_text())
+        for split in ("val", "test"):
+            assert text(opened, f"accuracy-{split}") == percent(report[split]["accuracy"], 2)
+            assert text(opened, f"macs-{split}") == percent(report[split]["macs_share"], 1)
+        for index, row in enumerate(report["exits"]):
+            assert text(opened, f"share{index}-test") == percent(row["taken"], 1)
+
+    @pytest.mark.parametrize("stop", [0, 3, -1])
+    def test_its_numbers_are_the_reports(self, opened, written, stop):
+        report = json.loads((written / "report.json").read_text())
+        stop %= len(report["curve"])
+        move(opened, stop)
+        point = report["curve"][stop]
+        for split in ("val", "test"):
+            assert text(opened, f"accuracy-{split}") == percent(point[split]["accuracy"], 2)
+            assert text(opened, f"macs-{split}") == percent(point[split]["macs_share"], 1)
+            for index, share in enumerate(point[f"{split}_shares"]):
+                assert text(opened, f"share{index}-{split}") == percent(share, 1)
+            for pace in report["pace"]:
+                seconds = pace[split][stop] * pace["plain"] / pace["batch_size"]
+                shown = text(opened, f"ms{pace['batch_size']}-{split}")
+                assert float(shown.removesuffix(" ms")) == pytest.approx(1000 * seconds, rel=0.01)
+        threshold = point["threshold"]
+        assert text(opened, "at") == (
+            "none: nobody leaves early" if threshold is None else f"{threshold:.4f}"
+        )
+        # the circles in the figures, and the bars
+        ring, bars = opened.execute_script(
+            "return [document.getElementById('macs').data.find((t) => t.name == 'slider, val'),"
+            " document.getElementById('shares').data.map((t) => t.x)]"
+        )
+        assert ring["x"] == pytest.approx([100 * point["val"]["macs_share"]], abs=1e-3)
+        assert ring["y"] == pytest.approx([100 * point["val"]["accuracy"]], abs=1e-3)
+        assert bars[0] == pytest.approx([100 * x for x in point["val_shares"]], abs=1e-2)
+        assert bars[1] == pytest.approx([100 * x for x in point["test_shares"]], abs=1e-2)
+
+    def test_keys_move_it_and_the_button_brings_it_back(self, opened):
+        slider = opened.find_element("id", "threshold")
+        begun = slider.get_attribute("value")
+        move(opened, 1)
+        slider.send_keys("\ue014")  # arrow right
+        assert slider.get_attribute("value") == "2"
+        assert "right at" in slider.get_attribute("aria-valuetext")
+        opened.find_element("id", "back").click()
+        assert slider.get_attribute("value") == begun
+
+    def test_one_batch_size_is_shown_at_a_time(self, opened):
+        def shown() -> list[bool]:
+            return [opened.find_element("id", f"ms{size}").is_displayed() for size in (1, 8)]
+
+        assert shown() == [True, False]
+        opened.find_element("css selector", "#batch option[value='8']").click()
+        assert shown() == [False, True]
+
+    def test_nothing_is_wider_than_a_phone(self, opened):
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+
+    def test_a_name_that_looks_like_code_is_shown_and_not_run(self, opened):
+        assert opened.title != "run"
+        assert SCRIPT in opened.page_source.replace("&lt;", "<").replace("&gt;", ">")
+        assert "onerror" in opened.find_element("css selector", "#classes").text
+
+    def test_every_figure_is_drawn(self, opened):
+        empty = opened.execute_script(
+            "return [...document.querySelectorAll('.figure')]"
+            ".filter((f) => !f.querySelector('.main-svg')).map((f) => f.id)"
+        )
+        assert empty == []
+
+    def test_every_picture_has_words(self, opened):
+        images = opened.find_elements("css selector", ".gallery img")
+        assert len(images) > 5
+        assert all(re.search(r"score|final:", image.get_attribute("alt")) for image in images)
+        assert all(image.get_property("naturalWidth") == 16 for image in images)
+
+
+class TestTheFile:
+    def test_it_is_small_and_whole(self, written):
+        page = (written / "report.html").read_text()
+        assert len(page.encode()) < 6_000_000
+        addresses = []
+
+        class Finder(HTMLParser):
+            def handle_starttag(self, tag, attributes):
+                addresses.extend(v for k, v in attributes if k in ("src", "href", "srcset"))
+
+        Finder().feed(page)
+        assert len(addresses) > 5
+        assert [address for address in addresses if not address.startswith("data:")] == []
+
+    def test_it_holds_what_made_it(self, written):
+        page = (written / "report.html").read_text()
+        report = json.loads((written / "report.json").read_text())
+        assert report["command"] in page.replace("&#x27;", "'")
+        assert "batch_size: 8" in page
+        assert f"torch {report['versions']['torch']}" in page
+
+    def test_the_static_networks(self, written):
+        report = json.loads((written / "report.json").read_text())
+        (static,) = report["statics"]
+        assert (static["name"], static["macs_share"]) == ("resnet8", 1.0)  # the same network
+        assert all(pace["statics"]["resnet8"] > 0 for pace in report["pace"])
+        assert "nobody" in (written / "report.html").read_text()
+
+    def test_without_a_clock_there_are_no_milliseconds(self, evaluated, tmp_path):
+        report = dataclasses.replace(evaluated[0], pace=(), timing=())
+        page.write(report, {}, tmp_path / "report.html")
+        written = (tmp_path / "report.html").read_text()
+        assert "Nothing was timed" in written
+        assert 'id="ms1"' not in written
+
+    @pytest.mark.parametrize(("first", "off"), [(0.25, True), (0.75, False)])
+    def test_thresholds_of_each_exit_are_not_on_the_slider(self, evaluated, tmp_path, first, off):
+        one, two, final = (
+            dataclasses.replace(row, threshold=threshold, on=True)
+            for row, threshold in zip(evaluated[0].exits, (first, 0.75, None), strict=True)
+        )
+        report = dataclasses.replace(evaluated[0], exits=(one, two, final))
+        page.write(report, {}, tmp_path / "report.html")
+        written = (tmp_path / "report.html").read_text()
+        assert ("is not on the slider" in written) == off
+
+    def test_many_large_pictures_are_made_small(self):
+        rng = np.random.default_rng(0)
+        row = [
+            Picture(rng.integers(0, 256, (224, 224, 3), np.uint8), "a", True, "a")
+            for _ in range(50)
+        ]
+        galleries = {"one": [("row", row)] * 4, "two": [("row", row)] * 4}
+        side = page._budget(galleries)
+        assert sum(
+            len(page._encoded(picture.pixels, side)) for rows in galleries.values()
+            for _, pictures in rows for picture in pictures
+        ) < 1_100_000
+
+    @pytest.mark.parametrize("name", ["plotly", "markdown"])
+    def test_what_is_missing_is_named_before_anything_is_done(self, tmp_path, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, "plotly.offline" if name == "plotly" else name, None)
+        said = refusal(evaluate, tmp_path / "none", STRANGE, Goal(max_drop=0.1), overrides=CPU)
+        assert said.startswith(f"the page needs {name}")
