@@ -5,7 +5,9 @@ import functools
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -30,6 +32,18 @@ class ImageData:
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes (B, 3, H, W) to float32 with the set's mean and deviation."""
         return normalise(images, self.mean, self.std, self.layout)
+
+
+def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
+    """The centre of an image, of the form of a network's images (C, H, W) and resized to them."""
+    _, height, width = shape
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def as_bytes(image: Image.Image, channels: int) -> Tensor:
+    """An image as a tensor (C, H, W) uint8, grey where C is 1."""
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
 def normalise(

@@ -63,8 +63,9 @@ def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
     if state is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")
     config = configs.build(door.config, configs.merge(state["config"], overrides))
-    device, precision = setup(config)
-    network = door.build_network(config, len(state["classes"]))
+    device = runtime.choose_device(config.run.device)
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        network = door.build_network(config, len(state["classes"]))
     checkpoint.load_into(network, checkpoint.reported(state), path)
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
@@ -84,7 +85,7 @@ def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
         classes=tuple(state["classes"]),
         normalisation=state["normalisation"],
         device=device,
-        precision=precision,
+        precision=runtime.choose_precision(config.run.amp, device),
         weights=f"weights {digest.hexdigest()[:16]} of {where}",
         val_hash=state["val_hash"],
         unseen_val=state["unseen_val"],
@@ -92,9 +93,10 @@ def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
 
 
 def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
-    """The network of a run directory and its data; raises UserError where they do not belong
-    together."""
+    """The network of a run directory and its data, with seeds and threads set; raises UserError
+    where they do not belong together."""
     loaded = load_network(run_dir, door, overrides)
+    setup(loaded.config)
     data = door.load_data(loaded.config.data).normalised_by(loaded.normalisation)
     if data.val_hash != loaded.val_hash:
         raise UserError(

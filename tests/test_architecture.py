@@ -33,10 +33,10 @@ ORDER = (
     "records", "overthinking", "thresholds", "search", "guarantees", "cdl", "inference",
     "engine", "journal", "latency", "choosing", "report", "plots",
     "experiment",
-    "training", "trained", "findings", "charts", "page", "evaluation",
+    "training", "trained", "classifier", "findings", "charts", "page", "evaluation",
     "recipes", "labels",
     "cli",
-    "compare",
+    "compare", "predict", "export",
 )
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 

@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from scripts import ROOT, refusal, run_main
+from scripts import refusal, run_main
 
 from early_exit import compare
 from early_exit.config import Config, to_dict
@@ -459,14 +457,3 @@ def test_mistakes_end_in_one_line(run, compared):
     (one / "config.yaml").write_text("7: [")
     code, _, err = compared(one)
     assert code == 2 and "config.yaml" in err and err.count("\n") == 1
-
-
-def test_shown_commands_are_accepted():
-    pages = [ROOT / "README.md", *(ROOT / "docs-src").rglob("*.md")]
-    texts = [compare.__doc__, *(page.read_text() for page in pages)]
-    found = [line for text in texts
-             for line in re.findall(r"python (-m early_exit\.compare [^`\n]+)", text)]
-    assert len(found) > 5
-    for line in found:
-        words = shlex.split(re.split(r"\s{2,}", line)[0])
-        assert compare.parser().parse_args(words[2:]).runs

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scripts import ROOT
 
 from cifar10 import eval as evaluation_script
 from cifar10 import trainer
-from early_exit import cli
+from early_exit import cli, evaluation
 from early_exit import config as configs
 from early_exit.experiment import plan_phases
 from imagenet import eval as imagenet_eval
@@ -100,7 +101,9 @@ def commands() -> list[tuple[str, str]]:
         for line in docstring.splitlines():
             if line.startswith(("    python ", "    torchrun ")):
                 found.append((relative(path), re.split(r"\s{2,}", line.strip())[0]))
-    script = re.compile(r"((\S*/)?python3?|torchrun( --\S+ \d+)*) (\S+\.py)\b")
+    script = re.compile(
+        r"((\S*/)?python3?|torchrun( --\S+ \d+)*) ((\S+\.py)\b|-m early_exit\.\w+ )"
+    )
     return list(dict.fromkeys((where, line) for where, line in found if script.match(line)))
 
 
@@ -119,6 +122,10 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(networks, "describe_archs", lambda: ())  # half a minute; tested by itself
     words = shlex.split(command, comments=True)
+    words = words[: next((at for at, word in enumerate(words) if word in "<>|"), None)]
+    if words[1] == "-m":
+        importlib.import_module(words[2]).parser().parse_args(words[3:])
+        return
     at = next(number for number, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[at], words[at + 1 :]
     assert (ROOT / script).exists()
@@ -182,6 +189,10 @@ EXAMPLES = [
 @pytest.mark.parametrize(
     ("page", "example"), EXAMPLES, ids=[relative(page) for page, _ in EXAMPLES]
 )
-def test_a_shown_python_example_runs(page, example, capsys):
+def test_a_shown_python_example_runs(page, example, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").symlink_to(ROOT / "cifar10")
+    Image.new("RGB", (64, 48), "blue").save("photo.jpg")
+    monkeypatch.setattr(evaluation, "_time", lambda *_: None)  # the clock takes half a minute
     exec(compile(example, relative(page), "exec"), {})
     assert capsys.readouterr().err == ""

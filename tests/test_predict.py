@@ -1,0 +1,368 @@
+"""Classifying one's own images: from Python, on the command line, and with an exported copy."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import DOOR, ROOT, SIDE, finish, refusal
+
+from early_exit import checkpoint, classifier, export, predict
+from early_exit.choosing import Goal
+from early_exit.classifier import load
+from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.evaluation import evaluate
+from early_exit.inference import infer
+from early_exit.policy import Policy
+from early_exit.training import train
+
+CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}
+FLAGS = ("--device", "cpu", "--threads", "1")
+NAMED = dataclasses.replace(DOOR, name="test_predict:NAMED")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two epochs with two evaluations, one of which takes exits. Not to be changed."""
+    directory = tmp_path_factory.mktemp("predict") / "run"
+    config = Config(
+        data=DataConfig(dataset="digits"),
+        model=ModelConfig(arch="resnet20", exits=("layer1", "layer2")),
+        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05),
+        run=RunConfig(amp="off", device="cpu", threads=1),
+    )
+    train(config, NAMED, runs=directory, run_dir=directory)
+    for goal, name in ((Goal(max_drop=0.005), None), (Goal(budget=0.8), "mine")):
+        evaluate(directory, NAMED, goal, overrides=CPU, live=False, draw=False, name=name)
+    return directory
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of the run, to be changed."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder with the first images of test as files, in two folders below."""
+    data = DOOR.load_data(DataConfig(dataset="digits"))
+    for index in range(7):
+        path = tmp_path / "photos" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.picture("test", index)).save(path)
+    return tmp_path / "photos"
+
+
+def printed(capsys, *arguments) -> list[str]:
+    """The lines that predict prints."""
+    predict.main([*map(str, arguments), *FLAGS])
+    return capsys.readouterr().out.splitlines()
+
+
+class TestFromPython:
+    def test_it_says_what_inference_says(self, run, photos):
+        classify = load(run, "mine")
+        files = [photos / "ab"[index % 2] / f"{index}.png" for index in range(7)]
+        data = NAMED.load_data(DataConfig(dataset="digits"))
+        images = data.normalise(data.splits["test"].images[:7])
+        policy = Policy.load(run / "eval" / "mine" / "policy.yaml")
+        expected = infer(classify.loaded.network, images, policy)
+        found = classify(files, batch_size=3)
+        assert [one.class_index for one in found] == expected.classes.tolist()
+        assert [one.exit_index for one in found] == expected.exit_index.tolist()
+        assert len({one.exit for one in found}) > 1  # or the order would show nothing
+        sure = expected.logits.softmax(dim=-1).amax(dim=-1).tolist()
+        assert [one.confidence for one in found] == pytest.approx(sure, abs=1e-5)
+        for one in found:
+            assert one.name == data.classes[one.class_index]
+            assert one.macs == classify.cost.cumulative()[one.exit_index]
+            assert one.macs_share == pytest.approx(one.macs / classify.cost.plain_macs)
+
+    def test_pil_images_do_as_well(self, run, photos):
+        classify = load(run, "mine")
+        path = photos / "a" / "0.png"
+        assert classify([Image.open(path)]) == classify([path]) == classify([str(path)])
+
+    def test_a_switched_off_exit_is_not_paid_for(self, copy):
+        path = copy / "eval" / "mine" / "policy.yaml"
+        policy = dataclasses.replace(Policy.load(path), enabled=(False, True))
+        policy.save(path)
+        classify = load(copy, "mine")
+        found = classify([Image.new("RGB", (20, 20))])[0]
+        assert found.macs == classify.cost.cumulative((False, True))[found.exit_index]
+
+    def test_an_image_of_another_form_is_cut_and_resized(self, run):
+        """A white bar left and right of a square is cut off."""
+        classify = load(run)
+        picture = Image.new("RGB", (80, 40), "white")
+        picture.paste(Image.new("RGB", (40, 40), "red"), (20, 0))
+        expected = torch.tensor([255, 0, 0], dtype=torch.uint8)
+        image = classify.read(picture)
+        assert image.shape == (3, SIDE, SIDE)
+        assert (image[:, :, 1:-1] == expected[:, None, None]).all()
+
+    def test_an_image_lying_on_its_side_is_put_upright(self, run, tmp_path):
+        picture = Image.new("RGB", (SIDE, SIDE))
+        picture.paste("white", (0, 0, SIDE, SIDE // 2))  # white above
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        picture.save(tmp_path / "turned.png", exif=exif)
+        image = load(run).read(tmp_path / "turned.png")
+        assert (image[:, :, SIDE // 2 :] == 255).all() and (image[:, :, : SIDE // 2] == 0).all()
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
+    def test_every_kind_of_picture_is_read(self, run, mode):
+        assert load(run).read(Image.new(mode, (20, 20))).shape == (3, SIDE, SIDE)
+
+    def test_the_front_door_may_say_how_images_are_cut(self, run):
+        door = dataclasses.replace(
+            NAMED, held_out=lambda config, image: image.crop((0, 0, SIDE, SIDE))
+        )
+        picture = Image.new("RGB", (80, 40), "white")
+        picture.paste(Image.new("RGB", (SIDE, SIDE), "red"), (0, 0))
+        image = load(run, door=door).read(picture)
+        assert (image[0] == 255).all() and (image[1] == 0).all()
+
+    def test_random_states_are_left_alone(self, run):
+        torch.manual_seed(5)
+        expected = torch.rand(1)
+        torch.manual_seed(5)
+        load(run)
+        assert torch.equal(torch.rand(1), expected)
+
+
+class TestCommand:
+    def test_a_table(self, run, photos, capsys):
+        head, *lines, last = printed(capsys, run, photos, "--eval", "mine")
+        assert head.split() == ["class", "sure", "exit", "of", "the", "MACs", "image"]
+        found = load(run, "mine")(sorted(photos.rglob("*.png")))
+        assert len(lines) == len(found) == 7
+        for line, one, path in zip(lines, found, sorted(photos.rglob("*.png")), strict=True):
+            assert line.split() == [
+                one.name, f"{100 * one.confidence:.1f}", "%", one.exit,
+                f"{100 * one.macs_share:.1f}", "%", str(path),
+            ]
+        mean = sum(one.macs_share for one in found) / 7
+        assert last.startswith("7 images answered: ")
+        assert f"; {100 * mean:.1f} % of the plain network's" in last
+
+    def test_lines_of_json(self, run, photos, capsys):
+        lines = printed(capsys, run, photos, "--eval", "mine", "--json", "-b", "2")
+        found = load(run, "mine")(sorted(photos.rglob("*.png")), batch_size=2)
+        assert [json.loads(line) for line in lines] == [
+            {"image": str(path), "class": one.name,
+             **{k: v for k, v in dataclasses.asdict(one).items() if k != "name"}}
+            for path, one in zip(sorted(photos.rglob("*.png")), found, strict=True)
+        ]
+
+    def test_names_on_standard_input(self, run, photos, capsys, monkeypatch):
+        names = [str(photos / "a" / "0.png"), "", str(photos / "b")]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names) + "\n"))
+        lines = printed(capsys, run, "-", photos / "a" / "2.png", "--json")
+        shown = [Path(json.loads(line)["image"]).name for line in lines]
+        assert shown == ["0.png", "1.png", "3.png", "5.png", "2.png"]
+
+    def test_an_evaluation_can_be_named_by_its_directory(self, run, photos, capsys):
+        assert printed(capsys, run / "eval" / "mine", photos) == printed(
+            capsys, run, photos, "--eval", "mine"
+        )
+
+    def test_half_a_point_is_the_usual_one(self, run, photos, capsys):
+        assert printed(capsys, run, photos) == printed(
+            capsys, run, photos, "--eval", "max-drop-0.5-max_prob"
+        )
+
+    def test_what_cannot_be_read_is_named_and_skipped(self, run, photos, capsys):
+        (photos / "a" / "torn.png").write_bytes((photos / "a" / "0.png").read_bytes()[:60])
+        (photos / "text.jpg").write_text("no image")
+        (photos / "empty").mkdir()
+        names = [photos, photos / "empty", photos / "none.png"]
+        message = refusal(predict.main, [str(run), *map(str, names), "--json", *FLAGS])
+        assert message == "4 of 11 images were skipped"
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 7
+        wrong = said.err.splitlines()
+        assert [line.partition(" cannot be read as an image")[0] for line in wrong] == [
+            f"early_exit.predict: skipping: {name}" for name in (
+                photos / "a" / "torn.png", photos / "text.jpg", photos / "empty",
+                photos / "none.png",
+            )
+        ]
+        assert wrong[2].endswith("(a folder without images)")
+        assert wrong[3].endswith("(No such file or directory)")
+
+    def test_as_a_process(self, copy, photos):
+        """From another directory; the one bad image is skipped and the exit code is 2."""
+        (photos / "bad.jpg").write_text("no image")
+        process = as_process(photos, copy, photos, "--eval", "mine", "--json", *FLAGS)
+        assert process.returncode == 2
+        assert len(process.stdout.splitlines()) == 7
+        assert "Traceback" not in process.stderr
+        assert process.stderr.splitlines()[-1] == (
+            "early_exit.predict: 1 of 8 images were skipped"
+        )
+
+
+def as_process(cwd: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """`python -m early_exit.predict` as a process of its own, which finds this module's door."""
+    return finish(subprocess.Popen(
+        [sys.executable, "-m", "early_exit.predict", *map(str, arguments)], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+    ))
+
+
+class TestMistakes:
+    def test_no_run(self, tmp_path):
+        assert refusal(load, tmp_path / "none") == (
+            f"there is no run directory at {tmp_path / 'none'}; training prints the one it made"
+        )
+
+    def test_a_run_that_was_not_evaluated(self, copy):
+        shutil.rmtree(copy / "eval")
+        assert refusal(load, copy).startswith(f"{copy} has no policy yet")
+
+    def test_an_evaluation_that_is_not_there(self, run):
+        assert refusal(load, run, "none") == (
+            f"{run} has no evaluation none; name one with --eval: max-drop-0.5-max_prob, mine"
+        )
+
+    def test_several_and_none_is_the_usual_one(self, copy):
+        (copy / "eval" / "max-drop-0.5-max_prob").rename(copy / "eval" / "other")
+        assert refusal(load, copy).startswith(f"{copy} has several evaluations; name one with")
+
+    def test_a_run_that_went_on_after_its_evaluation(self, copy):
+        state = checkpoint.load(copy)
+        state["network"]["backbone.linear.bias"] += 1
+        checkpoint.save(copy, {key: value for key, value in state.items() if key != "format"})
+        assert "evaluate it again" in refusal(load, copy)
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+    def test_a_torn_report(self, copy, content):
+        path = copy / "eval" / "mine" / "report.json"
+        path.unlink() if content is None else path.write_text(content)
+        assert str(path) in refusal(load, copy, "mine")
+
+    @pytest.mark.parametrize(
+        ("door", "said"),
+        [("", "does not say how"), ("no.such.module:DOOR", "cannot be imported"),
+         ("test_predict:NOTHING", "cannot be imported"), ("json:dumps", "is no front door"),
+         ("nothing", "cannot be imported")],
+    )
+    def test_a_door_that_cannot_be_found(self, copy, door, said):
+        path = copy / "eval" / "mine" / "report.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "door": door}))
+        assert said in refusal(load, copy, "mine")
+
+    def test_a_batch_of_none(self, run):
+        assert "--batch-size" in refusal(predict.main, [str(run), "x.png", "-b", "0"])
+
+
+class TestExport:
+    @pytest.fixture
+    def exported(self, run, tmp_path) -> Path:
+        """The copy that is given away."""
+        arguments = [str(run), str(tmp_path / "given"), "--eval", "mine", "--licence", "MIT"]
+        export.main([*arguments, "--source", "Digits are everybody's."])
+        return tmp_path / "given"
+
+    def test_it_says_the_same(self, run, exported, photos):
+        files = sorted(photos.rglob("*.png"))
+        assert load(exported)(files) == load(run, "mine")(files)
+
+    def test_what_only_training_needs_stays_behind(self, run, exported):
+        state = checkpoint.load(exported)
+        assert not {"optimizer", "scaler", "tally", "average"} & set(state)
+        names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+        assert names == {
+            "README.md", "checkpoint.pt", "eval/mine/policy.yaml", "eval/mine/report.json"
+        }
+
+    def test_the_running_average_is_what_is_given(self, copy, tmp_path):
+        state = checkpoint.load(copy)
+        state["average"] = {name: value + 1 for name, value in state["network"].items()}
+        slim = export.slim(state)
+        assert torch.equal(
+            slim["network"]["backbone.linear.bias"], state["network"]["backbone.linear.bias"] + 1
+        )
+
+    def test_no_path_of_this_machine_is_given_away(self, copy, tmp_path):
+        state = checkpoint.load(copy)
+        state["config"]["data"]["root"] = "/home/somebody/data"
+        state["config"]["model"]["backbone"] = "/home/somebody/resnet.th"
+        config = export.slim(state)["config"]
+        assert config["data"]["root"] is None
+        assert config["model"]["backbone"] == "resnet.th"
+
+    def test_the_card(self, run, exported):
+        card = " ".join((exported / "README.md").read_text().split())
+        report = json.loads((run / "eval" / "mine" / "report.json").read_text())
+        assert f"{100 * report['test']['accuracy']:.2f} % are right" in card
+        assert f"{100 * report['final_accuracy']:.2f} %" in card
+        assert "Licence of the weights: MIT." in card
+        assert "Digits are everybody's." in card
+        assert "10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in card
+
+    def test_a_directory_that_is_there_is_left_alone(self, run, tmp_path):
+        (tmp_path / "there").mkdir()
+        assert "exists" in refusal(export.main, [str(run), str(tmp_path / "there")])
+        assert list((tmp_path / "there").iterdir()) == []
+
+
+class TestPretrained:
+    """The network in the repository."""
+
+    PATH = ROOT / "cifar10" / "pretrained" / "resnet20"
+
+    def test_it_is_small(self):
+        files = [path for path in self.PATH.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < 2_000_000
+
+    def test_it_classifies(self):
+        classify = load(self.PATH)
+        assert classify.classes[3] == "cat"
+        found = classify([Image.new("RGB", (320, 240), "blue")])[0]
+        assert found.exit in ("layer1", "layer2", "final") and 0.1 < found.confidence <= 1
+
+    def test_its_card_says_what_its_report_says(self):
+        card = " ".join((self.PATH / "README.md").read_text().split())
+        (path,) = self.PATH.glob("eval/*/report.json")
+        report = json.loads(path.read_text())
+        assert f"{100 * report['test']['accuracy']:.2f} % are right" in card
+
+    @pytest.mark.slow
+    def test_it_is_as_accurate_as_its_card_says(self):
+        """On CIFAR-10's test set, where that is."""
+        from cifar10 import data
+
+        try:
+            test = data.load("cifar10").splits["test"]
+        except Exception as error:
+            pytest.skip(f"no CIFAR-10 here: {error}")
+        classify = load(self.PATH)
+        right = np.zeros(0, bool)
+        for start_ in range(0, len(test), 500):
+            answers = classify.answer(test.images[start_ : start_ + 500])
+            answered = answers.classes == test.targets[start_ : start_ + 500]
+            right = np.concatenate([right, answered.numpy()])
+        (path,) = self.PATH.glob("eval/*/report.json")
+        assert right.mean() == pytest.approx(
+            json.loads(path.read_text())["test"]["accuracy"], abs=5e-4
+        )
+
+
+def test_evaluations_are_found_where_they_lie(run):
+    assert classifier.evaluation_directory(run, "mine") == run / "eval" / "mine"
+    assert classifier.evaluation_directory(run / "eval" / "mine") == run / "eval" / "mine"
+    assert "leave out --eval" in refusal(
+        classifier.evaluation_directory, run / "eval" / "mine", "mine"
+    )
