@@ -5,12 +5,11 @@ What is told by colour is told by dash, symbol or pattern too, and the colours a
 
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from early_exit.choosing import Point
 from early_exit.plots import BLUE, GREEN, GREY, ORANGE
 from early_exit.report import ExitRow, Pace, Report, Static, shown_classes
 
@@ -31,7 +30,10 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
     traces, rings["macs"] = _accuracy_traces(
         report,
-        x=lambda point: 100 * point.macs_share,
+        along=tuple(
+            [100 * point.macs_share for point in points]
+            for points in zip(*((point.val, point.test) for point in report.curve), strict=True)
+        ),
         alone=[100 * row.macs_share for row in report.exits],
         statics={static.name: 100 * static.macs_share for static in report.statics},
         star=100 * report.test.macs_share,
@@ -46,11 +48,10 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
         )
         traces, rings[place] = _accuracy_traces(
             report,
-            x=None,
+            along=(val, test),
             alone=alone,
             statics={name: milliseconds(pace, share) for name, share in pace.statics.items()},
             star=1000 * timing.live.total / timing.images,
-            along=(val, test),
         )
         add(
             place, traces, y="accuracy, %", height=HEIGHT,
@@ -93,19 +94,17 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 def _accuracy_traces(
     report: Report,
-    x: Callable[[Point], float] | None,
+    along: tuple[list[float], list[float]],
     alone: list[float],
     statics: dict[str, float],
     star: float,
-    along: tuple[list[float], list[float]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """The traces of accuracy against a price, and the numbers of the two that the slider moves.
 
-    x: the price of a point, or `along` the prices of the curve's on val and test; alone: of every
-    exit if all leave there, the plain network for the last; star: of the chosen point on test.
+    along: the prices of the curve's points on val and test; alone: of every exit if all leave
+    there, the plain network for the last; star: of the chosen point on test.
     """
-    curve = report.curve
-    val, test = along or ([x(point.val) for point in curve], [x(point.test) for point in curve])
+    curve, (val, test) = report.curve, along
     hover = "%{y:.2f} % at %{x:.4~g}<extra>%{fullData.name}</extra>"
     lines = [
         ("val", val, [point.val.accuracy for point in curve], BLUE, "solid", 2.5),
@@ -121,7 +120,12 @@ def _accuracy_traces(
         for name, prices, accuracy, colour, dash, width in lines
     ]
     traces += [
-        _markers("one exit for all", alone[:-1], report.exits[:-1], ORANGE, "square", hover),
+        _markers(
+            "one exit for all",
+            [price for price, row in zip(alone[:-1], report.exits, strict=False) if row.on],
+            [row for row in report.exits[:-1] if row.on],
+            ORANGE, "square", hover,
+        ),
         _markers("whole network", alone[-1:], report.exits[-1:], "#000", "diamond", hover),
         {**_markers(
             "static networks", list(statics.values()),

@@ -3,6 +3,8 @@
     from early_exit.classifier import load
     classify = load("runs/mine")
     print(classify(["photo.jpg"]))
+
+Who leaves where is decided by the policy that an evaluation of the run has chosen.
 """
 
 import dataclasses
