@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cifar10 import data, networks
+from cifar10 import data, networks, resnet
 from early_exit import cli, experiment
 from early_exit.config import Config, DataConfig
 from early_exit.cost import with_every_exit
@@ -47,16 +47,17 @@ def load_data(settings: DataConfig) -> data.Data:
     return data.load(settings.dataset, settings.root, settings.split_seed)
 
 
-def statics(config: Config) -> list[experiment.StaticNetwork]:
-    """The CIFAR ResNets with a public checkpoint, if the configuration's is one of them."""
-    known = networks.PUBLIC_ACCURACY
-    if config.data.dataset != "cifar10" or config.model.arch not in known:
+def statics(config: Config, _num_classes: int) -> list[experiment.StaticNetwork]:
+    """The CIFAR ResNets with a public checkpoint that are not deeper than the configuration's, if
+    that is one of them."""
+    known, arch = networks.PUBLIC_ACCURACY, config.model.arch
+    if config.data.dataset != "cifar10" or arch not in known:
         return []
     return [
         experiment.StaticNetwork(
             name, accuracy, networks.PUBLIC_SOURCE, partial(networks.build_backbone, name)
         )
-        for name, accuracy in known.items()
+        for name, accuracy in known.items() if resnet.DEPTHS[name] <= resnet.DEPTHS[arch]
     ]
 
 

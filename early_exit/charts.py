@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from early_exit.plots import BLUE, GREEN, GREY, ORANGE
-from early_exit.report import ExitRow, Pace, Report, Static, shown_classes
+from early_exit.report import ExitRow, Pace, Report, Static
+from early_exit.wording import shown_classes
 
 PATTERNS = ("", "/", "x", ".", "-", "+", "\\", "|")
 HEIGHT = 430  # pixels, of the figures of accuracy
 RING = 15
+NAMED = 8  # marks of a kind that have room for their names
 
 
 def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -44,7 +46,7 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
         timing = next(found for found in report.timing if found.batch_size == pace.batch_size)
         val, test, alone = (
             [milliseconds(pace, share) for share in shares]
-            for shares in (pace.val, pace.test, (*pace.alone[:-1], 1.0))
+            for shares in (pace.val, pace.test, pace.alone)
         )
         traces, rings[place] = _accuracy_traces(
             report,
@@ -58,19 +60,12 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
             x=f"milliseconds an image, batch of {pace.batch_size}",
         )
     names = [as_text(row.name) for row in report.exits]
-    chosen = [
-        {
-            "type": "bar", "orientation": "h", "name": split, "y": names,
-            "x": [0.0] * len(names), "hovertemplate": "%{x:.1f} %",
-            "marker": {"color": colour, "pattern": _pattern(shape, "#fff")},
-        }
-        for split, colour, shape in (("val", BLUE, ""), ("test", ORANGE, "/"))
-    ]
-    add(
-        "shares", chosen, x="share that leaves here, %", height=120 + 46 * len(names),
-        xaxis={"range": [0, 100]}, barmode="group",
-        yaxis={"autorange": "reversed", "type": "category", "automargin": True},
-    )
+    if len(names) > 1:
+        add(
+            "shares", _share_traces(names), x="share that leaves here, %",
+            height=120 + 46 * len(names), xaxis={"range": [0, 100]}, barmode="group",
+            yaxis={"autorange": "reversed", "type": "category", "automargin": True},
+        )
     labels = ["..." if row is None else as_text(row.name) for row in shown_classes(report)]
     add(
         "classes", _class_traces(report, names, labels), x="share of the class that leaves here, %",
@@ -140,6 +135,8 @@ def _accuracy_traces(
         },
     ]
     first = len(traces)
+    if len(report.exits) == 1:  # nothing can be chosen
+        return [trace for trace in traces if trace["mode"] != "lines"], []
     for name, colour, symbol in (("slider, val", BLUE, "circle-open"),
                                  ("slider, test", ORANGE, "circle-open-dot")):
         traces.append(
@@ -162,12 +159,25 @@ def _markers(
 ) -> dict[str, Any]:
     """A mark with a name for each row."""
     return {
-        "type": "scatter", "mode": "markers+text", "name": name, "x": x,
+        "type": "scatter", "name": name,
+        "mode": "markers+text" if len(rows) <= NAMED else "markers", "x": x,
         "y": [100 * row.accuracy for row in rows], "text": [as_text(row.name) for row in rows],
         "textposition": "bottom right", "textfont": {"size": 11, "color": colour},
         "marker": {"color": colour, "symbol": symbol, "size": 9}, "cliponaxis": False,
         "hovertemplate": "%{text}: " + hover,
     }
+
+
+def _share_traces(names: list[str]) -> list[dict[str, Any]]:
+    """Bars that the slider fills."""
+    return [
+        {
+            "type": "bar", "orientation": "h", "name": split, "y": names,
+            "x": [0.0] * len(names), "hovertemplate": "%{x:.1f} %",
+            "marker": {"color": colour, "pattern": _pattern(shape, "#fff")},
+        }
+        for split, colour, shape in (("val", BLUE, ""), ("test", ORANGE, "/"))
+    ]
 
 
 def _class_traces(report: Report, names: list[str], labels: list[str]) -> list[dict[str, Any]]:

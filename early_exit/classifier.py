@@ -10,6 +10,7 @@ Who leaves where is decided by the policy that an evaluation of the run has chos
 import dataclasses
 import importlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from early_exit.cost import Cost, network_cost
 from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor, layout
 from early_exit.inference import Answers, infer
-from early_exit.pixels import as_bytes, fitted, normalise
+from early_exit.pixels import as_bytes, as_rgb, fitted, normalise
 from early_exit.policy import Policy
 from early_exit.trained import Loaded, load_network
 
@@ -75,17 +76,21 @@ class Classifier:
         return found
 
     def read(self, image: str | Path | Image.Image) -> Tensor:
-        """One image as the network wants it, (C, H, W) uint8: upright, cut and resized as in an
-        evaluation.
+        """One image as the network wants it, (C, H, W) uint8: turned upright as its EXIF data say,
+        cut and resized as in an evaluation.
 
         Raises UserError for a file that cannot be read as an image.
         """
         try:
             if isinstance(image, str | Path):
-                with Image.open(image) as file:
-                    file.load()
-                image = file
-            image = ImageOps.exif_transpose(image).convert("RGB")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    with Image.open(image) as file:
+                        file.load()
+                picture = file
+            else:
+                picture = image
+            picture = as_rgb(ImageOps.exif_transpose(picture))
         except Exception as error:  # what bytes of another kind make of a decoder has no bounds
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             if isinstance(error, IsADirectoryError):
@@ -95,10 +100,10 @@ class Classifier:
             ) from None
         shape = self.loaded.network.image_shape
         if self.door.held_out:
-            image = self.door.held_out(self.loaded.config, image)
+            picture = self.door.held_out(self.loaded.config, picture)
         else:
-            image = fitted(image, shape)
-        return as_bytes(image, shape[0])
+            picture = fitted(picture, shape)
+        return as_bytes(picture, shape[0])
 
     def answer(self, images: Tensor) -> Answers:
         """What the network answers for images (B, C, H, W) uint8 of its own size."""
@@ -169,7 +174,9 @@ def evaluation_directory(run: Path, name: str | None = None) -> Path:
         return run.absolute()
     if not run.is_dir():
         raise UserError(f"there is no run directory at {run}; training prints the one it made")
-    there = sorted(path.parent for path in run.glob("eval/*/policy.yaml"))
+    there = sorted(  # a name with a dot is one that was never finished
+        path.parent for path in run.glob("eval/*/policy.yaml") if path.parent.name[0] != "."
+    )
     names = [path.name for path in there]
     if not there:
         raise UserError(
@@ -213,6 +220,8 @@ def _report(directory: Path) -> dict[str, Any]:
 def images_in(names: Iterable[str | Path]) -> Iterable[Path]:
     """Files as they are named, and for a folder the images below it, in order, or the folder itself
     where there are none."""
+    formats = Image.registered_extensions()
+    read = {suffix for suffix, kind in formats.items() if kind in Image.OPEN}
     for name in names:
         path = Path(name)
         if not path.is_dir():
@@ -220,7 +229,7 @@ def images_in(names: Iterable[str | Path]) -> Iterable[Path]:
             continue
         inside = [
             file for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in Image.registered_extensions() and file.is_file()
+            if file.suffix.lower() in read and file.is_file()
         ]
         yield from inside or [path]  # which cannot be read, and is named
 

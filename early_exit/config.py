@@ -281,6 +281,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
+def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's nested settings without the paths of the machine it was trained on."""
+    backbone = values["model"]["backbone"]
+    return merge(
+        values, {"data": {"root": None}, "model": {"backbone": backbone and Path(backbone).name}}
+    )
+
+
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Every setting that differs between two nested mappings: its dotted name, old and new."""
     for key in {**old, **new}:

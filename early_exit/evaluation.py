@@ -6,7 +6,7 @@ Thresholds, temperatures and every other choice come from val; `choose` is given
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +25,18 @@ from early_exit.latency import StageTimes, Timing, measure, stage_times
 from early_exit.metrics import MANY_CLASSES, among5, mean_std
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, Scores, disagreements, score_record
-from early_exit.report import (
-    Cuts,
-    Latency,
-    Live,
-    MeanStd,
-    Report,
+from early_exit.report import Cuts, Latency, Live, MeanStd, Pace, Report, to_json
+from early_exit.trained import Trained, load_run, val_and_test
+from early_exit.wording import (
     candidate_table,
     guaranteed,
     headline,
     operations,
     table,
     timing_table,
-    to_json,
     to_markdown,
     within_latency,
 )
-from early_exit.trained import Trained, load_run, val_and_test
 
 log = logging.getLogger(__name__)
 
@@ -90,25 +85,23 @@ def evaluate(
     val_shares, test_shares = (findings.shares_of(exits, policy) for exits in (val_taken, taken))
     alone, confused = overthinking.right_answers(test), overthinking.confusion(test, val)
     curve = findings.curve_points(val_scored, test_scored, policy, cost)
-    statics = findings.static_networks(door.statics(trained.config), network, cost)
+    known = door.statics(trained.config, len(data.classes))
+    statics = findings.static_networks(known, network, cost)
 
     several = None
     if cuts > 1:
         several = _over_cuts(trained, goal, cut_seed, cuts, times)
     live_result = _run_live(trained, data, test, policy) if live else None
     timings, paces = [], []
-    nets = {static: net for static, (_, net) in statics.items()}
-    sizes = {*batch_sizes, *([goal.latency_batch] if times else [])} if live else set()
-    for batch_size in sorted(sizes):
-        log.info("timing at batch %d", batch_size)
-        timing = _time(trained, data, policy, batch_size, timing_images)
-        if timing is None:
-            continue
-        timings.append(timing)
-        if batch_size <= data.size("val"):
-            along = _stage_times(trained, data, goal.criterion, batch_size, nets)
-            plain = timing.plain.total * batch_size / timing.images
-            paces.append(findings.pace(along, plain, policy, curve, val_shares, test_shares))
+    if live:
+        sizes = {*batch_sizes, *([goal.latency_batch] if times else [])}
+        nets = {static: net for static, (_, net) in statics.items()}
+        timings, paces = _clock(
+            trained, data, policy, sorted(sizes), timing_images, nets,
+            lambda along, plain: findings.pace(
+                along, plain, policy, curve, val_shares, test_shares
+            ),
+        )
 
     report = Report(
         run=run_dir.name,
@@ -156,7 +149,7 @@ def evaluate(
         statics=tuple(static for static, _ in statics.values()),
         pace=tuple(paces),
         door=door.name,
-        settings=configs.to_dict(trained.config),
+        settings=configs.without_paths(configs.to_dict(trained.config)),
         versions=runtime.versions(),
         command=shlex.join(["python", *sys.argv]),
     )
@@ -164,6 +157,29 @@ def evaluate(
     return report, _write(
         report, policy, test_scored, taken, alone, confused, data, directory, draw
     )
+
+
+def _clock(
+    trained: Trained, data: Data, policy: Policy, batch_sizes: list[int], most: int,
+    others: Mapping[str, nn.Module], pace: Callable[[StageTimes, float], Pace],
+) -> tuple[list[Timing], list[Pace]]:
+    """The timing at each batch size that test fills, and, if val does too, what the points of the
+    curve take. others: networks that are timed in between."""
+    for net in others.values():
+        net.to(trained.device, memory_format=layout(trained.config))
+        if trained.config.run.compile:
+            net.compile(dynamic=True)
+    timings, paces = [], []
+    for batch_size in batch_sizes:
+        log.info("timing at batch %d", batch_size)
+        timing = _time(trained, data, policy, batch_size, most)
+        if timing is None:
+            continue
+        timings.append(timing)
+        if batch_size <= data.size("val"):
+            along = _stage_times(trained, data, policy.criterion, batch_size, others)
+            paces.append(pace(along, timing.plain.total * batch_size / timing.images))
+    return timings, paces
 
 
 def _log_choice(policy: Policy, goal: Goal) -> None:
@@ -188,12 +204,8 @@ def _stage_times(
     images, _ = next(iter(data.eval_batches("val", batch_size)))
     if len(images) < batch_size:
         raise UserError(f"val has {len(images)} images, fewer than --latency-batch {batch_size}")
-    moved = {
-        name: net.to(trained.device, memory_format=layout(trained.config))
-        for name, net in (others or {}).items()
-    }
     return stage_times(
-        trained.network, images, criterion, autocast=trained.autocast, others=moved
+        trained.network, images, criterion, autocast=trained.autocast, others=others
     )
 
 

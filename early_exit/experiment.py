@@ -76,9 +76,10 @@ class FrontDoor:
     """The configuration's class, with the data set's own settings."""
     name: str = ""
     """Where to find it again: `package.module:NAME`."""
-    statics: Callable[[Config], Sequence[StaticNetwork]] = lambda config: ()
+    statics: Callable[[Config, int], Sequence[StaticNetwork]] = lambda config, num_classes: ()
     """Networks without exits that others trained on the same data and that one could use instead
-    of the configuration's; nothing where none are known."""
+    of the configuration's; nothing where none are known. From the configuration and the number of
+    classes."""
     held_out: Callable[[Config, Image.Image], Image.Image] | None = None
     """What is done to an image file before the network sees it in an evaluation: RGB to RGB.
     Absent: its shorter side is brought to the network's, and the centre cut out."""

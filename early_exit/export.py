@@ -21,6 +21,7 @@ from early_exit import config as configs
 from early_exit.classifier import Classifier, evaluation_directory, load
 from early_exit.disk import made_whole, write_text, written_whole
 from early_exit.errors import UserError
+from early_exit.wording import provenance
 
 PROG = "early_exit.export"
 # Of a checkpoint: what is needed to build the network and to know what it was trained on.
@@ -66,10 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.save(slim(state), file)
         copy = partial / "eval" / evaluation.name
         report = json.loads((evaluation / "report.json").read_text())
-        report["settings"] = without_paths(report["settings"])
+        report["command"] = without_directories(shlex.split(report["command"]))
         write_text(copy / "report.json", json.dumps(report) + "\n")
         classifier.policy.save(copy / "policy.yaml")
-        words = card(report, classifier, trained_by(run), args.licence, args.source)
+        try:
+            words = card(report, classifier, trained_by(run), args.licence, args.source)
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{evaluation / 'report.json'} is of another version; evaluate the run again"
+            ) from None
         write_text(partial / "README.md", words)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     print(f"exported: {args.directory}, {size / 1e6:.2f} MB")
@@ -78,27 +84,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def slim(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's weights that are reported, and what is needed to use them."""
     kept = {name: state[name] for name in KEPT if name in state}
-    return {
-        **kept, "config": without_paths(state["config"]), "network": checkpoint.reported(state)
-    }
-
-
-def without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without the paths of the machine it was trained on."""
-    backbone = config["model"]["backbone"]
-    return configs.merge(
-        config,
-        {"data": {"root": None}, "model": {"backbone": backbone and Path(backbone).name}},
-    )
+    config = configs.without_paths(state["config"])
+    return {**kept, "config": config, "network": checkpoint.reported(state)}
 
 
 def trained_by(run: Path) -> str:
     """The command that trained the run, as far as that is known."""
     try:
         command = json.loads((run / "versions.json").read_text())["command"]
-        return f" How it was trained: `{shlex.join(['python', *command])}`."
+        return f" How it was trained: `{without_directories(['python', *command])}`."
     except (OSError, ValueError, LookupError, TypeError):  # an exported run does not say
         return ""
+
+
+def without_directories(command: Sequence[str]) -> str:
+    """A command whose absolute paths are names alone: the others are somebody's own."""
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in command)
 
 
 def card(
@@ -108,28 +109,42 @@ def card(
     nothing."""
     cost, loaded = classifier.cost, classifier.loaded
     parameters = cost.backbone_params + sum(cost.head_params)
-    rows = "\n".join(
-        f"| {row['name']} | {100 * row['macs_share']:.1f} % | {100 * row['accuracy']:.2f} %"
-        f" | {100 * row['taken']:.1f} % |"
-        for row in report["exits"]
-    )
+    rows = []
+    for row in report["exits"]:
+        macs = f"{100 * row['macs_share']:.1f} %" if row["on"] else "off"
+        rows.append(
+            f"| {row['name']} | {macs} | {100 * row['accuracy']:.2f} % | {100 * row['taken']:.1f} %"
+            " |"
+        )
     channels, height, width = loaded.network.image_shape
+    plain = len(rows) == 1
     names = ", ".join(loaded.classes[:20]) + (", ..." if len(loaded.classes) > 20 else "")
+    regime = "" if plain else f", regime {report['regime']}"
+    chosen = "" if plain else f" Who leaves where: {report['chosen_by']}."
+    fitted = provenance(
+        plain=plain,
+        cdl=report["cdl"] is not None,
+        **{
+            name: report[name] for name in (
+                "thresholds_given", "calibrated", "val_images", "val_from", "test_images"
+            )
+        },
+    )
     paragraphs = [
-        f"# {report['arch']} with early exits, {report['dataset']}",
-        f"{len(loaded.classes)} classes ({names}); images of {width}x{height} pixels and {channels}"
-        f" channels. {parameters:,} parameters. It knows nothing else: an image of something that"
-        " is none of these gets one of these names too.",
+        f"# {report['arch']}{'' if plain else ' with early exits'}, {report['dataset']}",
+        f"{len(loaded.classes)} classes ({names}); images of {width}x{height} pixels,"
+        f" {'grey' if channels == 1 else 'RGB'}. {parameters:,} parameters. It knows nothing else:"
+        " an image of something that is none of these gets one of these names too.",
         f"On test ({report['test_images']:,} images) {100 * report['test']['accuracy']:.2f} % are"
         f" right at {100 * report['test']['macs_share']:.1f} % of the plain network's"
         f" {cost.plain_macs / 1e6:.2f} M multiply-adds; the final exit alone is right for"
         f" {100 * report['final_accuracy']:.2f} %.",
-        "| exit | multiply-adds | alone, test | leave here |\n| --- | ---: | ---: | ---: |\n"
-        + rows,
-        f"Trained on {report['dataset']}, regime {report['regime']}; {report['weights']}.{trained}"
-        f" Thresholds and temperatures were fitted on {report['val_images']:,} images of val"
-        f" ({report['val_from']}) for: {report['chosen_by']}. Test was only reported."
-        + (f" {source}" if source else ""),
+        "\n".join(
+            ["| exit | multiply-adds | alone, test | leave here |",
+             "| --- | ---: | ---: | ---: |", *rows]
+        ),
+        f"Trained on {report['dataset']}{regime}; {report['weights']}.{trained}{chosen}"
+        f" {fitted[0].upper()}{fitted[1:]}" + (f" {source}" if source else ""),
         f"Licence of the weights: {licence}.",
         f"How it was evaluated: `{report['command']}`, with"
         f" {', '.join(f'{name} {value}' for name, value in report['versions'].items())}; all"

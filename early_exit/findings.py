@@ -121,15 +121,18 @@ def energies(
     )
 
 
-def curve_points(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[CurvePoint, ...]:
-    """Outcomes of shared thresholds, thinned evenly in val's MACs, and the policy's own if it is
-    shared."""
+def curve_points(
+    val_scored: Scores, test_scored: Scores, policy: Policy, cost: Cost
+) -> tuple[CurvePoint, ...]:
+    """Outcomes of shared thresholds, thinned evenly in val's MACs, and the policy's own if the
+    exits that are on share it."""
     curve = thresholds.shared_curve(val_scored, policy.enabled, cost.cumulative(policy.enabled))
-    points, shown = [], set(thinned(curve))
-    if len(set(policy.thresholds)) == 1:  # the policy's own is one of them
-        shown.add(int(np.sum(curve.thresholds >= policy.thresholds[0])) - 1)
-    for index in sorted(shown):
-        threshold = float(curve.thresholds[index])
+    shown = set(curve.thresholds[thinned(curve)].tolist())
+    if (own := shared_threshold(policy)) is not None:
+        shown.add(own)
+    points = []
+    for threshold in sorted(shown, reverse=True):
+        index = int(np.sum(curve.thresholds >= threshold)) - 1  # who leaves, leaves before this
         test_point, taken = outcome(test_scored, policy.shared(threshold), cost)
         points.append(
             CurvePoint(
@@ -142,6 +145,14 @@ def curve_points(val_scored, test_scored, policy: Policy, cost: Cost) -> tuple[C
             )
         )
     return tuple(points)
+
+
+def shared_threshold(policy: Policy) -> float | None:
+    """The threshold of all exits that are on; None where they differ or there are none."""
+    found = {
+        threshold for threshold, on in zip(policy.thresholds, policy.enabled, strict=True) if on
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def shares_of(taken: np.ndarray, policy: Policy) -> tuple[float, ...]:

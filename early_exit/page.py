@@ -22,7 +22,8 @@ from PIL import Image
 from early_exit.charts import charts, milliseconds
 from early_exit.disk import write_text
 from early_exit.errors import UserError
-from early_exit.report import Picture, Report, sections, title
+from early_exit.report import Picture, Report
+from early_exit.wording import sections, title
 
 PICTURE_BYTES = 700_000  # of all pictures together; plotly itself takes 4.9 MB
 SIDES = (128, 96, 64, 48, 32)  # of a picture in pixels, the largest that is small enough
@@ -62,10 +63,13 @@ def write(report: Report, galleries: Mapping[str, Rows], path: Path) -> None:
         )
 
     points = _points(report)
-    chosen = min(
-        range(len(points)),
-        key=lambda index: abs(report.curve[index].val.macs_share - report.val.macs_share),
-    )
+    own = _thresholds(report)
+
+    def off(index: int) -> tuple[bool, float]:
+        point = report.curve[index]
+        return {point.threshold} != own, abs(point.val.macs_share - report.val.macs_share)
+
+    chosen = min(range(len(points)), key=off)
     figures, rings = charts(report)
     embedded = {
         "figures": figures,
@@ -90,6 +94,11 @@ def write(report: Report, galleries: Mapping[str, Rows], path: Path) -> None:
         script=_asset("report.js"),
     )
     write_text(path, page)
+
+
+def _thresholds(report: Report) -> set[float | None]:
+    """Of the early exits that are on."""
+    return {row.threshold for row in report.exits[:-1] if row.on}
 
 
 def _asset(name: str) -> str:
@@ -132,26 +141,35 @@ def _clocks(report: Report) -> str:
 
 def _legend(report: Report) -> str:
     """What the marks of the two figures mean, in words."""
-    items = [
-        "<strong>val, test</strong>: one threshold for all exits, from never leaving early to"
-        " always",
-        "<strong>at random</strong>: as many leave at each exit, but drawn by lot",
-        "<strong>one exit for all</strong> (square): every test image leaves there",
-        "<strong>whole network</strong> (diamond): everybody goes on to the final exit; its time is"
-        " the plain network's",
-        f"<strong>chosen</strong> (star): {'given' if report.thresholds_given else 'on val, for'}"
-        f" {html.escape(report.chosen_by)}; its time is measured with exits taken",
-    ]
-    if report.pace:
+    timed, early = bool(report.pace), len(report.exits) > 1
+    items = []
+    if early:
+        items += [
+            "<strong>val, test</strong>: one threshold for all exits, from never leaving early to"
+            " always",
+            "<strong>at random</strong>: as many leave at each exit, but drawn by lot",
+            "<strong>one exit for all</strong> (square): every test image leaves there",
+            "<strong>whole network</strong> (diamond): everybody goes on to the final exit, past"
+            " all heads that are on",
+            f"<strong>chosen</strong> (star): {'given' if report.thresholds_given else 'on val'},"
+            f" {html.escape(report.chosen_by)}"
+            + ("; its time is measured with exits taken" if timed else ""),
+        ]
+    if timed:
+        plain = ", ".join(
+            f"{milliseconds(pace, 1.0):.3g} ms (batch of {pace.batch_size})" for pace in report.pace
+        )
         items.append(
-            "<strong>milliseconds</strong> of the lines are the sum of the stages' times at the"
-            " numbers of rows that reach them on average, as a share of the plain network's"
+            "<strong>milliseconds</strong> of all marks but the star are the sum of the stages'"
+            " times at the numbers of rows that reach them on average, without what deciding and"
+            f" dropping rows cost around them. The plain network takes {plain} an image"
         )
     if report.statics:
         sources = " ".join(dict.fromkeys(static.source for static in report.statics))
         items.append(
             "<strong>static networks</strong> (triangle): what one could use instead, with the"
-            f" accuracy stated by {html.escape(sources)}; their times are measured here"
+            f" accuracy stated by {html.escape(sources)}"
+            + ("; their times are measured here" if timed else "")
         )
     return f'<ul class="key">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 
@@ -159,16 +177,15 @@ def _legend(report: Report) -> str:
 def _slider(report: Report, last: int, chosen: int) -> str:
     rows = [("accuracy", "right"), ("macs", "multiply-adds, of the plain network's")]
     rows += [
-        (f"ms{pace.batch_size}", f"expected for an image, batch of {pace.batch_size}")
+        (f"ms{pace.batch_size}", f"expected for an image, batch of {pace.batch_size}, stages alone")
         for pace in report.pace
     ]
     rows += [
         (f"share{index}", f"leave at {html.escape(row.name)}")
         for index, row in enumerate(report.exits)
     ]
-    thresholds = {row.threshold for row in report.exits[:-1] if row.on}
     off = ""
-    if len(thresholds) > 1:
+    if len(_thresholds(report)) > 1:
         off = (
             "<p>The chosen policy has a threshold for each exit and is not on the slider, which"
             " begins at the stop that costs as much on val.</p>"
@@ -221,6 +238,8 @@ def _sections(report: Report, parts: Mapping[str, str], galleries: Mapping[str, 
 def _gallery(rows: Rows, side: int) -> str:
     written = []
     for caption, pictures in rows:
+        if not pictures:
+            continue
         shown = "".join(
             f'<figure{"" if picture.right else " class=wrong"}>'
             f'<img src="{_encoded(picture.pixels, side)}" alt="{html.escape(picture.words)}"'

@@ -40,6 +40,18 @@ def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind with three channels of bytes; of 16 bits the upper eight.
+
+    Raises ValueError for pixels that are not of 8 or 16 bits: nobody knows what is white there.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits; 8 or 16 are known")
+    return image.convert("RGB")
+
+
 def as_bytes(image: Image.Image, channels: int) -> Tensor:
     """An image as a tensor (C, H, W) uint8, grey where C is 1."""
     pixels = np.array(image.convert("L" if channels == 1 else "RGB"))

@@ -8,7 +8,8 @@ import numpy as np
 
 from early_exit.disk import written_whole
 from early_exit.errors import UserError
-from early_exit.report import Picture, Report, title
+from early_exit.report import Picture, Report
+from early_exit.wording import title
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

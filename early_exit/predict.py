@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     classifier = load(args.run, args.eval, overrides=cli.for_evaluation(args))
     setup(classifier.loaded.config)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     width = max(len(name) for name in (*classifier.classes, "class"))
     place = max(len(name) for name in (*classifier.policy.exit_names, "exit"))
     if not args.json:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             as_json(name, found) if args.json else
             f"{found.name:{width}} {100 * found.confidence:5.1f} %  {found.exit:{place}}"
-            f"  {100 * found.macs_share:9.1f} %  {name}"
+            f"  {100 * found.macs_share:9.1f} %  {in_a_line(name)}"
         )
     if answered and not args.json:
         print(summary(answered, classifier))
@@ -103,11 +104,19 @@ def predicted(
         try:
             batch.append((name, classifier.read(name)))
         except UserError as error:
-            print(f"{PROG}: skipping: {error}", file=sys.stderr)
+            print(f"{PROG}: skipping: {in_a_line(error)}", file=sys.stderr)
             skipped.append(name)
         if len(batch) == batch_size:
             yield from answered()
     yield from answered()
+
+
+def in_a_line(what: object) -> str:
+    """As text without line ends and other characters that cannot be seen."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(what)
+    )
 
 
 def summary(found: Sequence[Prediction], classifier: Classifier) -> str:

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 from early_exit.config import Config, DataConfig
 from early_exit.errors import UserError
-from early_exit.pixels import ImageData
+from early_exit.pixels import ImageData, as_rgb
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Files:
     def image(self, row: int, transform: v2.Transform) -> Tensor:
         """One of them, (H, W, 3) uint8."""
         with Image.open(self.name(row)) as image:
-            return torch.from_numpy(np.array(transform(image.convert("RGB"))))
+            return torch.from_numpy(np.array(transform(as_rgb(image))))
 
     @cached_property
     def digest(self) -> str:

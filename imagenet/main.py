@@ -57,14 +57,16 @@ def build_network(config: FolderRun, num_classes: int) -> MultiExitNetwork:
     return build(model.exits)
 
 
-def statics(config: FolderRun) -> list[experiment.StaticNetwork]:
-    """The networks of the configuration's family, if its data set is called imagenet."""
-    if config.data.dataset != "imagenet":
+def statics(config: FolderRun, num_classes: int) -> list[experiment.StaticNetwork]:
+    """The networks of the configuration's family, if its data set is called imagenet, has as many
+    classes, and is read as torchvision reads it."""
+    read = config.data.val_resize, config.data.val_crop
+    if (config.data.dataset, num_classes, *read) != ("imagenet", 1000, 256, 224):
         return []
     return [
         experiment.StaticNetwork(
             name, accuracy, "torchvision (first weights of each network)",
-            partial(networks.build_backbone, name, image_size=config.data.val_crop),
+            partial(networks.build_backbone, name),
         )
         for name, accuracy in networks.public_accuracy(config.model.arch).items()
     ]

@@ -31,7 +31,7 @@ ORDER = (
     "distributed", "runtime", "splits", "tensors",
     "network", "policy", "cost", "energy",
     "records", "overthinking", "thresholds", "search", "guarantees", "cdl", "inference",
-    "engine", "journal", "latency", "choosing", "report", "plots",
+    "engine", "journal", "latency", "choosing", "report", "wording", "plots",
     "experiment",
     "training", "trained", "classifier", "findings", "charts", "page", "evaluation",
     "recipes", "labels",

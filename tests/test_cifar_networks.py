@@ -7,7 +7,7 @@ from scripts import refusal
 from cifar10 import data, trainer
 from cifar10.networks import BACKBONES, build_backbone, build_network, places
 from early_exit import config as configs
-from early_exit.config import Config
+from early_exit.config import Config, DataConfig, ModelConfig
 from early_exit.cost import count_macs, network_cost, place_shares, with_every_exit
 
 SMALL = ["alexnet", "lenet", "mnist_2c", "mnist_3c"]
@@ -97,3 +97,18 @@ def test_a_trial_does_not_change_the_weights():
     torch.manual_seed(0)
     plain = build_network("resnet20", ["layer1"], "linear")
     assert torch.equal(tried.backbone.conv1.weight, plain.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(("dataset", "arch", "names"), [
+    ("cifar10", "resnet20", ["resnet20"]),
+    ("cifar10", "resnet56", ["resnet20", "resnet32", "resnet44", "resnet56"]),
+    ("cifar10", "alexnet", []),
+    ("digits", "resnet20", []),
+])
+def test_the_public_networks_that_one_could_use_instead(dataset, arch, names):
+    config = Config(data=DataConfig(dataset=dataset), model=ModelConfig(arch=arch))
+    found = trainer.DOOR.statics(config, 10)
+    assert [static.name for static in found] == names
+    if names:
+        assert (found[0].accuracy, found[0].name) == (0.9173, "resnet20")
+        assert count_macs(found[0].build(), torch.empty(1, 3, 32, 32)) == 40_551_040

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torchvision import models
 
+from early_exit.config import ModelConfig
 from early_exit.cost import network_cost
 from early_exit.errors import UserError
-from imagenet import networks
+from imagenet import main, networks
+from imagenet.data import FolderConfig, FolderRun
 
 SMALL = (
     "resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0",
@@ -118,3 +120,20 @@ def test_vit_takes_images_of_another_size():
     network = networks.build_network("vit_b_32", ("encoder.0",), num_classes=3, image_size=96)
     assert network.image_shape == (3, 96, 96)
     assert [tuple(said.shape) for said in network.eval()(torch.zeros(2, 3, 96, 96))] == [(2, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_classes", "count"),
+    [({}, 1000, 4), ({}, 10, 0), ({"dataset": "flowers"}, 1000, 0),
+     ({"val_crop": 112, "val_resize": 128}, 1000, 0), ({"val_resize": 232}, 1000, 0)],
+)
+def test_the_public_networks_that_one_could_use_instead(settings, num_classes, count):
+    """Of ImageNet as torchvision reads it, and of nothing else."""
+    data = FolderConfig(**{"dataset": "imagenet", **settings})
+    config = FolderRun(data=data, model=ModelConfig(arch="resnet50"))
+    found = {static.name: static for static in main.DOOR.statics(config, num_classes)}
+    assert len(found) == count
+    if count:
+        assert set(found) == {"resnet18", "resnet34", "resnet50", "resnext50_32x4d"}
+        assert found["resnet50"].accuracy == pytest.approx(0.7613)  # IMAGENET1K_V1
+        assert isinstance(found["resnet18"].build(), models.ResNet)

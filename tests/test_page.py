@@ -29,7 +29,10 @@ STRANGE = FrontDoor(
     lambda settings: dataclasses.replace(
         few_digits(settings.split_seed), classes=(SCRIPT, *"123456789")
     ),
-    statics=lambda config: [StaticNetwork("resnet8", 0.75, "nobody", lambda: ResNet(1))],
+    statics=lambda config, num_classes: [
+        StaticNetwork("resnet8", 0.75, "nobody", lambda: ResNet(1)),
+        StaticNetwork("resnet14", 0.8, "nobody", lambda: ResNet(2)),  # twice as dear
+    ],
 )
 
 
@@ -198,6 +201,60 @@ class TestInABrowser:
         assert len(images) > 5
         assert all(re.search(r"score|final:", image.get_attribute("alt")) for image in images)
         assert all(image.get_property("naturalWidth") == 16 for image in images)
+
+
+def shown(browser, report: Report, path: Path) -> None:
+    """Opens the page of another report."""
+    page.write(report, {}, path)
+    browser.get(path.as_uri())
+    assert browser.execute_script("return document.body.dataset.ready") == "yes"
+    assert browser.get_log("browser") == []
+
+
+class TestOtherReports:
+    def test_a_plain_network_has_no_slider(self, browser, evaluated, tmp_path):
+        report = evaluated[0]
+        last, (first, *_) = report.exits[-1], report.curve
+        alone = dataclasses.replace(
+            report,
+            exits=(last,),
+            curve=(dataclasses.replace(first, val_shares=(1.0,), test_shares=(1.0,)),),
+            classes=tuple(dataclasses.replace(row, taken=(1.0,)) for row in report.classes),
+            pace=tuple(
+                dataclasses.replace(pace, val=(1.0,), test=(1.0,), alone=(1.0,))
+                for pace in report.pace
+            ),
+        )
+        shown(browser, alone, tmp_path / "report.html")
+        assert browser.find_elements("id", "threshold") == []
+        key = browser.find_element("css selector", ".key").text
+        assert "static networks" in key and "slider" not in key and "at random" not in key
+
+    def test_without_a_clock_nothing_is_said_of_time(self, browser, evaluated, tmp_path):
+        report = dataclasses.replace(evaluated[0], pace=(), timing=())
+        shown(browser, report, tmp_path / "report.html")
+        assert "measured" not in browser.find_element("css selector", ".key").text
+        move(browser, 0)
+        assert text(browser, "share0-val") == "0.0 %"
+
+    def test_with_an_exit_off_the_slider_begins_at_the_chosen_point(
+        self, browser, run, tmp_path
+    ):
+        copy = shutil.copytree(run, tmp_path / "run")
+        report, directory = evaluate(
+            copy, STRANGE, Goal(thresholds=(0.1234567,)), overrides=CPU, live=False, draw=False
+        )
+        rows = [dataclasses.replace(report.exits[0], on=False, threshold=0.9), *report.exits[1:]]
+        shown(browser, dataclasses.replace(report, exits=tuple(rows)), tmp_path / "report.html")
+        assert text(browser, "at") == "0.1235"
+        assert text(browser, "accuracy-test") == percent(report.test.accuracy, 2)
+        assert text(browser, "macs-test") == percent(report.test.macs_share, 1)
+        assert "not on the slider" not in browser.page_source
+        squares = browser.execute_script(
+            "return document.getElementById('macs').data.find((t) => t.marker &&"
+            " t.marker.symbol == 'square').text"
+        )
+        assert squares == ["layer2"]
 
 
 class TestTheFile:

@@ -19,6 +19,7 @@ from early_exit import checkpoint, classifier, export, predict
 from early_exit.choosing import Goal
 from early_exit.classifier import load
 from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.errors import UserError
 from early_exit.evaluation import evaluate
 from early_exit.inference import infer
 from early_exit.policy import Policy
@@ -119,9 +120,33 @@ class TestFromPython:
         image = load(run).read(tmp_path / "turned.png")
         assert (image[:, :, SIDE // 2 :] == 255).all() and (image[:, :, : SIDE // 2] == 0).all()
 
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
     def test_every_kind_of_picture_is_read(self, run, mode):
         assert load(run).read(Image.new(mode, (20, 20))).shape == (3, SIDE, SIDE)
+
+    def test_sixteen_bits_show_what_eight_show(self, run, tmp_path):
+        ramp = np.arange(SIDE, dtype=np.uint16)[None].repeat(SIDE, 0) * 4096
+        Image.fromarray(ramp).save(tmp_path / "16.png")
+        Image.fromarray((ramp // 256).astype(np.uint8)).save(tmp_path / "8.png")
+        found = [load(run).read(tmp_path / f"{bits}.png") for bits in (16, 8)]
+        assert torch.equal(*found)
+        assert found[0].max() == 240
+
+    @pytest.mark.parametrize("mode", ["I", "F"])
+    def test_pixels_whose_white_nobody_knows_are_refused(self, run, mode):
+        assert "32 bits" in refusal(load(run).read, Image.new(mode, (20, 20)))
+
+    def test_a_huge_photo_is_read_without_a_warning(self, run, recwarn):
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 300
+        try:
+            picture = io.BytesIO()
+            Image.new("RGB", (20, 20)).save(picture, "PNG")
+            path = run.parent / "huge.png"
+            path.write_bytes(picture.getvalue())
+            load(run).read(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        assert [str(one.message) for one in recwarn if "bomb" in str(one.message)] == []
 
     def test_the_front_door_may_say_how_images_are_cut(self, run):
         door = dataclasses.replace(
@@ -200,6 +225,21 @@ class TestCommand:
         assert wrong[2].endswith("(a folder without images)")
         assert wrong[3].endswith("(No such file or directory)")
 
+    def test_a_name_is_one_line_whatever_is_in_it(self, run, photos, capsys):
+        odd = photos / "a" / "new\nline.png"
+        (photos / "a" / "0.png").rename(odd)
+        (photos / "b" / "bad\nname.png").write_text("no image")
+        with pytest.raises(UserError):
+            predict.main([str(run), str(photos), *FLAGS])
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 1 + 7 + 1
+        assert r"new\nline.png" in said.out and r"bad\nname.png" in said.err
+        assert len(said.err.splitlines()) == 1
+
+    def test_a_document_in_a_folder_is_no_image(self, run, photos, capsys):
+        (photos / "a" / "text.pdf").write_text("no image")
+        assert len(printed(capsys, run, photos, "--json")) == 7
+
     def test_as_a_process(self, copy, photos):
         """From another directory; the one bad image is skipped and the exit code is 2."""
         (photos / "bad.jpg").write_text("no image")
@@ -245,6 +285,12 @@ class TestMistakes:
         state["network"]["backbone.linear.bias"] += 1
         checkpoint.save(copy, {key: value for key, value in state.items() if key != "format"})
         assert "evaluate it again" in refusal(load, copy)
+
+    def test_an_evaluation_that_was_never_finished_is_none(self, copy):
+        shutil.rmtree(copy / "eval" / "mine")
+        shutil.copytree(copy / "eval" / "max-drop-0.5-max_prob", copy / "eval" / ".mine.partial")
+        (copy / "eval" / "max-drop-0.5-max_prob").rename(copy / "eval" / "other")
+        assert classifier.evaluation_directory(copy).name == "other"
 
     @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
     def test_a_torn_report(self, copy, content):
@@ -311,6 +357,41 @@ class TestExport:
         assert "Licence of the weights: MIT." in card
         assert "Digits are everybody's." in card
         assert "10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in card
+
+    @pytest.mark.parametrize(
+        ("goal", "said"),
+        [(Goal(max_drop=0.005), "Thresholds and temperatures were fitted on 40 images"),
+         (Goal(thresholds=(0.5,)), "Temperatures were fitted on 40 images"),
+         (Goal(thresholds=(0.5,), calibrate=False), "Nothing was fitted on 40 images"),
+         (Goal(delta=0.9, calibrate=False), "The stages that are on were fitted on 40 images")],
+        ids=str,
+    )
+    def test_the_card_says_what_was_fitted(self, copy, tmp_path, goal, said):
+        shutil.rmtree(copy / "eval")
+        evaluate(copy, NAMED, goal, overrides=CPU, live=False, draw=False)
+        export.main([str(copy), str(tmp_path / "given")])
+        assert said in " ".join((tmp_path / "given" / "README.md").read_text().split())
+
+    def test_no_file_names_a_directory_of_this_machine(self, copy, tmp_path):
+        path = copy / "eval" / "mine" / "report.json"
+        report = json.loads(path.read_text())
+        report["command"] = f"python {tmp_path}/eval.py {copy} --data {tmp_path}/data"
+        path.write_text(json.dumps(report))
+        export.main([str(copy), str(tmp_path / "given"), "--eval", "mine"])
+        for file in (tmp_path / "given").rglob("*"):
+            assert not file.is_file() or str(tmp_path).encode() not in file.read_bytes(), file
+        assert "`python eval.py copy --data data`" in " ".join(
+            (tmp_path / "given" / "README.md").read_text().split()
+        )
+
+    def test_a_report_of_another_version(self, copy, tmp_path):
+        path = copy / "eval" / "mine" / "report.json"
+        report = json.loads(path.read_text())
+        del report["calibrated"]
+        path.write_text(json.dumps(report))
+        message = refusal(export.main, [str(copy), str(tmp_path / "given"), "--eval", "mine"])
+        assert message.endswith("is of another version; evaluate the run again")
+        assert not (tmp_path / "given").exists()
 
     def test_a_directory_that_is_there_is_left_alone(self, run, tmp_path):
         (tmp_path / "there").mkdir()
