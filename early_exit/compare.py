@@ -242,7 +242,7 @@ def draw(recipes: Sequence[Recipe], path: Path) -> None:
             axes.plot(1e-6 * final, 100 * recipe.final().mean, "D", ms=6, mfc=colour, mec="black",
                       mew=0.7, zorder=4)
         if not all(recipe.plain for recipe in recipes):
-            for shape, words in (("*", "chosen on val, ± as in the table"), ("D", "final exit")):
+            for shape, words in (("*", "chosen point, ± as in the table"), ("D", "final exit")):
                 axes.plot([], [], shape, color="white", mec="black", ms=11 if shape == "*" else 6,
                           label=words)
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, handlelength=4)

@@ -17,7 +17,9 @@ from scripts import ROOT
 SOURCE = ROOT / "docs-src"
 DOCS = SOURCE / "docs"
 SHOWN = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-DRAWS = re.compile(r"python (docs-src/figures/\w+\.py|(?:cifar10|imagenet)/eval\.py)")
+DRAWS = re.compile(
+    r"python (docs-src/figures/\w+\.py|(?:cifar10|imagenet)/eval\.py|-m early_exit\.compare)"
+)
 
 
 def leaves(nav: object) -> Iterator[str]:
