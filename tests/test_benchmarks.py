@@ -29,6 +29,7 @@ def test_inference_names_the_precision_and_measures_every_batch_size(run):
     assert all(float(value) > 0 for row in rows for value in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["entropy", "margin"])
 def test_the_wanted_shares_leave_by_any_criterion(run, criterion):
     _, out, _ = run(*TINY, "--criterion", criterion, "--leave", "0.25", "0.5")

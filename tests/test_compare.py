@@ -360,6 +360,7 @@ def test_the_picture_of_many(run, compared, tmp_path, number):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_from_another_working_directory(run, tmp_path):
     run("a"), run("b", settings={"optim": {"epochs": 3}})
     done = subprocess.run(

@@ -31,7 +31,10 @@ def torchvisions(arch, num_classes=7, side=64):
     return net.eval(), images
 
 
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("arch", [
+    pytest.param(arch, marks=pytest.mark.slow) if arch in ("vgg11_bn", "vit_b_32") else arch
+    for arch in SMALL
+])
 def test_final_exit_equals_torchvision(arch):
     net, images = torchvisions(arch)
     ours = networks.build_network(arch, num_classes=7, image_size=64).eval()

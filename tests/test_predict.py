@@ -240,6 +240,7 @@ class TestCommand:
         (photos / "a" / "text.pdf").write_text("no image")
         assert len(printed(capsys, run, photos, "--json")) == 7
 
+    @pytest.mark.slow
     def test_as_a_process(self, copy, photos):
         """From another directory; the one bad image is skipped and the exit code is 2."""
         (photos / "bad.jpg").write_text("no image")
