@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from early_exit.plots import BLUE, GREEN, GREY, ORANGE
-from early_exit.report import ExitRow, Pace, Report, Static
+from early_exit.report import ClassRow, ExitRow, Pace, Report, Static
 from early_exit.wording import shown_classes
 
 PATTERNS = ("", "/", "x", ".", "-", "+", "\\", "|")
@@ -66,9 +66,10 @@ def charts(report: Report) -> tuple[dict[str, Any], dict[str, list[int]]]:
             height=120 + 46 * len(names), xaxis={"range": [0, 100]}, barmode="group",
             yaxis={"autorange": "reversed", "type": "category", "automargin": True},
         )
-    labels = ["..." if row is None else as_text(row.name) for row in shown_classes(report)]
+    rows = shown_classes(report)
+    labels = ["..." if row is None else as_text(row.name) for row in rows]
     add(
-        "classes", _class_traces(report, names, labels), x="share of the class that leaves here, %",
+        "classes", _class_traces(rows, names, labels), x="share of the class that leaves here, %",
         height=150 + 26 * len(labels), barmode="stack",
         xaxis={"range": [0, 100]},
         yaxis={
@@ -97,7 +98,7 @@ def _accuracy_traces(
     """The traces of accuracy against a price, and the numbers of the two that the slider moves.
 
     along: the prices of the curve's points on val and test; alone: of every exit if all leave
-    there, the plain network for the last; star: of the chosen point on test.
+    there; star: of the chosen point on test.
     """
     curve, (val, test) = report.curve, along
     hover = "%{y:.2f} % at %{x:.4~g}<extra>%{fullData.name}</extra>"
@@ -134,9 +135,9 @@ def _accuracy_traces(
                        "line": {"color": "#000", "width": 1.2}},
         },
     ]
-    first = len(traces)
     if len(report.exits) == 1:  # nothing can be chosen
         return [trace for trace in traces if trace["mode"] != "lines"], []
+    first = len(traces)
     for name, colour, symbol in (("slider, val", BLUE, "circle-open"),
                                  ("slider, test", ORANGE, "circle-open-dot")):
         traces.append(
@@ -180,12 +181,13 @@ def _share_traces(names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _class_traces(report: Report, names: list[str], labels: list[str]) -> list[dict[str, Any]]:
+def _class_traces(
+    rows: Sequence[ClassRow | None], names: list[str], labels: list[str]
+) -> list[dict[str, Any]]:
     """One trace an exit, from light to dark; the colours of cividis are in order for everybody."""
     from plotly.colors import sample_colorscale
 
     at = np.linspace(1, 0, len(names)) if len(names) > 1 else [0.5]
-    rows = shown_classes(report)
     return [
         {
             "type": "bar", "orientation": "h", "name": name, "y": list(range(len(rows))),

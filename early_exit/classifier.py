@@ -20,13 +20,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from early_exit import config as configs
 from early_exit.cost import Cost, network_cost
 from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor, layout
 from early_exit.inference import Answers, infer
 from early_exit.pixels import as_bytes, as_rgb, fitted, normalise
 from early_exit.policy import Policy
-from early_exit.trained import Loaded, load_network
+from early_exit.trained import EVALUATION, Loaded, evaluations, load_network, refuse_missing
 
 USUAL = "max-drop-0.5-max_prob"  # the evaluation that is taken where there are several
 
@@ -143,14 +144,13 @@ def load(
     """
     directory = evaluation_directory(Path(run), evaluation)
     policy = Policy.load(directory / "policy.yaml")
-    report = _report(directory)
+    report = read_report(directory)
     if not report.get("door") and door is None:
         raise UserError(
             f"{directory} does not say how its network is built; evaluate the run again, or from"
             " Python: load(run, door=...)"
         )
-    settings = {"amp": "off", "compile": False, "device": device}
-    merged = {**(overrides or {}), "run": {**settings, **(overrides or {}).get("run", {})}}
+    merged = configs.merge({"run": {**EVALUATION, "device": device}}, overrides or {})
     door = door or find_door(report["door"])
     loaded = load_network(directory.parent.parent, door, merged)
     if report["weights"] != loaded.weights:
@@ -172,13 +172,9 @@ def evaluation_directory(run: Path, name: str | None = None) -> Path:
         if name is not None:
             raise UserError(f"{run} is an evaluation already; leave out --eval {name}")
         return run.absolute()
-    if not run.is_dir():
-        raise UserError(f"there is no run directory at {run}; training prints the one it made")
-    there = sorted(  # a name with a dot is one that was never finished
-        path.parent for path in run.glob("eval/*/policy.yaml") if path.parent.name[0] != "."
-    )
-    names = [path.name for path in there]
-    if not there:
+    refuse_missing(run)
+    names = list(evaluations(run, "policy.yaml"))
+    if not names:
         raise UserError(
             f"{run} has no policy yet: the eval.py beside its trainer chooses one"
         )
@@ -203,7 +199,7 @@ def find_door(name: str) -> FrontDoor:
     return door
 
 
-def _report(directory: Path) -> dict[str, Any]:
+def read_report(directory: Path) -> dict[str, Any]:
     """The evaluation's numbers."""
     path = directory / "report.json"
     try:

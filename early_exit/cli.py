@@ -15,6 +15,7 @@ from typing import Any
 
 from early_exit import config as configs
 from early_exit import checkpoint, distributed, evaluation, experiment, runtime, training
+from early_exit.classifier import USUAL
 from early_exit.config import Config
 from early_exit.choosing import Goal
 from early_exit.criteria import CRITERIA
@@ -23,6 +24,7 @@ from early_exit.experiment import FrontDoor
 from early_exit.guarantees import LOSSES
 from early_exit.heads import HEADS
 from early_exit.runtime import Stopped, check_torchvision
+from early_exit.trained import EVALUATION
 from early_exit.training import Diverged
 
 
@@ -33,9 +35,6 @@ def absolute(path: str) -> str:
 
 # What the regime cdl differs in: linear classifiers, and every block is a candidate.
 CDL = {"model": {"head": ["linear"], "exits": None}}
-# How an evaluation uses the machine, whatever training did. Float32 unless asked: the reference,
-# and at batch 1 also the fastest on a CPU.
-EVALUATION = {"amp": "off", "compile": False, "device": "auto", "threads": None}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -411,6 +410,18 @@ def build_parser(prog: str, usage: str, docstring: str) -> Parser:
     return Parser(
         prog=prog, usage=f"{usage}\n\n{examples.rstrip()}", description=summary,
         formatter_class=Formatter,
+    )
+
+
+def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
+    """What names a run and one of its evaluations."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN",
+        help="run directory that was evaluated, or one of its evaluations RUN/eval/NAME",
+    )
+    parser.add_argument(
+        "--eval", metavar="NAME",
+        help=f"the evaluation whose policy is taken (default: the only one, or {USUAL})",
     )
 
 

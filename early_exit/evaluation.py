@@ -6,7 +6,7 @@ Thresholds, temperatures and every other choice come from val; `choose` is given
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from early_exit.latency import StageTimes, Timing, measure, stage_times
 from early_exit.metrics import MANY_CLASSES, among5, mean_std
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, Scores, disagreements, score_record
-from early_exit.report import Cuts, Latency, Live, MeanStd, Pace, Report, to_json
+from early_exit.report import Cuts, Latency, Live, MeanStd, Report, to_json
 from early_exit.trained import Trained, load_run, val_and_test
 from early_exit.wording import (
     candidate_table,
@@ -92,16 +92,11 @@ def evaluate(
     if cuts > 1:
         several = _over_cuts(trained, goal, cut_seed, cuts, times)
     live_result = _run_live(trained, data, test, policy) if live else None
-    timings, paces = [], []
+    measured = []
     if live:
         sizes = {*batch_sizes, *([goal.latency_batch] if times else [])}
         nets = {static: net for static, (_, net) in statics.items()}
-        timings, paces = _clock(
-            trained, data, policy, sorted(sizes), timing_images, nets,
-            lambda along, plain: findings.pace(
-                along, plain, policy, curve, val_shares, test_shares
-            ),
-        )
+        measured = _clock(trained, data, policy, sorted(sizes), timing_images, nets)
 
     report = Report(
         run=run_dir.name,
@@ -145,9 +140,12 @@ def evaluate(
         ),
         cuts=several,
         live=live_result,
-        timing=tuple(timings),
+        timing=tuple(timing for timing, _ in measured),
         statics=tuple(static for static, _ in statics.values()),
-        pace=tuple(paces),
+        pace=tuple(
+            findings.pace(along, timing, policy, curve, val_shares, test_shares)
+            for timing, along in measured if along
+        ),
         door=door.name,
         settings=configs.without_paths(configs.to_dict(trained.config)),
         versions=runtime.versions(),
@@ -161,25 +159,25 @@ def evaluate(
 
 def _clock(
     trained: Trained, data: Data, policy: Policy, batch_sizes: list[int], most: int,
-    others: Mapping[str, nn.Module], pace: Callable[[StageTimes, float], Pace],
-) -> tuple[list[Timing], list[Pace]]:
-    """The timing at each batch size that test fills, and, if val does too, what the points of the
-    curve take. others: networks that are timed in between."""
+    others: Mapping[str, nn.Module],
+) -> list[tuple[Timing, StageTimes | None]]:
+    """The timing at each batch size that test fills, and, if val does too, the stages' times.
+    others: networks that are timed in between."""
     for net in others.values():
         net.to(trained.device, memory_format=layout(trained.config))
         if trained.config.run.compile:
             net.compile(dynamic=True)
-    timings, paces = [], []
+    measured = []
     for batch_size in batch_sizes:
         log.info("timing at batch %d", batch_size)
         timing = _time(trained, data, policy, batch_size, most)
         if timing is None:
             continue
-        timings.append(timing)
+        along = None
         if batch_size <= data.size("val"):
             along = _stage_times(trained, data, policy.criterion, batch_size, others)
-            paces.append(pace(along, timing.plain.total * batch_size / timing.images))
-    return timings, paces
+        measured.append((timing, along))
+    return measured
 
 
 def _log_choice(policy: Policy, goal: Goal) -> None:
@@ -276,22 +274,19 @@ def _write(report, policy, scored: Scores, taken, alone, confused, data, directo
         if draw:
             gallery = findings.gallery(scored, taken, policy, data)
             overthought = findings.overthought(scored, alone, confused, policy, data)
-            for name, caption, draw_it in (
-                ("accuracy_vs_macs", "Accuracy against multiply-adds",
-                 lambda path: plots.accuracy_vs_macs(report, path)),
-                ("share_per_exit", "Where images leave",
-                 lambda path: plots.share_per_exit(report, path)),
-                ("reliability", "Confidence and accuracy of each exit",
-                 lambda path: plots.reliability(report, path)),
-                ("gallery", GALLERY, lambda path: plots.gallery(gallery, path)),
-                ("confusion", CONFUSED,
-                 lambda path: plots.confusion(confused, alone[:, -1], path)),
-                ("overthinking", OVERTHOUGHT,
-                 overthought and (lambda path: plots.gallery(overthought, path))),
-            ):
-                if draw_it:
-                    draw_it(partial / f"{name}.png")
-                    pictures[f"{name}.png"] = caption
+            drawn = [
+                ("accuracy_vs_macs", "Accuracy against multiply-adds", plots.accuracy_vs_macs,
+                 report),
+                ("share_per_exit", "Where images leave", plots.share_per_exit, report),
+                ("reliability", "Confidence and accuracy of each exit", plots.reliability, report),
+                ("gallery", GALLERY, plots.gallery, gallery),
+                ("confusion", CONFUSED, plots.confusion, confused, alone[:, -1]),
+            ]
+            if overthought:
+                drawn.append(("overthinking", OVERTHOUGHT, plots.gallery, overthought))
+            for name, caption, draw_it, *what in drawn:
+                draw_it(*what, partial / f"{name}.png")
+                pictures[f"{name}.png"] = caption
             galleries = {GALLERY: gallery, OVERTHOUGHT: overthought}
             page.write(report, galleries, partial / "report.html")
         write_text(partial / "report.json", to_json(report))

@@ -18,9 +18,10 @@ import torch
 
 from early_exit import checkpoint, cli
 from early_exit import config as configs
-from early_exit.classifier import Classifier, evaluation_directory, load
+from early_exit.classifier import Classifier, evaluation_directory, load, read_report
 from early_exit.disk import made_whole, write_text, written_whole
 from early_exit.errors import UserError
+from early_exit.trained import training_command
 from early_exit.wording import provenance
 
 PROG = "early_exit.export"
@@ -32,16 +33,8 @@ KEPT = ("format", "position", "config", "exit_names", "classes", "normalisation"
 def parser() -> cli.Parser:
     """The flags."""
     parser = cli.build_parser(PROG, "python -m early_exit.export RUN DIR [flags]", __doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN",
-        help="run directory that was evaluated, or one of its evaluations RUN/eval/NAME",
-    )
+    cli.add_evaluated_run(parser)
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the copy goes")
-    parser.add_argument(
-        "--eval", metavar="NAME",
-        help="the evaluation whose policy is copied (default: the only one, or"
-        " max-drop-0.5-max_prob)",
-    )
     parser.add_argument(
         "--licence", default="not stated", metavar="TEXT",
         help="under which licence the weights are given, for the card (default: not stated)",
@@ -66,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with written_whole(partial / checkpoint.NAME) as file:
             torch.save(slim(state), file)
         copy = partial / "eval" / evaluation.name
-        report = json.loads((evaluation / "report.json").read_text())
+        report = read_report(evaluation)
         report["command"] = without_directories(shlex.split(report["command"]))
         write_text(copy / "report.json", json.dumps(report) + "\n")
         classifier.policy.save(copy / "policy.yaml")
@@ -90,11 +83,10 @@ def slim(state: dict[str, Any]) -> dict[str, Any]:
 
 def trained_by(run: Path) -> str:
     """The command that trained the run, as far as that is known."""
-    try:
-        command = json.loads((run / "versions.json").read_text())["command"]
-        return f" How it was trained: `{without_directories(['python', *command])}`."
-    except (OSError, ValueError, LookupError, TypeError):  # an exported run does not say
+    command = training_command(run)
+    if not command:  # an exported run does not say
         return ""
+    return f" How it was trained: `{without_directories(['python', *command])}`."
 
 
 def without_directories(command: Sequence[str]) -> str:

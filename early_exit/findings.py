@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from early_exit.choosing import Goal, Point, choose, outcome, random_exit_accura
 from early_exit.cost import Cost, count_macs
 from early_exit.energy import Energy
 from early_exit.experiment import Data, StaticNetwork
-from early_exit.latency import StageTimes
+from early_exit.latency import StageTimes, Timing
 from early_exit.metrics import auroc, expected_calibration_error, reliability
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
@@ -178,22 +178,21 @@ def static_networks(
 
 def pace(
     times: StageTimes,
-    plain: float,
+    timing: Timing,
     policy: Policy,
-    curve: Iterable[CurvePoint],
+    curve: Sequence[CurvePoint],
     val_shares: tuple[float, ...],
     test_shares: tuple[float, ...],
 ) -> Pace:
-    """What the curve's points take. times: of one batch size; plain: seconds of such a batch by the
-    plain network, beside inference with exits; shares: of the policy."""
+    """What the curve's points take. times, timing: of one batch size, the former alone and the
+    latter beside inference with exits; shares: of the policy."""
 
     def relative(shares) -> tuple[float, ...]:
         return tuple((times.of(policy.enabled, np.atleast_2d(shares)) / times.plain).tolist())
 
-    curve = list(curve)
     return Pace(
         batch_size=times.batch_size,
-        plain=plain,
+        plain=timing.plain.total * timing.batch_size / timing.images,
         val=relative([point.val_shares for point in curve]),
         test=relative([point.test_shares for point in curve]),
         alone=relative(np.eye(policy.num_exits)),
@@ -224,7 +223,7 @@ def gallery(scored: Scores, taken, policy: Policy, data: Data) -> list[Row]:
                 pixels = data.picture("test", int(image))
                 row.append(Picture(pixels, answer, answer == target, words))
             rows.append((f"{name}\n{word}", row))
-    return rows
+    return [row for row in rows if row[1]]
 
 
 def overthought(scored: Scores, right, confused, policy: Policy, data: Data) -> list[Row]:

@@ -139,7 +139,7 @@ def stage_times(
         rows = Rows(torch.arange(len(features), device=features.device), features)
         return timed(lambda: advance(network.stages[index], rows, policy, index))
 
-    names = list(others or {})
+    others = others or {}
     wholes, samples = [], []
     with autocast():
         given = stage_inputs(network, images, never)
@@ -147,8 +147,9 @@ def stage_times(
         for turn in range(2 + repeats):  # the first two to warm up
             if turn >= 5 and time.perf_counter() - began > seconds:
                 break
-            nets = (network.backbone, *((others or {})[name] for name in names))
-            wholes.append([timed(lambda net=net: net(images)) for net in nets])
+            wholes.append(
+                [timed(lambda net=net: net(images)) for net in (network.backbone, *others.values())]
+            )
             samples.append(
                 [
                     [[seconds_of(policy, index, rows[:size]) for size in sizes]
@@ -161,7 +162,7 @@ def stage_times(
     )
     plain, *rest = np.median(wholes[2:], axis=0).tolist()
     return StageTimes(
-        batch_size, tuple(sizes), with_head, bare, plain, dict(zip(names, rest, strict=True))
+        batch_size, tuple(sizes), with_head, bare, plain, dict(zip(others, rest, strict=True))
     )
 
 

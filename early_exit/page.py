@@ -1,6 +1,6 @@
 """The report as one page to show around: it opens without a network and holds all it needs.
 
-The figures are those of `early_exit.charts`, the written parts those of `early_exit.report`.
+The figures are those of `early_exit.charts`, the written parts those of `early_exit.wording`.
 """
 
 import base64
@@ -224,9 +224,8 @@ def _sections(report: Report, parts: Mapping[str, str], galleries: Mapping[str, 
     for heading, body in parts.items():
         if heading == "How this was made":
             written += [
-                f"<section><h2>{html.escape(caption)}</h2>{_gallery(rows, _budget(galleries))}"
-                "</section>"
-                for caption, rows in galleries.items() if rows
+                f"<section><h2>{html.escape(caption)}</h2>{_gallery(rows)}</section>"
+                for caption, rows in _small(galleries).items() if rows
             ]
         written.append(
             f"<section><h2>{html.escape(heading)}</h2>{before.get(heading, '')}{convert(body)}"
@@ -235,30 +234,37 @@ def _sections(report: Report, parts: Mapping[str, str], galleries: Mapping[str, 
     return "\n".join(written)
 
 
-def _gallery(rows: Rows, side: int) -> str:
+def _gallery(rows: Sequence[tuple[str, Sequence[tuple[Picture, str]]]]) -> str:
     written = []
     for caption, pictures in rows:
-        if not pictures:
-            continue
         shown = "".join(
             f'<figure{"" if picture.right else " class=wrong"}>'
-            f'<img src="{_encoded(picture.pixels, side)}" alt="{html.escape(picture.words)}"'
+            f'<img src="{address}" alt="{html.escape(picture.words)}"'
             f' title="{html.escape(picture.words)}">'
             f"<figcaption>{html.escape(picture.label)}</figcaption></figure>"
-            for picture in pictures
+            for picture, address in pictures
         )
         heading = html.escape(caption.replace("\n", ", "))
         written.append(f'<p class="row">{heading}</p><div class="gallery">{shown}</div>')
     return "".join(written)
 
 
-def _budget(galleries: Mapping[str, Rows]) -> int:
-    """The largest side of a picture with which all of them are small enough."""
-    pictures = [picture.pixels for rows in galleries.values() for _, row in rows for picture in row]
+def _small(
+    galleries: Mapping[str, Rows]
+) -> dict[str, list[tuple[str, list[tuple[Picture, str]]]]]:
+    """The galleries, every picture with its address, as large as they can be together."""
     for side in SIDES:
-        if sum(len(_encoded(pixels, side)) for pixels in pictures) <= PICTURE_BYTES:
+        small = {
+            title: [
+                (caption, [(picture, _encoded(picture.pixels, side)) for picture in pictures])
+                for caption, pictures in rows
+            ]
+            for title, rows in galleries.items()
+        }
+        addresses = (row for rows in small.values() for _, row in rows)
+        if sum(len(address) for row in addresses for _, address in row) <= PICTURE_BYTES:
             break
-    return side
+    return small
 
 
 def _encoded(pixels: np.ndarray, side: int) -> str:

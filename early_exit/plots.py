@@ -146,11 +146,8 @@ def confusion(confused: np.ndarray, right: np.ndarray, path: Path) -> None:
         axes.legend()
 
 
-def gallery(
-    pictures: Sequence[tuple[str, Sequence[Picture]]], path: Path
-) -> None:
-    """Rows of images, each with a caption."""
-    pictures = [row for row in pictures if row[1]]
+def gallery(pictures: Sequence[tuple[str, Sequence[Picture]]], path: Path) -> None:
+    """Rows of images, each with a caption; none is empty."""
     columns = max(len(row) for _, row in pictures)
     with figure(path, (1.05 * columns + 2.0, 1.3 * len(pictures)), (len(pictures), columns)) as (
         whole, grid,

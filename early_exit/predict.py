@@ -29,18 +29,10 @@ def parser() -> cli.Parser:
     parser = cli.build_parser(
         PROG, "python -m early_exit.predict RUN IMAGE ... [flags]", __doc__
     )
-    parser.add_argument(
-        "run", type=Path, metavar="RUN",
-        help="run directory that was evaluated, or one of its evaluations RUN/eval/NAME",
-    )
+    cli.add_evaluated_run(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE",
         help="image files, folders of them, or - for names on standard input, one a line",
-    )
-    parser.add_argument(
-        "--eval", metavar="NAME",
-        help="the evaluation whose policy decides who leaves (default: the only one, or"
-        " max-drop-0.5-max_prob)",
     )
     parser.add_argument(
         "--json", action="store_true", help="a line of JSON for each image instead of a table"

@@ -18,6 +18,7 @@ from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.losses import resolve_weights
 from early_exit.metrics import mean_std
+from early_exit.trained import evaluations, training_command
 
 GRID = 200  # multiply-adds at which the curves of several seeds are read
 # Settings that change how fast or how visibly a run goes, not what it learns.
@@ -141,10 +142,7 @@ def find(run: Path, names: Sequence[str]) -> list[Path]:
         return [run / "report.json"]
     if not run.is_dir():
         raise UserError(f"there is no run, evaluation or report at {run}")
-    there = {
-        path.parent.name: path for path in sorted(run.glob("eval/*/report.json"))
-        if not path.parent.name.startswith(".")
-    }
+    there = evaluations(run, "report.json")
     if not there:
         raise UserError(f"{run} has no evaluation yet; make one: {evaluating(run)}")
     chosen = [there[name] for name in names if name in there] if names else list(there.values())
@@ -155,12 +153,8 @@ def find(run: Path, names: Sequence[str]) -> list[Path]:
 
 def evaluating(run: Path) -> str:
     """The command that evaluates a run: that of the folder whose trainer made it."""
-    script = Path("eval.py")
-    try:
-        trainer = Path(json.loads((run / "versions.json").read_text())["command"][0])
-        script = trainer.with_name("eval.py") if trainer.suffix == ".py" else script
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # a run that did not say, or something else: the script's name is all there is to say
+    trainer = Path(*training_command(run)[:1])  # of a run that does not say, only the script's name
+    script = trainer.with_name("eval.py") if trainer.suffix == ".py" else Path("eval.py")
     return shlex.join(["python", str(script), str(run)])
 
 

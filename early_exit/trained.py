@@ -1,6 +1,7 @@
 """A trained run, loaded: its network, its data, and what every exit said about them."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,10 @@ from early_exit.network import MultiExitNetwork
 from early_exit.records import ExitRecord, RecordInfo, record
 
 log = logging.getLogger(__name__)
+
+# How a trained network uses the machine, whatever training did. Float32 unless asked: the
+# reference, and at batch 1 also the fastest on a CPU.
+EVALUATION = {"amp": "off", "compile": False, "device": "auto", "threads": None}
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,33 @@ class Trained(Loaded):
     cost: Cost
 
 
-def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
-    """The network of a run directory's newest checkpoint, its settings changed by `overrides`."""
+def refuse_missing(run_dir: Path) -> None:
+    """Raises UserError where there is no run directory."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory at {run_dir}; training prints the one it made")
+
+
+def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
+    """That file of every evaluation of a run which has it, by the evaluation's name, in order. A
+    name that begins with a dot is one that was never finished."""
+    return {
+        path.parent.name: path for path in sorted(run_dir.glob(f"eval/*/{file}"))
+        if not path.parent.name.startswith(".")
+    }
+
+
+def training_command(run_dir: Path) -> list[str]:
+    """The script that trained a run and its flags; empty where the run does not say."""
+    try:
+        command = json.loads((run_dir / "versions.json").read_text())["command"]
+        return [str(word) for word in command]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
+    """The network of a run directory's newest checkpoint, its settings changed by `overrides`."""
+    refuse_missing(run_dir)
     path, state = checkpoint.newest(run_dir)
     if state is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")

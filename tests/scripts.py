@@ -28,10 +28,11 @@ from PIL import Image
 from cifar10 import data, resnet, trainer
 from cifar10 import eval as evaluation
 from early_exit import cli, distributed
-from early_exit.config import Config, DataConfig
+from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor
 from early_exit.network import MultiExitNetwork
+from early_exit.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
@@ -70,6 +71,25 @@ def tiny_data(settings: DataConfig) -> data.Data:
 
 
 DOOR = FrontDoor(tiny_network, tiny_data)
+
+
+def tiny_run(
+    directory: Path,
+    door: FrontDoor,
+    optim: OptimConfig | None = None,
+    split_seed: int = 0,
+    regime: str = "joint",
+    **model: Any,
+) -> Path:
+    """A run of `door` in `directory`, on one CPU thread in float32: two epochs of six steps with
+    two early exits, unless said otherwise. model: settings of the network."""
+    config = Config(
+        data=DataConfig(dataset="digits", split_seed=split_seed),
+        model=ModelConfig(**{"arch": "resnet20", "exits": ("layer1", "layer2"), **model}),
+        optim=optim or OptimConfig(epochs=2, batch_size=8, lr=0.05),
+        run=RunConfig(regime=regime, amp="off", device="cpu", threads=1),
+    )
+    return train(config, door, runs=directory, run_dir=directory)
 
 
 def start(

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from scripts import few_digits, run_main, tiny_network
+from scripts import few_digits, run_main, tiny_network, tiny_run
 
 from cifar10 import data
 from cifar10 import eval as script
 from early_exit import checkpoint, energy, evaluation, guarantees, plots
 from early_exit import trained as trained_run
 from early_exit.choosing import Goal, choose
-from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig
 from early_exit.cost import Cost, network_cost
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
@@ -32,7 +32,6 @@ from early_exit.latency import StageTimes
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
 from early_exit.report import Picture
-from early_exit.training import train
 
 CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
 FLAGS = ("--device", "cpu", "--threads", "1", "--no-live", "--no-plots")
@@ -49,16 +48,8 @@ DOOR = FrontDoor(tiny_network, some_digits)
 
 def trained(directory: Path, split_seed: int = 0, epochs: int = 8, **settings) -> Path:
     """A run in `directory`; settings: exits, backbone, regime."""
-    model = {name: settings[name] for name in ("exits", "backbone") if name in settings}
-    config = Config(
-        data=DataConfig(dataset="digits", split_seed=split_seed),
-        model=ModelConfig(**{"arch": "resnet20", "exits": ("layer1", "layer2"), **model}),
-        optim=OptimConfig(epochs=epochs, batch_size=16, lr=0.05, schedule="cosine"),
-        run=RunConfig(
-            regime=settings.get("regime", "joint"), amp="off", device="cpu", threads=1
-        ),
-    )
-    return train(config, DOOR, runs=directory, run_dir=directory)
+    optim = OptimConfig(epochs=epochs, batch_size=16, lr=0.05, schedule="cosine")
+    return tiny_run(directory, DOOR, optim, split_seed, **settings)
 
 
 @pytest.fixture(scope="module")

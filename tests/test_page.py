@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import DOOR, few_digits, refusal
+from scripts import DOOR, few_digits, refusal, tiny_run
 
 from cifar10.resnet import ResNet
 from early_exit import page
 from early_exit.choosing import Goal
-from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.evaluation import evaluate
 from early_exit.experiment import FrontDoor, StaticNetwork
 from early_exit.report import Picture, Report
-from early_exit.training import train
 
 CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
 SCRIPT = "<img src=x onerror='document.title=`run`'>"
@@ -39,14 +37,7 @@ STRANGE = FrontDoor(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of two epochs with two early exits. Not to be changed."""
-    directory = tmp_path_factory.mktemp("page") / "run"
-    config = Config(
-        data=DataConfig(dataset="digits"),
-        model=ModelConfig(arch="resnet20", exits=("layer1", "layer2")),
-        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05),
-        run=RunConfig(amp="off", device="cpu", threads=1),
-    )
-    return train(config, STRANGE, runs=directory, run_dir=directory)
+    return tiny_run(tmp_path_factory.mktemp("page") / "run", STRANGE)
 
 
 @pytest.fixture(scope="module")
@@ -310,10 +301,9 @@ class TestTheFile:
             for _ in range(50)
         ]
         galleries = {"one": [("row", row)] * 4, "two": [("row", row)] * 4}
-        side = page._budget(galleries)
         assert sum(
-            len(page._encoded(picture.pixels, side)) for rows in galleries.values()
-            for _, pictures in rows for picture in pictures
+            len(address) for rows in page._small(galleries).values()
+            for _, pictures in rows for _, address in pictures
         ) < 1_100_000
 
     @pytest.mark.parametrize("name", ["plotly", "markdown"])

@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import DOOR, ROOT, SIDE, finish, refusal
+from scripts import DOOR, ROOT, SIDE, finish, refusal, tiny_run
 
 from early_exit import checkpoint, classifier, export, predict
 from early_exit.choosing import Goal
 from early_exit.classifier import load
-from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.config import DataConfig
 from early_exit.errors import UserError
 from early_exit.evaluation import evaluate
 from early_exit.inference import infer
 from early_exit.policy import Policy
-from early_exit.training import train
 
 CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}
 FLAGS = ("--device", "cpu", "--threads", "1")
@@ -33,14 +32,7 @@ NAMED = dataclasses.replace(DOOR, name="test_predict:NAMED")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of two epochs with two evaluations, one of which takes exits. Not to be changed."""
-    directory = tmp_path_factory.mktemp("predict") / "run"
-    config = Config(
-        data=DataConfig(dataset="digits"),
-        model=ModelConfig(arch="resnet20", exits=("layer1", "layer2")),
-        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05),
-        run=RunConfig(amp="off", device="cpu", threads=1),
-    )
-    train(config, NAMED, runs=directory, run_dir=directory)
+    directory = tiny_run(tmp_path_factory.mktemp("predict") / "run", NAMED)
     for goal, name in ((Goal(max_drop=0.005), None), (Goal(budget=0.8), "mine")):
         evaluate(directory, NAMED, goal, overrides=CPU, live=False, draw=False, name=name)
     return directory
