@@ -2,6 +2,7 @@
 
     python benchmarks/training.py             ResNet-20, batch 128
     python benchmarks/training.py --compile   the same with torch.compile
+    python benchmarks/training.py --profile   where the time of our steps goes instead
 
 The usual loop: PIL transforms in a DataLoader with 2 workers, float32, contiguous, SGD. Ours: what
 the trainer runs. Both train the plain network on the same random images, each in a process of its
@@ -20,7 +21,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from turns import add_turns_flags, compare, show
+from turns import BEFORE, add_turns_flags, compare, show
 
 from cifar10 import data, networks
 from early_exit import cli, runtime
@@ -124,6 +125,20 @@ def tensor_batches(_args: argparse.Namespace) -> Iterator:
         yield from source.train_batches(BATCH, 0, epoch)
 
 
+def profile(args: argparse.Namespace) -> str:
+    """torch's profile of `args.steps` steps of our loop: the dearest operations, by own time."""
+    steps = our_loop(args)
+    for _ in itertools.islice(steps, BEFORE):
+        pass
+    device = runtime.choose_device(args.device)
+    with torch.profiler.profile() as profiled:
+        for _ in itertools.islice(steps, args.steps):
+            pass
+        runtime.synchronize(device)
+    by = f"self_{device.type}_time_total"
+    return profiled.key_averages().table(by, row_limit=12, max_name_column_width=50)
+
+
 def parser() -> cli.Parser:
     """The benchmark's flags."""
     parser = cli.build_parser("training.py", "python benchmarks/training.py [flags]", __doc__)
@@ -133,6 +148,7 @@ def parser() -> cli.Parser:
         help="auto, bf16, fp16 or off (default auto)",
     )
     parser.add_argument("--compile", action="store_true", help="compile our loop")
+    parser.add_argument("--profile", action="store_true", help="profile our loop, compare nothing")
     add_turns_flags(parser, 40, "steps")
     return parser
 
@@ -143,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = runtime.choose_device(args.device)
     precision = runtime.choose_precision(args.amp, device)
     print(f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {BATCH}")
+    if args.profile:
+        print(profile(args))
+        return
     print("data alone, one process: PIL in a DataLoader, tensors")
     steps = 5 * args.steps  # they take a fraction of a training step's time
     show(compare({"pil": pil_batches, "tensors": tensor_batches}, args, steps), steps * BATCH)

@@ -7,6 +7,7 @@ the first stage.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +36,7 @@ class BasicBlock(nn.Module):
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.stride != 1:
-            features = features[:, :, :: self.stride, :: self.stride]
+            features = _thinned(features, self.stride)
         if self.pad:
             features = F.pad(features, (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(out.add_(features), inplace=True)
@@ -78,6 +79,17 @@ class ResNet(nn.Module):
                 units[f"{stage}.{index}"] = block
         units["classifier"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.linear)
         return units
+
+
+def _thinned(features: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th pixel: (B, C, H, W) to (B, C, H / stride, W / stride).
+
+    A slice's gradient is contiguous in the order of the dimensions that were sliced. Those of
+    channels_last are (B, H, W, C); in any other order the next kernels would run many times slower.
+    """
+    if features.is_contiguous(memory_format=torch.channels_last):
+        return features.permute(0, 2, 3, 1)[:, ::stride, ::stride].permute(0, 3, 1, 2)
+    return features[:, :, ::stride, ::stride]
 
 
 def _layer(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:

@@ -444,7 +444,7 @@ def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> Any:
     )
     add_setting(
         group, "--compile", setting="run.compile", action="store_const", const=True,
-        help="torch.compile: a minute of waiting first, faster then",
+        help="torch.compile: a minute of waiting first, then faster, or not; measure it",
     )
     add_setting(
         group, "--no-channels-last", setting="run.channels_last", action="store_const",

@@ -60,6 +60,15 @@ def test_training_compares_the_loops(tmp_path):
 
 
 @pytest.mark.slow
+def test_training_says_where_the_time_goes(tmp_path):
+    flags = ("--profile", "--steps", "1", "--device", "cpu")
+    done = finish(start("benchmarks/training.py", *flags, cwd=tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = re.search(r"aten::convolution_backward .* (\d+)\s*$", done.stdout, re.MULTILINE)
+    assert calls.group(1) == "19"  # a step of ResNet-20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_loading_compares_the_pipelines(tmp_path, own):
     flags = ("--steps", "2", "--turns", "1", "-b", "8", "-j", "1", "--device", "cpu")

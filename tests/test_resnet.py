@@ -101,11 +101,16 @@ def test_layers_halve_the_picture_and_double_the_width():
     ]
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("side", [4, 5])
-def test_option_a_takes_every_second_pixel_and_pads_with_zeros(side):
+def test_option_a_takes_every_second_pixel_and_pads_with_zeros(side, layout):
     block = BasicBlock(4, 8, stride=2).eval()
     nn.init.zeros_(block.bn2.weight)  # nothing but the shortcut is left
     features = torch.rand(2, 4, side, side)  # not negative, so that the last ReLU does nothing
+    features = features.contiguous(memory_format=layout)
     out = block(features)
     half = (side + 1) // 2
     assert out.shape == (2, 8, half, half)
@@ -151,6 +156,14 @@ def test_a_block_is_two_convolutions_and_a_shortcut(in_channels, channels, strid
     pad = (channels - in_channels) // 2
     shortcut[:, pad : pad + in_channels] = features[:, :, ::stride, ::stride]
     torch.testing.assert_close(block(features), (out + shortcut).clamp(min=0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_have_the_layout_of_the_features(layout):
+    block = BasicBlock(4, 8, stride=2).to(memory_format=layout)
+    features = torch.randn(2, 4, 8, 8).contiguous(memory_format=layout).requires_grad_()
+    gradient, = torch.autograd.grad(block(features).sum(), features)
+    assert gradient.is_contiguous(memory_format=layout)
 
 
 def test_a_block_leaves_its_input_as_it_is():
