@@ -102,7 +102,7 @@ def table(recipes: Sequence[Recipe]) -> str:
     for recipe in recipes:
         cuts = f" ({recipe.first.cuts} cuts)" if recipe.first.cuts else ""
         lines.append([
-            recipe.name, f"{len(recipe.members)}{cuts}", recipe.goal or "-",
+            recipe.name.replace("|", r"\|"), f"{len(recipe.members)}{cuts}", recipe.goal or "-",
             *(column.cell(recipe) for column in shown),
         ])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -231,7 +231,8 @@ def draw(recipes: Sequence[Recipe], path: Path) -> None:
             macs, mean, std = recipe.curve()
             axes.plot(
                 1e-6 * macs, 100 * mean, color=colour, ls=DASHES[number % len(DASHES)], lw=1.8,
-                marker=marker, ms=7, mec="white", mew=0.6, label=recipe.label,
+                marker=marker, ms=7, mec="white", mew=0.6,
+                label=re.sub("^_", " _", recipe.label),  # a legend leaves out names with _ first
                 markevery=(0.02 + 0.14 * number / len(recipes), 0.14),
             )
             if std.any():

@@ -20,6 +20,7 @@ def labelled(recipes: Sequence[Recipe], labels: Sequence[str] | None = None) -> 
     if labels and len(labels) != len(recipes):
         rows = "; ".join(recipe.label for recipe in labelled(recipes))
         raise UserError(f"--labels gives {len(labels)} for {len(recipes)} rows, which are: {rows}")
+    labels = labels and [" ".join(label.split()) for label in labels]  # a line each
     names, goals = _names(recipes), _goals(recipes)
     several = len({goal for goal in goals if goal}) > 1
     whole = [f"{name}, {goal}" if several and goal else name

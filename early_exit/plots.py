@@ -23,6 +23,7 @@ STYLE = {
     "figure.dpi": 130,
     "savefig.bbox": "tight",
     "legend.frameon": False,
+    "text.parse_math": False,  # a dollar in the name of a class or a run is a dollar
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scripts import refusal, run_main
 
 from early_exit import compare
@@ -196,6 +197,34 @@ def test_labels_are_given_in_order(run, compared, tmp_path):
     assert "2 rows, which are: 200 epochs; 3 epochs" in refusal(
         compare.main, [str(one), str(two), "--labels", "one"]
     )
+
+
+def test_the_picture_names_whatever_the_labels_are(run, tmp_path, monkeypatch):
+    one, two = run("a"), run("b", settings={"optim": {"epochs": 3}})
+    labels = [r"_\frac $x$", "$x_"]  # neither is mathematics that matplotlib can set
+    named = []
+    savefig = Figure.savefig
+
+    def read_names(figure, *args, **kwargs):
+        named.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        return savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", read_names)
+    out = tmp_path / "out"
+    compare.main([str(one), str(two), "--labels", *labels, "--out", str(out)])
+    assert [name.strip() for name in named[:2]] == labels
+
+
+def test_a_label_does_not_tear_the_table(run, compared, tmp_path):
+    one, two = run("a"), run("b", settings={"optim": {"epochs": 3}})
+    labels = ("a | b", "two\nlines")
+    code, out, _ = compared(one, two, "--labels", *labels, "--out", tmp_path / "out", "--no-plots")
+    assert code == 0
+    head, _, *rows = out.splitlines()[:4]
+    assert rows[0].startswith(r"| a \| b | 1 |") and rows[1].startswith("| two lines | 1 |")
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [head.count("|")] * 2
+    said = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert "a | b" in json.dumps(said)
 
 
 # The curve.
