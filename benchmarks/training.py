@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from turns import BEFORE, add_turns_flags, compare, show
+from turns import BEFORE, add_turns_flags, compare, show, take
 
 from cifar10 import data, networks
 from early_exit import cli, runtime
@@ -128,12 +128,10 @@ def tensor_batches(_args: argparse.Namespace) -> Iterator:
 def profile(args: argparse.Namespace) -> str:
     """torch's profile of `args.steps` steps of our loop: the dearest operations, by own time."""
     steps = our_loop(args)
-    for _ in itertools.islice(steps, BEFORE):
-        pass
+    take(steps, BEFORE)
     device = runtime.choose_device(args.device)
     with torch.profiler.profile() as profiled:
-        for _ in itertools.islice(steps, args.steps):
-            pass
+        take(steps, args.steps)
         runtime.synchronize(device)
     by = f"self_{device.type}_time_total"
     return profiled.key_averages().table(by, row_limit=12, max_name_column_width=50)

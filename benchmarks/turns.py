@@ -17,6 +17,12 @@ Loop = Callable[[argparse.Namespace], Iterator]
 BEFORE = 6  # untimed steps of a turn: workers have prefetched while the others had theirs
 
 
+def take(steps: Iterator, count: int) -> None:
+    """Takes `count` steps."""
+    for _ in itertools.islice(steps, count):
+        pass
+
+
 def serve(loop: Loop, args: argparse.Namespace, pipe: Connection) -> None:
     """A process of its own for one loop: takes a number of steps, gives the seconds they took."""
     device = runtime.choose_device(args.device)
@@ -24,12 +30,10 @@ def serve(loop: Loop, args: argparse.Namespace, pipe: Connection) -> None:
     with contextlib.closing(loop(args)) as steps, contextlib.suppress(EOFError):
         while True:
             count = pipe.recv()
-            for _ in itertools.islice(steps, BEFORE):
-                pass
+            take(steps, BEFORE)
             runtime.synchronize(device)
             began = time.perf_counter()
-            for _ in itertools.islice(steps, count):
-                pass
+            take(steps, count)
             runtime.synchronize(device)
             pipe.send(time.perf_counter() - began)
 

@@ -136,7 +136,7 @@ def card(
              "| --- | ---: | ---: | ---: |", *rows]
         ),
         f"Trained on {report['dataset']}{regime}; {report['weights']}.{trained}{chosen}"
-        f" {fitted[0].upper()}{fitted[1:]}" + (f" {source}" if source else ""),
+        f" {fitted}" + (f" {source}" if source else ""),
         f"Licence of the weights: {licence}.",
         f"How it was evaluated: `{report['command']}`, with"
         f" {', '.join(f'{name} {value}' for name, value in report['versions'].items())}; all"

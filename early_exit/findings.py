@@ -192,7 +192,7 @@ def pace(
 
     return Pace(
         batch_size=times.batch_size,
-        plain=timing.plain.total * timing.batch_size / timing.images,
+        plain=timing.plain.total / timing.batches,
         val=relative([point.val_shares for point in curve]),
         test=relative([point.test_shares for point in curve]),
         alone=relative(np.eye(policy.num_exits)),

@@ -54,6 +54,11 @@ class Timing:
     """Each stage's own time, its head included, with all rows: medians over batches."""
 
     @property
+    def batches(self) -> float:
+        """How many there were."""
+        return self.images / self.batch_size
+
+    @property
     def speedup(self) -> float:
         """How many times faster than the plain network."""
         return self.plain.total / self.live.total

@@ -69,10 +69,9 @@ def within_latency(report: Report) -> str:
     )
     for timing in report.timing:
         if timing.batch_size == wanted.batch_size:
-            batches = timing.images / timing.batch_size
             text += (
-                f"; measured with exits taken: {_ms(timing.live.total / batches)} ms a batch on"
-                f" average, the plain network {_ms(timing.plain.total / batches)} ms"
+                f"; measured with exits taken: {_ms(timing.live.total / timing.batches)} ms a batch"
+                f" on average, the plain network {_ms(timing.plain.total / timing.batches)} ms"
             )
     return text + "."
 
