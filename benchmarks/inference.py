@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from cifar10 import networks
-from early_exit import cli, runtime
+from early_exit import cli, flags, runtime
 from early_exit.config import Amp
 from early_exit.errors import UserError
 from early_exit.heads import HEADS
@@ -49,9 +49,9 @@ def policy_that_lets_leave(
     )
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The benchmark's flags."""
-    parser = cli.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
+    parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
     parser.add_argument("--arch", default="resnet56", help="default resnet56")
     parser.add_argument("--exits", nargs="+", default=["layer1", "layer2"])
     parser.add_argument(

@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from turns import add_turns_flags, compare, show
 
-from early_exit import cli, runtime
+from early_exit import cli, flags, runtime
 from early_exit.errors import UserError
 from imagenet import data
 
@@ -79,9 +79,9 @@ def make_images(root: Path) -> None:
             image.save(folder / f"{number}.jpg", quality=90)
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The benchmark's flags."""
-    parser = cli.build_parser("loading.py", "python benchmarks/loading.py [DIR] [flags]", __doc__)
+    parser = flags.build_parser("loading.py", "python benchmarks/loading.py [DIR] [flags]", __doc__)
     parser.add_argument("dir", nargs="?", metavar="DIR", help="directory with train/ and val/")
     parser.add_argument(
         "-j", "--workers", type=int, default=data.processors(), metavar="N",

@@ -24,7 +24,7 @@ from torchvision import transforms
 from turns import BEFORE, add_turns_flags, compare, show, take
 
 from cifar10 import data, networks
-from early_exit import cli, runtime
+from early_exit import cli, flags, runtime
 from early_exit.config import Amp, OptimConfig
 from early_exit.engine import Tally, make_optimizer, train_steps
 from early_exit.losses import joint_loss
@@ -137,9 +137,9 @@ def profile(args: argparse.Namespace) -> str:
     return profiled.key_averages().table(by, row_limit=12, max_name_column_width=50)
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The benchmark's flags."""
-    parser = cli.build_parser("training.py", "python benchmarks/training.py [flags]", __doc__)
+    parser = flags.build_parser("training.py", "python benchmarks/training.py [flags]", __doc__)
     parser.add_argument("--arch", default="resnet20", help="default resnet20")
     parser.add_argument(
         "--amp", choices=typing.get_args(Amp), default="auto", metavar="MODE",

@@ -10,12 +10,12 @@
 from collections.abc import Sequence
 
 from cifar10.trainer import DOOR
-from early_exit import cli
+from early_exit import cli, flags
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The evaluation's flags."""
-    return cli.evaluation_parser("cifar10", "trainer.py", __doc__)
+    return flags.evaluation_parser("cifar10", "trainer.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import data, networks, resnet
-from early_exit import cli, experiment
+from early_exit import cli, experiment, flags
 from early_exit.config import Config, DataConfig
 from early_exit.cost import with_every_exit
 from early_exit.network import MultiExitNetwork
@@ -64,30 +64,30 @@ def statics(config: Config, _num_classes: int) -> list[experiment.StaticNetwork]
 DOOR = experiment.FrontDoor(build_network, load_data, name="cifar10.trainer:DOOR", statics=statics)
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The trainer's flags."""
-    parser = cli.build_parser("trainer.py", "python cifar10/trainer.py [flags]", __doc__)
+    parser = flags.build_parser("trainer.py", "python cifar10/trainer.py [flags]", __doc__)
     group = parser.add_argument_group("data")
-    cli.add_setting(
+    flags.add_setting(
         group, "--dataset", setting="data.dataset", metavar="NAME",
         help="cifar10, mnist, or digits, which needs no network (default cifar10)",
     )
-    cli.add_setting(
-        group, "--data", setting="data.root", type=cli.absolute, metavar="DIR",
+    flags.add_setting(
+        group, "--data", setting="data.root", type=flags.absolute, metavar="DIR",
         help="where cifar-10-batches-py or MNIST lies, or is put (default: data/ in the"
         " repository)",
     )
-    cli.add_training_flags(parser, Config())
+    flags.add_training_flags(parser, Config())
     parser.add_argument(
-        "-j", "--workers", action=cli.Elsewhere,
+        "-j", "--workers", action=flags.Elsewhere,
         hint="the whole data set lies in memory as a tensor, so there are no workers;"
         " --threads N sets the CPU threads",
     )
     parser.add_argument(
-        "--half", action=cli.Elsewhere, hint="use --amp fp16, which keeps the weights in float32"
+        "--half", action=flags.Elsewhere, hint="use --amp fp16, which keeps the weights in float32"
     )
     parser.add_argument(
-        "--pretrained", action=cli.Elsewhere, hint="use --backbone FILE for trained weights"
+        "--pretrained", action=flags.Elsewhere, hint="use --backbone FILE for trained weights"
     )
     return parser
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from early_exit import cli, plots
+from early_exit import cli, flags, plots
 from early_exit.disk import made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.labels import differing, labelled
@@ -273,33 +273,33 @@ def write(recipes: Sequence[Recipe], out: Path, command: str, drawn: bool) -> No
             draw(recipes, partial / FILES[3])
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The flags of a comparison."""
-    flags = cli.build_parser(
+    parser = flags.build_parser(
         "early_exit.compare", "python -m early_exit.compare RUN [RUN ...] [flags]", __doc__
     )
-    flags.add_argument(
+    parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN",
         help="a run directory, an evaluation in it (RUN/eval/NAME), or a report.json",
     )
-    flags.add_argument(
+    parser.add_argument(
         "--eval", action="append", default=[], metavar="NAME",
         help="of run directories: the evaluation of this name; repeatable (default: all there are)",
     )
-    flags.add_argument(
+    parser.add_argument(
         "--each", action="store_true", help="every run by itself: no means over seeds"
     )
-    flags.add_argument(
+    parser.add_argument(
         "--labels", nargs="+", metavar="LABEL",
         help="what the rows are called, in their order (default: what sets them apart)",
     )
-    flags.add_argument(
+    parser.add_argument(
         "--out", type=Path, metavar="DIR",
         help=f"directory for {', '.join(FILES[:3])} and {FILES[3]}; an earlier comparison there is"
         " replaced (default: compare/LABELS beside the first run)",
     )
-    flags.add_argument("--no-plots", action="store_true", help="no picture")
-    return flags
+    parser.add_argument("--no-plots", action="store_true", help="no picture")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

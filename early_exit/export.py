@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from early_exit import checkpoint, cli
+from early_exit import checkpoint, cli, flags
 from early_exit import config as configs
 from early_exit.classifier import Classifier, evaluation_directory, load, read_report
 from early_exit.disk import made_whole, write_text, written_whole
@@ -30,10 +30,10 @@ KEPT = ("format", "position", "config", "exit_names", "classes", "normalisation"
         "unseen_val", "versions")
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = cli.build_parser(PROG, "python -m early_exit.export RUN DIR [flags]", __doc__)
-    cli.add_evaluated_run(parser)
+    parser = flags.build_parser(PROG, "python -m early_exit.export RUN DIR [flags]", __doc__)
+    flags.add_evaluated_run(parser)
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the copy goes")
     parser.add_argument(
         "--licence", default="not stated", metavar="TEXT",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from early_exit import cli
+from early_exit import cli, flags
 from early_exit.classifier import Classifier, Prediction, as_json, images_in, load
 from early_exit.errors import UserError
 from early_exit.experiment import setup
@@ -24,12 +24,12 @@ from early_exit.experiment import setup
 PROG = "early_exit.predict"
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = cli.build_parser(
+    parser = flags.build_parser(
         PROG, "python -m early_exit.predict RUN IMAGE ... [flags]", __doc__
     )
-    cli.add_evaluated_run(parser)
+    flags.add_evaluated_run(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE",
         help="image files, folders of them, or - for names on standard input, one a line",
@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
         "-b", "--batch-size", type=int, default=64, metavar="B",
         help="images that go through the network at a time (default 64)",
     )
-    cli.add_machine_flags(parser, "off")
+    flags.add_machine_flags(parser, "off")
     return parser
 
 

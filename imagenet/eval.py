@@ -7,13 +7,13 @@
 
 from collections.abc import Sequence
 
-from early_exit import cli
+from early_exit import cli, flags
 from imagenet.main import DOOR, add_workers_flag
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The evaluation's flags."""
-    parser = cli.evaluation_parser("imagenet", "main.py", __doc__)
+    parser = flags.evaluation_parser("imagenet", "main.py", __doc__)
     add_workers_flag(parser)
     return parser
 

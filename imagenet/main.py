@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from early_exit import cli, experiment
+from early_exit import cli, experiment, flags
 from early_exit import config as configs
 from early_exit.cost import with_every_exit
 from early_exit.disk import locked, written_whole
@@ -88,7 +88,7 @@ class Directory(argparse.Action):
     that there is none.)"""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, cli.absolute(values))
+        setattr(namespace, self.dest, flags.absolute(values))
 
 
 class ListArchs(argparse.Action):
@@ -103,9 +103,9 @@ class ListArchs(argparse.Action):
         parser.exit()
 
 
-def parser() -> cli.Parser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = cli.build_parser("main.py", "python imagenet/main.py [DIR] [flags]", __doc__)
+    parser = flags.build_parser("main.py", "python imagenet/main.py [DIR] [flags]", __doc__)
     default = configs.build(FolderRun, CLASSIC)
     parser.add_argument(
         "data.root", nargs="?", action=Directory, metavar="DIR", default=argparse.SUPPRESS,
@@ -117,7 +117,7 @@ def parser() -> cli.Parser:
     )
     group = parser.add_argument_group("data")
     add_workers_flag(group)
-    cli.add_setting(
+    flags.add_setting(
         group, "--bad-files", setting="data.bad_files", metavar="N",
         help="unreadable files that a process names and skips before the run stops"
         f" (default {default.data.bad_files})",
@@ -127,38 +127,38 @@ def parser() -> cli.Parser:
         ("val_resize", "shorter side of held-out images before their crop"),
         ("val_crop", "side of that crop"),
     ):
-        cli.add_setting(
+        flags.add_setting(
             group, f"--{name.replace('_', '-')}", setting=f"data.{name}", metavar="PIXELS",
             help=f"{what} (default {getattr(default.data, name)})",
         )
-    cli.add_setting(
+    flags.add_setting(
         group, "--val-size", setting="data.val_size", metavar="N",
         help="images cut from train as val: a number, or a share such as 0.1 (default: 50,000, or a"
         " tenth where that is less); DIR/val is test",
     )
-    cli.add_setting(
+    flags.add_setting(
         group, "--dummy", setting="data.dummy", nargs="?", const=data.DUMMY_IMAGES, metavar="N",
         help="N images of noise instead of DIR (no N: as many as ImageNet)",
     )
-    cli.add_training_flags(parser, default, default_split="test")
+    flags.add_training_flags(parser, default, default_split="test")
     parser.add_argument(
         "--pretrained", nargs="?", const="", metavar="WEIGHTS",
         help="torchvision's trained weights for the backbone, downloaded once; by name, such as"
         " IMAGENET1K_V2 (no name: IMAGENET1K_V1)",
     )
-    cli.add_setting(
+    flags.add_setting(
         parser, "--gpu", setting="run.device", type=lambda number: f"cuda:{number}", metavar="N",
         help="the one GPU to use: short for --device cuda:N",
     )
     for flag in ("--multiprocessing-distributed", "--world-size", "--rank", "--dist-url",
                  "--dist-backend"):
-        parser.add_argument(flag, action=cli.Elsewhere, hint=TORCHRUN)
+        parser.add_argument(flag, action=flags.Elsewhere, hint=TORCHRUN)
     return parser
 
 
 def add_workers_flag(group: Any) -> None:
     """What training and evaluation share."""
-    cli.add_setting(
+    flags.add_setting(
         group, "-j", "--workers", setting="data.workers", metavar="N",
         help="processes that decode images on a machine (default: one per processor, at most 8 for"
         " each GPU)",

@@ -33,9 +33,10 @@ ORDER = (
     "records", "overthinking", "thresholds", "search", "guarantees", "cdl", "inference",
     "engine", "journal", "latency", "choosing", "report", "wording", "plots",
     "experiment",
-    "training", "trained", "classifier", "findings", "charts", "page", "evaluation",
+    "resuming", "epochs", "training",
+    "trained", "classifier", "findings", "charts", "page", "evaluation",
     "recipes", "labels",
-    "cli",
+    "flags", "cli",
     "compare", "predict", "export",
 )
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}

@@ -15,6 +15,7 @@ from scripts import finish, make_folders, run_main, start
 from torchvision import models
 
 from early_exit import checkpoint, cli
+from early_exit.engine import lr_at
 from early_exit.errors import UserError
 from imagenet import data, networks
 from imagenet import eval as evaluation
@@ -77,7 +78,7 @@ class TestFlags:
         config = settings()
         assert config.model.arch == "resnet50" and config.model.head == ("separable",)
         assert (config.optim.epochs, config.optim.batch_size, config.optim.lr) == (90, 256, 0.1)
-        rates = [cli.training.lr_at(config.optim, epoch) for epoch in (0, 29.9, 30, 60)]
+        rates = [lr_at(config.optim, epoch) for epoch in (0, 29.9, 30, 60)]
         assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
     @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from scripts import DOOR, TINY, at_batch, finish, run_main, start
 
 from cifar10 import trainer
-from early_exit import checkpoint, runtime, training
+from early_exit import checkpoint, epochs, runtime
 from early_exit.checkpoint import NAME, PREVIOUS
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -27,7 +27,8 @@ from early_exit.config import (
     RunConfig,
 )
 from early_exit.errors import UserError
-from early_exit.training import Position, train
+from early_exit.resuming import Position
+from early_exit.training import train
 
 
 def tiny_config(**run) -> Config:
@@ -210,14 +211,14 @@ class TestStopped:
         assert_same_run(tmp_path / "run", whole)
 
     def test_after_every_single_step(self, monkeypatch, whole, tmp_path):
-        original = training.leave_if_asked
+        original = epochs.leave_if_asked
 
         def stopping(*arguments, **options):
             if options:  # in training; val has nothing to undo
                 ask_to_stop()
             original(*arguments, **options)
 
-        monkeypatch.setattr(training, "leave_if_asked", stopping)
+        monkeypatch.setattr(epochs, "leave_if_asked", stopping)
         for _ in range(STEPS):
             with pytest.raises(runtime.Stopped):
                 go(tmp_path / "run")

@@ -14,7 +14,7 @@ import yaml
 from scripts import DOOR, TINY, few_digits, finish, run_main, start, tiny_network
 
 from cifar10 import trainer
-from early_exit import checkpoint, disk, experiment, training
+from early_exit import checkpoint, disk, epochs, experiment, training
 from early_exit import config as configs
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -264,13 +264,13 @@ class TestDivergence:
         """A function that makes the k'th loss of the run, training and val alike, not a number."""
 
         def arm(k: int) -> None:
-            calls, joint_loss = iter(range(1000)), training.joint_loss
+            calls, joint_loss = iter(range(1000)), epochs.joint_loss
 
             def broken(*arguments, **options):
                 loss = joint_loss(*arguments, **options)
                 return loss * math.nan if next(calls) == k else loss
 
-            monkeypatch.setattr(training, "joint_loss", broken)
+            monkeypatch.setattr(epochs, "joint_loss", broken)
 
         return arm
 

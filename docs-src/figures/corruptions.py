@@ -16,8 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cifar10.trainer import DOOR
-from early_exit.cli import EVALUATION
-from early_exit.evaluation import load_run
+from early_exit.trained import EVALUATION, load_run
 from early_exit.inference import infer
 from early_exit.policy import NEVER, Policy
 
