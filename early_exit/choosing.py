@@ -12,6 +12,7 @@ import torch
 from early_exit import cdl, guarantees, search, thresholds
 from early_exit.calibration import fit_temperature
 from early_exit.cost import Cost
+from early_exit.criteria import get_criterion, remembers
 from early_exit.errors import UserError
 from early_exit.guarantees import Guarantee
 from early_exit.latency import StageTimes
@@ -33,14 +34,16 @@ class Point:
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """What the thresholds are chosen for; exactly one of `max_drop`, `budget`, `thresholds`,
-    `latency`, `delta` and `risk` is given."""
+    `policy`, `latency`, `delta` and `risk` is given."""
 
     max_drop: float | None = None
-    """Fraction of accuracy given up against the final exit, on val."""
+    """Fraction of accuracy given up against the final exit, on val: 0.005 is half a point."""
     budget: float | None = None
-    """Share of the plain network's MACs, on val."""
+    """Share of the plain network's MACs, on val: 0.5 is half of them."""
     thresholds: tuple[float, ...] | None = None
     """One for all early exits, or one each."""
+    policy: Policy | None = None
+    """Given whole, with criterion and temperatures; a guarantee that it had is not taken over."""
     latency: tuple[float, str] | None = None
     """What a batch may take: seconds and "s", or a share of the plain network's and "share"."""
     delta: float | None = None
@@ -62,19 +65,26 @@ class Goal:
 
     def __post_init__(self) -> None:
         given = [
-            self.max_drop, self.budget, self.thresholds, self.latency, self.risk, self.delta
+            self.max_drop, self.budget, self.thresholds, self.policy, self.latency, self.risk,
+            self.delta,
         ]
         if sum(value is not None for value in given) != 1:
             raise UserError(
-                "choose one of --max-drop, --budget, --latency-budget, --thresholds, --risk and"
-                " --delta"
+                "choose one of --max-drop, --budget, --latency-budget, --thresholds, --policy,"
+                " --risk and --delta"
             )
+        get_criterion(self.criterion)
+        if self.policy is not None:
+            object.__setattr__(self, "criterion", self.policy.criterion)
+            object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
         if self.latency_batch < 1:
             raise UserError(f"--latency-batch must be at least 1, got {self.latency_batch}")
         if self.latency and self.latency[0] <= 0:
             raise UserError("--latency-budget must be positive")
-        if self.per_exit and (self.thresholds is not None or self.delta is not None):
-            raise UserError("--per-exit searches, and --thresholds and --delta give; drop one")
+        if self.per_exit and self.given:
+            raise UserError(
+                "--per-exit searches, and --thresholds, --policy and --delta give; drop one"
+            )
         if self.delta is not None and self.criterion != "max_prob":
             raise UserError(f"--delta is a probability; drop --criterion {self.criterion}")
         if self.delta is not None and not 0.5 <= self.delta < 1:
@@ -88,6 +98,11 @@ class Goal:
             raise UserError(f"--max-drop is {100 * self.max_drop:g} points; it lies in 0 to 100")
         if self.budget is not None and self.budget <= 0:
             raise UserError(f"--budget is {100 * self.budget:g} %; it must be positive")
+
+    @property
+    def given(self) -> bool:
+        """Whether the thresholds are given and not chosen."""
+        return any(value is not None for value in (self.thresholds, self.policy, self.delta))
 
     def __str__(self) -> str:
         each = " per exit" if self.per_exit else ""
@@ -104,6 +119,8 @@ class Goal:
         if self.risk is not None:
             how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
             return f"risk {100 * self.risk:g} points {self.loss} {how}{each}"
+        if self.policy is not None:
+            return "given policy"
         return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
 
 
@@ -116,6 +133,9 @@ def choose(
     """
     if goal.risk is not None:
         return _guaranteed(val, goal, cost)
+    if goal.policy is not None:
+        goal.policy.refuse_other_exits(val.info.exit_names, "the network")
+        return dataclasses.replace(goal.policy, guarantee=None)
     names = val.info.exit_names
     if goal.criterion == "entropy" and goal.thresholds and max(goal.thresholds) > 0:
         raise UserError(
@@ -146,21 +166,17 @@ def choose(
         threshold = thresholds.for_budget(curve, limit)
     if goal.per_exit:
         each, enabled = search.per_exit(
-            scored, price, key, threshold, enabled, _can_switch(policy)
+            scored, price, key, threshold, enabled, not remembers(policy.criterion)
         )
         return dataclasses.replace(policy, thresholds=each, enabled=enabled)
     return dataclasses.replace(policy, enabled=enabled).shared(threshold)
 
 
-def _can_switch(policy: Policy) -> bool:
-    """Whether the other exits say the same if one is off: patience counts what every exit says."""
-    return policy.criterion != "patience"
-
-
 def _that_pay(
     scored: Scores, policy: Policy, price: search.Price, key: search.Key
 ) -> tuple[bool, ...]:
-    return search.that_pay(scored, price, key) if _can_switch(policy) else policy.enabled
+    """Which exits to compute; all where the others would not say the same without one."""
+    return policy.enabled if remembers(policy.criterion) else search.that_pay(scored, price, key)
 
 
 def allowed(goal: Goal, times: StageTimes) -> float:

@@ -143,7 +143,6 @@ def load(
     overrides: settings that are changed, nested, as in a preset.
     """
     directory = evaluation_directory(Path(run), evaluation)
-    policy = Policy.load(directory / "policy.yaml")
     report = read_report(directory)
     if not report.get("door") and door is None:
         raise UserError(
@@ -151,7 +150,8 @@ def load(
             " Python: load(run, door=...)"
         )
     merged = configs.merge({"run": {**EVALUATION, "device": device}}, overrides or {})
-    door = door or find_door(report["door"])
+    door = door or find_door(report["door"])  # which may bring a criterion of its own
+    policy = Policy.load(directory / "policy.yaml")
     loaded = load_network(directory.parent.parent, door, merged)
     if report["weights"] != loaded.weights:
         raise UserError(

@@ -20,6 +20,7 @@ from early_exit.config import Config
 from early_exit.epochs import Diverged
 from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor
+from early_exit.policy import Policy
 from early_exit.runtime import Stopped, check_torchvision
 from early_exit.trained import EVALUATION
 
@@ -151,7 +152,8 @@ def goal_of(args: argparse.Namespace) -> Goal:
     """What the evaluation's flags ask for; nothing: half a point."""
     max_drop = args.max_drop
     goals = (
-        max_drop, args.budget, args.latency_budget, args.thresholds, args.risk, args.delta
+        max_drop, args.budget, args.latency_budget, args.thresholds, args.policy, args.risk,
+        args.delta,
     )
     if all(value is None for value in goals):
         max_drop = 0.5
@@ -163,11 +165,14 @@ def goal_of(args: argparse.Namespace) -> Goal:
         raise UserError("--epsilon goes with --delta")
     if args.confidence is not None and args.on_average:
         raise UserError("--on-average has no confidence; drop one of the two")
+    if args.policy and (args.criterion or args.no_calibration):
+        raise UserError("--policy brings its criterion and temperatures; drop the other flag")
     confidence = 95 if args.confidence is None else args.confidence
     return Goal(
         max_drop=None if max_drop is None else max_drop / 100,
         budget=None if args.budget is None else args.budget / 100,
         thresholds=None if args.thresholds is None else tuple(args.thresholds),
+        policy=args.policy and Policy.load(args.policy),
         risk=None if args.risk is None else args.risk / 100,
         confidence=None if args.on_average else confidence / 100,
         loss=args.loss or "wrong",
@@ -176,7 +181,7 @@ def goal_of(args: argparse.Namespace) -> Goal:
         per_exit=args.per_exit,
         latency=None if args.latency_budget is None else _latency(args.latency_budget),
         latency_batch=1 if args.latency_batch is None else args.latency_batch,
-        criterion=args.criterion,
+        criterion=args.criterion or "max_prob",
         calibrate=not args.no_calibration and args.delta is None,  # delta is of plain outputs
     )
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from early_exit.errors import UserError
+from early_exit.heads import HEADS
 
 Schedule = Literal["step", "cosine"]
 Regime = Literal["joint", "mixed", "frozen", "cdl"]
-Head = Literal["conv", "separable", "linear", "mixed_pool", "branch1", "branch2", "branch3"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 
 
@@ -54,14 +54,18 @@ class ModelConfig:
     """Name of the backbone."""
     exits: tuple[str, ...] | None = None
     """Blocks followed by an exit; absent: the arch's default; empty, or none: the plain network."""
-    head: tuple[Head, ...] = ("conv",)
-    """Kind of the early exits' heads: one, or one for each."""
+    head: tuple[str, ...] = ("conv",)
+    """Kind of the early exits' heads (`early_exit.heads.HEADS`): one, or one for each."""
     backbone: str | None = None
     """Checkpoint with the backbone's weights."""
 
     def __post_init__(self) -> None:
         if isinstance(self.head, str):
             object.__setattr__(self, "head", (self.head,))
+        for kind in self.head:
+            _require(
+                kind in HEADS, f"model.head is {kind!r}; choose one of {', '.join(HEADS)}"
+            )
         if self.exits and "none" in self.exits:
             _require(
                 self.exits == ("none",), "exits: none stands alone; it asks for the plain network"
@@ -257,17 +261,32 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass of type `cls` from nested values, converted by its fields' types."""
+    """A dataclass of type `cls` from nested values, converted by its fields' types. A section that
+    is given in part keeps the rest of its default in `cls`."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'the configuration'} must be a mapping, got {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints, defaults = typing.get_type_hints(cls), _default_sections(cls)
     converted = {}
     for key, value in values.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
             raise UserError(f"there is no setting {name!r}; {_nearest(str(key), where, hints)}")
+        if key in defaults and isinstance(value, Mapping):
+            value = merge(defaults[key], value)
         converted[key] = _convert(value, hints[key], name)
     return cls(**converted)
+
+
+def _default_sections(cls: type) -> dict[str, dict[str, Any]]:
+    """The values of the sections that a dataclass has where nothing is given."""
+    defaults = {
+        item.name: item.default_factory() if callable(item.default_factory) else item.default
+        for item in dataclasses.fields(cls)
+    }
+    return {
+        name: to_dict(default) for name, default in defaults.items()
+        if dataclasses.is_dataclass(default) and not isinstance(default, type)
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -58,10 +58,18 @@ CRITERIA: dict[str, Criterion] = {
     "margin": margin,
     "patience": patience,
 }
+"""By name. Another one is put in under its own, before a policy asks for it."""
 
 
 def get_criterion(name: str) -> Criterion:
-    """The criterion called `name`: max_prob, entropy, margin or patience."""
+    """The criterion called `name`."""
     if name not in CRITERIA:
         raise UserError(f"no criterion is called {name!r}; choose one of {', '.join(CRITERIA)}")
     return CRITERIA[name]
+
+
+def remembers(name: str) -> bool:
+    """Whether the criterion called `name` keeps a state, so that what it says at an exit depends on
+    which exits were computed before."""
+    _, _, state = get_criterion(name)(torch.zeros(1, 2), None)
+    return state is not None

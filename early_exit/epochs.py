@@ -29,7 +29,7 @@ from early_exit.engine import (
 )
 from early_exit.experiment import Phase
 from early_exit.journal import Journal, percents
-from early_exit.losses import joint_loss, weights_at
+from early_exit.losses import weights_at
 from early_exit.resuming import Position, Run, Trainee, put_back, save
 from early_exit.splits import Share, seed_of
 
@@ -146,7 +146,7 @@ def epoch_steps(
         forward,
         reseeded(batches, (config.run.seed, order), here.step, run.share),
         partial(
-            joint_loss,
+            run.loss,
             weights=weights_at(phase.weights, config.loss.start, here.epoch / optim.epochs),
             label_smoothing=optim.label_smoothing,
             distill=config.loss.distill,
@@ -255,7 +255,7 @@ def score_val(
     steps = score_batches(
         listed(network, phase),
         run.data.eval_batches("val", size, share),
-        partial(joint_loss, weights=phase.weights),
+        partial(run.loss, weights=phase.weights),
         partial(runtime.autocast, run.precision, run.device),
         scored,
     )

@@ -46,11 +46,11 @@ GALLERY = "The easiest and hardest images of each exit (wrong answers in bold)"
 
 
 def evaluate(
-    run_dir: Path,
+    run_dir: Path | str,
     door: FrontDoor,
     goal: Goal,
     *,
-    overrides: dict,
+    overrides: dict | None = None,
     val_from: str = "train",
     cut_seed: int = 0,
     cuts: int = 1,
@@ -60,14 +60,21 @@ def evaluate(
     live: bool = True,
     draw: bool = True,
 ) -> tuple[Report, Path]:
-    """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory."""
+    """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory.
+
+    overrides: settings of the run that are changed, nested, as in a preset. val_from, cut_seed,
+    cuts: as eval.py's flags. name: absent: made from the goal. batch_sizes: those that are timed,
+    on at most `timing_images` of test. live: whether test is really run, exits taken, and timed.
+    draw: whether pictures and the page are made.
+    """
     if distributed.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
     if cuts > 1 and val_from != "test":
         raise UserError("--cuts repeats the cut of the test set and goes with --val-from test")
     if draw:
         page.require()  # and not only after an hour
-    trained = load_run(run_dir, door, overrides)
+    run_dir = Path(run_dir)
+    trained = load_run(run_dir, door, overrides or {})
     val, test, data, val_words = val_and_test(trained, val_from, cut_seed)
     cost, network = trained.cost, trained.network
 
@@ -104,7 +111,8 @@ def evaluate(
         arch=trained.config.model.arch,
         regime=trained.config.run.regime,
         chosen_by=str(goal),
-        thresholds_given=goal.thresholds is not None or goal.delta is not None,
+        thresholds_given=goal.given,
+        policy_given=goal.policy is not None,
         criterion=goal.criterion,
         calibrated=goal.calibrate,
         val_from=val_words,

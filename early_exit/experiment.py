@@ -26,29 +26,54 @@ log = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """What a front door's data set offers (`early_exit.tensors.Data` is one)."""
+    """What a front door's data set offers. `early_exit.tensors.Data` is one, for images in memory;
+    of another kind is `imagenet.data.Data`."""
 
     name: str
     classes: tuple[str, ...]
+    """What each class index is called."""
     val_hash: str
-    test_hash: str
+    """Says which images are val; a checkpoint carries it."""
     mean: tuple[float, ...]
+    """Of each channel's pixels in [0, 1]; a checkpoint carries it."""
     std: tuple[float, ...]
-    eval_batch: int  # held-out images that go through the network at a time
+    eval_batch: int
+    """Held-out images that go through the network at a time."""
 
-    def to(self, device: torch.device, layout: torch.memory_format) -> "Data": ...
-    def normalised_by(self, normalisation: dict | None) -> "Data": ...
-    def size(self, split: str) -> int: ...
-    def steps_per_epoch(self, batch_size: int) -> int: ...
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
+        """The same data, giving batches on `device` and of that layout."""
+
+    def normalised_by(self, normalisation: dict | None) -> "Data":
+        """The same data with a checkpoint's {"mean": [...], "std": [...]}; None: its own."""
+
+    def size(self, split: str) -> int:
+        """How many images train, val or test has."""
+
+    def digest(self, split: str) -> str:
+        """Says what a split holds; a stored record of another digest is made anew."""
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in train, at least 1."""
+
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from `first_step` on, a pure function of seed, epoch and step:
+        images (B, C, H, W), normalised, and targets (B,); of each step its parts in `share`."""
+
     def eval_batches(
         self, split: str, batch_size: int, share: Share = WHOLE
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
-    def cut_test(self, seed: int) -> "Data": ...
-    def picture(self, split: str, index: int) -> np.ndarray: ...
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split's batches in order, not augmented; those that are in `share`."""
+
+    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of two stratified halves of test: the first to be val, the second test."""
+
+    def cut_test(self, seed: int) -> "Data":
+        """The same data whose val and test are the two halves of test."""
+
+    def picture(self, split: str, index: int) -> np.ndarray:
+        """One image as (H, W, 3) uint8."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,8 @@ class FrontDoor:
     """Networks without exits that others trained on the same data and that one could use instead
     of the configuration's; nothing where none are known. From the configuration and the number of
     classes."""
+    loss: Callable[..., Tensor] = joint_loss
+    """What training minimises, called as `early_exit.losses.joint_loss` is."""
     held_out: Callable[[Config, Image.Image], Image.Image] | None = None
     """What is done to an image file before the network sees it in an evaluation: RGB to RGB.
     Absent: its shorter side is brought to the network's, and the centre cut out."""

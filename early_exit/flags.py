@@ -256,6 +256,11 @@ def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
         " BranchyNet's T, as in --thresholds=-0.3",
     )
     goal.add_argument(
+        "--policy", type=Path, metavar="FILE",
+        help="given whole: criterion, temperatures, thresholds and switches, as in the policy.yaml"
+        " of an evaluation",
+    )
+    goal.add_argument(
         "--risk", type=float, metavar="POINTS",
         help="guaranteed: at most so many of a hundred images are lost against the full network"
         " (--loss), with a probability of --confidence; a fifth of val fits, the rest certifies",
@@ -291,7 +296,7 @@ def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
         + ", which takes no labels (default wrong)",
     )
     group.add_argument(
-        "--criterion", choices=list(CRITERIA), default="max_prob", metavar="NAME",
+        "--criterion", choices=list(CRITERIA), metavar="NAME",
         help=f"{', '.join(CRITERIA)} (default max_prob)",
     )
     group.add_argument(

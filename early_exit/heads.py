@@ -5,6 +5,7 @@ features (B, C, H, W) to logits (B, K).
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -139,11 +140,12 @@ class BranchHead(nn.Sequential):
 
 
 class TokenMap(nn.Module):
-    """Tokens (B, 1 + H * H, C), as a ViT's, to the map of the patches (B, C, H, H)."""
+    """Tokens (B, H * H, C), or (B, 1 + H * H, C) as a ViT's, to the map of the patches (B, C, H,
+    H). A class token is left out."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        patches = tokens[:, 1:].transpose(1, 2)  # (B, C, H * H), without the class token
-        side = math.isqrt(patches.shape[2])
+        side = math.isqrt(tokens.shape[1])
+        patches = tokens[:, -side * side :].transpose(1, 2)  # (B, C, H * H)
         return patches.unflatten(2, (side, side))
 
 
@@ -153,16 +155,30 @@ HEADS = {
     "branch2": partial(BranchHead, convs=2),
     "branch3": partial(BranchHead, convs=3),
 }
+"""By name, each called with the features' channels and the number of classes, a branch also with
+their side. Another kind is put in under its own name, before a configuration asks for it."""
 POOLED = ("linear", "mixed_pool", "branch1", "branch2", "branch3")  # to a grid
 
+HeadKind = str | Callable[[torch.Size, int], nn.Module]
+"""The name of a kind, or a function from the features' shape (1, ...) and the number of classes."""
 
-def build_head(kind: str, features: torch.Size, num_classes: int) -> nn.Module:
-    """The head called `kind` for features (B, C, H, W), or tokens (B, 1 + H * H, C), of that
-    shape."""
+
+def build_head(kind: HeadKind, features: torch.Size, num_classes: int) -> nn.Module:
+    """The head of that kind for features of that shape: maps (B, C, H, W), or tokens (B, H * H, C)
+    or (B, 1 + H * H, C). Raises UserError for a name that is not known, and for other features."""
+    if callable(kind):
+        return kind(features, num_classes)
     if kind not in HEADS:
         raise UserError(f"no head is called {kind!r}; choose one of {', '.join(HEADS)}")
-    tokens = len(features) == 3
-    channels, side = (features[2], math.isqrt(features[1])) if tokens else features[1:3]
+    side = math.isqrt(features[1])
+    tokens = len(features) == 3 and features[1] - side * side <= 1
+    if not tokens and len(features) != 4:
+        raise UserError(
+            f"the head {kind} takes maps (B, C, H, W) or a square of tokens (B, H * H, C), with or"
+            f" without a class token; the features here are {tuple(features)}: pass a function that"
+            " makes a head for them, or put the exit elsewhere"
+        )
+    channels, side = (features[2], side) if tokens else features[1:3]
     sized = {"side": side} if kind.startswith("branch") else {}
     head = HEADS[kind](channels, num_classes, **sized)
     return nn.Sequential(TokenMap(), head) if tokens else head

@@ -92,11 +92,7 @@ def infer(
     """
     if network.training:
         raise UserError("the network is in training mode; call network.eval() before inference")
-    if policy.exit_names != network.exit_names:
-        raise UserError(
-            f"the policy is for exits {', '.join(policy.exit_names)}, the network has"
-            f" {', '.join(network.exit_names)}; choose thresholds for this network"
-        )
+    policy.refuse_other_exits(network.exit_names, "the network")
     count = len(images)
     rows: Rows | None = Rows(torch.arange(count, device=images.device), images)
     left: list[tuple[int, Left]] = []

@@ -1,13 +1,13 @@
 """The multi-exit network: a backbone, untouched, with heads between its blocks."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from early_exit.errors import UserError
-from early_exit.heads import build_head
+from early_exit.heads import HeadKind, build_head
 
 FINAL = "final"
 
@@ -37,11 +37,15 @@ class MultiExitNetwork(nn.Module):
 
     backbone: the plain network; its parameters keep their names, under `backbone.`.
     units: its blocks in order, by name, the last being what classifies; applied one after the
-        other they must equal `backbone(images)`.
+        other they must equal `backbone(images)`, which is tried. What they train, and what differs
+        between training and evaluation, must be modules of the backbone.
     places: the units followed by an exit; `layer1` stands for the last of `layer1.0`, `layer1.1`...
-    head: the kind of head (`early_exit.heads`), or one for each place.
-    example: one image (1, 3, H, W); a dry run in eval mode gives each head its shape and moves no
-        buffer.
+    head: the kind of head (`early_exit.heads.HEADS`) or a function from the features' shape and the
+        number of classes to a module, for all exits; or one of these for each place.
+    example: one image (1, 3, H, W), of which only the shape counts; a dry run on noise in eval mode
+        gives each head its shape and moves no buffer.
+
+    Raises UserError where the units are not the backbone, or a place or a kind is not known.
 
     `stages` are views of the same modules, not registered, so the state dict holds `backbone` and
     `heads` alone.
@@ -55,17 +59,18 @@ class MultiExitNetwork(nn.Module):
         *,
         num_classes: int,
         example: Tensor,
-        head: str | Sequence[str] = "conv",
+        head: HeadKind | Sequence[HeadKind] = "conv",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
         kinds = kind_of_each(head, places)
-        shapes = _shapes_after(backbone, units, cuts.values(), example)
+        _refuse_foreign(backbone, units)
+        shapes = _shapes_after(backbone, units, example)
         self.heads = nn.ModuleDict(
             {
-                place.replace(".", "_"): build_head(kinds[place], shapes[cut], num_classes)
-                for place, cut in cuts.items()
+                key: build_head(kinds[place], shapes[cut], num_classes)
+                for (place, cut), key in zip(cuts.items(), _keys(cuts), strict=True)
             }
         )
         self.exit_names = (*cuts, FINAL)
@@ -120,9 +125,11 @@ def synchronise_norms(network: MultiExitNetwork) -> None:
                     setattr(parent, name, synchronised[child])
 
 
-def kind_of_each(head: str | Sequence[str], places: Sequence[str]) -> dict[str, str]:
+def kind_of_each(
+    head: HeadKind | Sequence[HeadKind], places: Sequence[str]
+) -> dict[str, HeadKind]:
     """The kind of head at each place, from one for all or one each."""
-    kinds = (head,) if isinstance(head, str) else tuple(head)
+    kinds = (head,) if isinstance(head, str) or callable(head) else tuple(head)
     if len(kinds) == 1 or not places:
         kinds = kinds[:1] * len(places)
     if len(kinds) != len(places):
@@ -163,21 +170,62 @@ def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str
     return dict(sorted(cuts.items(), key=lambda item: item[1]))
 
 
+def _keys(places: Iterable[str]) -> list[str]:
+    """The names of the heads in the state dict. Raises UserError where one is taken."""
+    keys = [place.replace(".", "_") for place in places]
+    for key in keys:
+        if key == FINAL or keys.count(key) > 1 or hasattr(nn.ModuleDict, key):
+            raise UserError(f"an exit cannot be called {key!r}, which is taken; rename its unit")
+    return keys
+
+
+def _refuse_foreign(backbone: nn.Module, units: Mapping[str, nn.Module]) -> None:
+    """Raises UserError for a unit with something of its own that learns, or that training and
+    evaluation do differently: only what the backbone has is trained, saved and switched."""
+    own = set(backbone.modules())
+    for name, unit in units.items():
+        for module in set(unit.modules()) - own:
+            keeps = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if keeps or isinstance(module, nn.modules.dropout._DropoutNd):
+                raise UserError(
+                    f"the unit {name} has a {type(module).__name__} that is no part of the backbone"
+                    " and would be neither trained nor saved; make it one of the backbone's modules"
+                )
+
+
 def _shapes_after(
-    backbone: nn.Module, units: Mapping[str, nn.Module], cuts: Sequence[int], example: Tensor
-) -> dict[int, torch.Size]:
-    """Shape of the features after each unit that is cut behind."""
+    backbone: nn.Module, units: Mapping[str, nn.Module], example: Tensor
+) -> list[torch.Size]:
+    """Shape of the features after each unit.
+
+    Raises UserError where the units one after the other are not the backbone.
+    """
     modes = {module: module.training for module in backbone.modules()}
-    wanted, shapes, features = set(cuts), {}, example
+    # noise: two networks may be alike on an even image
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    image = features = noise.to(example)
+    shapes = []
     try:
         with torch.no_grad():
-            for index, unit in enumerate(units.values()):
-                if len(shapes) == len(wanted):
-                    break
-                features = unit.eval()(features)
-                if index in wanted:
-                    shapes[index] = features.shape
+            whole = backbone.eval()(image)
+            for unit in units.values():
+                features = unit(features)
+                shapes.append(features.shape)
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if features.shape != whole.shape:
+        raise UserError(
+            f"the units one after the other give {tuple(features.shape)}, the backbone gives"
+            f" {tuple(whole.shape)}; every step of its forward must be in a unit"
+        )
+    if whole.is_meta:  # nothing was computed
+        return shapes
+    far = (features - whole).abs().max() / whole.abs().max().clamp_min(1e-12)
+    if far > 1e-3:
+        raise UserError(
+            f"the units one after the other are not the backbone: their logits differ by {far:.1%}"
+            " of the largest; every step of its forward must be in a unit, sums with what went"
+            " before and flattening too"
+        )
     return shapes

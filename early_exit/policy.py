@@ -70,6 +70,15 @@ class Policy:
         """How many exits there are, the final classifier included."""
         return len(self.exit_names)
 
+    def refuse_other_exits(self, names: Sequence[str], whose: str) -> None:
+        """Raises UserError where the policy is not for the exits `names`, which are those of
+        `whose`."""
+        if self.exit_names != tuple(names):
+            raise UserError(
+                f"the policy is for exits {', '.join(self.exit_names)}, {whose} has"
+                f" {', '.join(names)}; choose thresholds for these"
+            )
+
     def shared(self, threshold: float) -> "Policy":
         """The same policy with one threshold for all early exits; NEVER: nobody leaves early."""
         return dataclasses.replace(self, thresholds=(threshold,) * (self.num_exits - 1))
@@ -97,19 +106,19 @@ class Policy:
         """Which rows (B,) of early exit `exit_index` are sure enough to leave."""
         return score >= self.thresholds[exit_index]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes the policy as YAML."""
         values = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        write_text(Path(path), yaml.safe_dump(values, sort_keys=False))
 
     @classmethod
-    def load(cls, path: Path) -> "Policy":
+    def load(cls, path: Path | str) -> "Policy":
         """Reads what `save` wrote; equal to it, thresholds to the last bit."""
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.safe_load(Path(path).read_text())
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**values)
         except FileNotFoundError:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from early_exit.cost import Cost
 from early_exit.disk import made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.metrics import MANY_CLASSES, among5
@@ -30,6 +31,7 @@ class RecordInfo:
 
     split: str
     split_hash: str
+    """What the split holds, as the data says (`Data.digest`)."""
     exit_names: tuple[str, ...]
     stage_macs: tuple[int, ...]
     head_macs: tuple[int, ...]
@@ -60,6 +62,12 @@ class ExitRecord:
         """How many logits an exit gives."""
         return self.logits.shape[2]
 
+    @property
+    def cost(self) -> Cost:
+        """The network's price in MACs; its parameters are not in a record and count 0."""
+        info, none = self.info, (0,) * len(self.info.exit_names)
+        return Cost(info.exit_names, info.stage_macs, info.head_macs, 0, none)
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """All images, some at a time: which, and their logits (some, exits, classes)."""
         size = max(1, CHUNK_BYTES // (4 * self.logits.shape[1] * self.num_classes))
@@ -84,15 +92,16 @@ class ExitRecord:
         rows = slice(None) if self.rows is None else self.rows
         return torch.from_numpy(self.logits[rows, exit_index])
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | str) -> None:
         """Writes the record as a directory that appears whole."""
-        with made_whole(directory) as partial:
+        with made_whole(Path(directory)) as partial:
             np.save(partial / "logits.npy", self.logits)
             _write_rest(partial, self.targets, self.info)
 
     @classmethod
-    def load(cls, directory: Path) -> "ExitRecord":
+    def load(cls, directory: Path | str) -> "ExitRecord":
         """Reads what `save` wrote; a large one is mapped, not read."""
+        directory = Path(directory)
         try:
             info = json.loads((directory / "info.json").read_text())
             info = {k: tuple(v) if isinstance(v, list) else v for k, v in info.items()}
@@ -195,7 +204,8 @@ class Scores:
 
 def score_record(record: ExitRecord, policy: Policy) -> Scores:
     """Scores and answers of every exit of a record under a policy's criterion, temperatures and
-    switches; its thresholds play no part."""
+    switches; its thresholds play no part. Raises UserError for a policy of other exits."""
+    policy.refuse_other_exits(record.info.exit_names, "the record")
     shape = (len(record), policy.num_exits)
     scores = np.full(shape, -np.inf, np.float32)
     answers = np.zeros(shape, np.int64)

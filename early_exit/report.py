@@ -202,6 +202,8 @@ class Report:
     chosen_by: str
     thresholds_given: bool
     """Whether the user gave the thresholds, so that they were not chosen on val."""
+    policy_given: bool
+    """Whether the user gave all of the policy, so that nothing was fitted on val."""
     criterion: str
     calibrated: bool
     val_from: str

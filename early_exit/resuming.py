@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from early_exit import checkpoint, runtime
 from early_exit import config as configs
@@ -55,6 +56,8 @@ class Run:
     group: Group
     unseen_val: str | None
     """Hash of the val images if no weight has seen them."""
+    loss: Callable[..., Tensor]
+    """What is minimised, as in the front door."""
     last_good: str = "none was saved"
     """Where the newest whole checkpoint lies."""
 

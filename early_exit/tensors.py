@@ -5,6 +5,7 @@ function of its position: resuming in the middle of an epoch needs nothing but t
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from early_exit.errors import UserError
 from early_exit.pixels import ImageData
 from early_exit.splits import WHOLE, Share, halves, index_hash, seed_of, stratified
 
@@ -28,6 +30,14 @@ class ImageSet:
 
     images: Tensor
     targets: Tensor
+
+    def __post_init__(self) -> None:
+        images, targets = self.images, self.targets
+        if images.dtype != torch.uint8 or images.ndim != 4 or targets.shape != images.shape[:1]:
+            raise UserError(
+                f"images are (N, C, H, W) of uint8 and targets (N,), got {tuple(images.shape)} of"
+                f" {str(images.dtype).removeprefix('torch.')} and {tuple(targets.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -56,10 +66,13 @@ class Data(ImageData):
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 500
 
-    @property
-    def test_hash(self) -> str:
-        """Says which images are test."""
-        return f"{self.name} test"
+    def digest(self, split: str) -> str:
+        """Says what a split holds: a hash of its images and targets."""
+        part, content = self.splits[split], hashlib.sha256()
+        for tensor in (part.images, part.targets):
+            content.update(f"{tuple(tensor.shape)}".encode())
+            content.update(tensor.cpu().contiguous().numpy())
+        return content.hexdigest()[:16]
 
     def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
         """The same data with its tensors on `device`, giving batches of that layout."""
@@ -170,6 +183,8 @@ def cut(
     mean, std: of each channel's pixels in [0, 1]; absent: those of train as it is left.
     flip, pad: how images may be changed in training (`Data`).
     """
+    if not 0 < val_size < len(train):
+        raise UserError(f"val_size is {val_size} of {len(train)} images; leave some for training")
     val = stratified(train.targets.numpy(), val_size, split_seed)
     rest = train.subset(np.setdiff1d(np.arange(len(train)), val))
     if mean is None or std is None:

@@ -143,7 +143,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     data, network, cost = trained.data, trained.network, trained.cost
     info = RecordInfo(
         split=split,
-        split_hash=data.val_hash if split == "val" else data.test_hash,
+        split_hash=data.digest(split),
         exit_names=network.exit_names,
         stage_macs=cost.stage_macs,
         head_macs=cost.head_macs,

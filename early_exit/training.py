@@ -18,9 +18,11 @@ from early_exit.config import Config
 from early_exit.cost import network_cost
 from early_exit.disk import locked, write_text
 from early_exit.distributed import Group
+from early_exit.engine import Tally, make_optimizer
 from early_exit.epochs import walk
 from early_exit.errors import UserError
 from early_exit.experiment import (
+    Data,
     FrontDoor,
     Phase,
     layout,
@@ -29,8 +31,16 @@ from early_exit.experiment import (
     setup,
 )
 from early_exit.heads import POOLED
-from early_exit.network import synchronise_norms
-from early_exit.resuming import Run, find_resumed, nth_epoch, restore
+from early_exit.network import MultiExitNetwork, synchronise_norms
+from early_exit.resuming import (
+    Position,
+    Run,
+    Trainee,
+    find_resumed,
+    nth_epoch,
+    restore,
+    save,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +51,8 @@ def train(
     config: Config,
     door: FrontDoor,
     *,
-    runs: Path,
-    run_dir: Path | None = None,
+    runs: Path | str,
+    run_dir: Path | str | None = None,
     resume: str | None = None,
     start_epoch: int = 0,
     check: bool = False,
@@ -65,7 +75,7 @@ def train(
         network = door.build_network(config, len(data.classes))
         phases = plan_phases(config, network.num_exits)
         refuse_misfits(config, phases, data.size("train"), device, group)
-        directory = run_dir or default_run_dir(runs, config, network.exit_names)
+        directory = Path(run_dir or default_run_dir(Path(runs), config, network.exit_names))
         refuse_existing(directory, resume)
         refuse_unwritable(directory)
         with locked(directory) if group.leads and not check else nullcontext():
@@ -82,7 +92,7 @@ def train(
                 )
             run = Run(
                 config, data, network, network_cost(network), phases, directory, device, precision,
-                group, data.val_hash,
+                group, data.val_hash, door.loss,
             )
             place(run, state)
             position = restore(run, path, state) if state else nth_epoch(phases, start_epoch)
@@ -96,6 +106,46 @@ def train(
                 describe(run)
                 walk(run, position, state)
     return directory
+
+
+def adopt(
+    network: MultiExitNetwork,
+    door: FrontDoor,
+    config: Config,
+    data: Data,
+    run_dir: Path | str,
+    *,
+    val_unseen: bool = True,
+) -> Path:
+    """Makes a run directory of a network that was trained elsewhere, so that everything that takes
+    one takes it: evaluation, predict, export, compare. Returns it.
+
+    network: what `door` builds from `config`, trained on the train images of `data` and normalised
+    as they are. run_dir: where to; it must not exist. val_unseen: whether no weight has seen the
+    val images; if not, an evaluation asks for --val-from test.
+
+    Raises UserError where the door builds another network, and for a directory that exists.
+    """
+    run_dir = Path(run_dir)
+    refuse_existing(run_dir, None)
+    refuse_unwritable(run_dir)
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        twin = door.build_network(config, len(data.classes))
+    checkpoint.load_into(twin, network.state_dict(), Path("the network"))
+    device = next(network.parameters()).device
+    phases = plan_phases(config, network.num_exits)
+    run = Run(
+        config, data, network, network_cost(network), phases, run_dir, device, "off", Group(),
+        data.val_hash if val_unseen else None, door.loss,
+    )
+    trainee = Trainee(
+        Position(len(phases)), make_optimizer(network, phases[-1].optim),
+        torch.amp.GradScaler(device.type, enabled=False), Tally(network.num_exits, device), None,
+    )
+    with locked(run_dir):
+        write_settings(run)
+        save(run, trainee, trainee.position)
+    return run_dir
 
 
 def place(run: Run, state: dict[str, Any] | None) -> None:
@@ -125,7 +175,7 @@ def show_plan(run: Run) -> None:
 
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
     """runs/NAME, where the name says data set, network, exits, regime and seed."""
-    parts, early = [config.data.dataset, config.model.arch], list(exit_names[:-1])
+    parts, early = [config.data.dataset or "data", config.model.arch], list(exit_names[:-1])
     if len(early) > MOST_NAMED:  # a file system takes 255 letters
         early = [f"{len(early)}exits"]
     parts += [*early, config.run.regime] if early else ["plain"]

@@ -297,7 +297,7 @@ def _provenance(report: Report) -> str:
     return provenance(
         plain=len(report.exits) == 1,
         thresholds_given=report.thresholds_given,
-        calibrated=report.calibrated,
+        calibrated=report.calibrated and not report.policy_given,
         cdl=report.cdl is not None,
         val_images=report.val_images,
         val_from=report.val_from,

@@ -256,7 +256,6 @@ class Data(ImageData):
     """Per split, the source (train or test) and the rows of it."""
     val_hash: str
     """Says which images are val; a checkpoint carries it."""
-    test_hash: str
     workers: int
     bad_files: int
     mean: tuple[float, ...] = MEAN
@@ -279,6 +278,11 @@ class Data(ImageData):
     def size(self, split: str) -> int:
         """How many images a split has."""
         return len(self.splits[split][1])
+
+    def digest(self, split: str) -> str:
+        """Says which files a split holds: a hash of their names."""
+        source, rows = self.splits[split]
+        return index_hash(self.images.sources[source].digest, rows)
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int = 0, share: Share = WHOLE
@@ -353,9 +357,8 @@ class Data(ImageData):
         chosen, rest = self.test_halves(seed)
         source, rows = self.splits["test"]
         splits = {**self.splits, "val": (source, rows[chosen]), "test": (source, rows[rest])}
-        return dataclasses.replace(
-            self, splits=splits, val_hash=index_hash(self.test_hash, chosen)
-        )
+        val_hash = index_hash(f"{self.images.sources[source].digest} test", chosen)
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
 
     def picture(self, split: str, index: int) -> np.ndarray:
         """One image as (H, W, 3) uint8."""
@@ -396,7 +399,6 @@ def load(config: FolderConfig) -> Data:
         images=Images({"train": train, "test": test}, config),
         splits={"train": ("train", rest), "val": ("train", val), "test": ("test", everything)},
         val_hash=index_hash(train.digest, val),
-        test_hash=f"{test.digest} test",
         workers=_workers(config),
         bad_files=config.bad_files,
     )

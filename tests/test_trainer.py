@@ -1,5 +1,6 @@
 """The CIFAR trainer: flags, mistakes, regimes, and what a run leaves behind."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ import yaml
 from scripts import DOOR, TINY, few_digits, finish, run_main, start, tiny_network
 
 from cifar10 import trainer
-from early_exit import checkpoint, disk, epochs, experiment, training
+from early_exit import checkpoint, disk, experiment, training
 from early_exit import config as configs
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -27,6 +28,7 @@ from early_exit.config import (
 )
 from early_exit.errors import UserError
 from early_exit.experiment import FrontDoor, Phase, plan_phases
+from early_exit.losses import joint_loss
 
 
 @pytest.fixture(autouse=True)
@@ -264,13 +266,13 @@ class TestDivergence:
         """A function that makes the k'th loss of the run, training and val alike, not a number."""
 
         def arm(k: int) -> None:
-            calls, joint_loss = iter(range(1000)), epochs.joint_loss
+            calls = iter(range(1000))
 
             def broken(*arguments, **options):
                 loss = joint_loss(*arguments, **options)
                 return loss * math.nan if next(calls) == k else loss
 
-            monkeypatch.setattr(epochs, "joint_loss", broken)
+            monkeypatch.setattr(trainer, "DOOR", dataclasses.replace(DOOR, loss=broken))
 
         return arm
 

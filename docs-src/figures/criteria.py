@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from early_exit.choosing import Goal, choose, outcome
-from early_exit.cost import Cost
 from early_exit.metrics import mean_std
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
@@ -60,12 +59,6 @@ def records(args: argparse.Namespace) -> list[tuple[ExitRecord | None, ExitRecor
     ]
 
 
-def cost_of(record: ExitRecord) -> Cost:
-    """The network's price, as far as a record knows it."""
-    info = record.info
-    return Cost(info.exit_names, info.stage_macs, info.head_macs, 0, (0,) * len(info.exit_names))
-
-
 def cut(val: ExitRecord | None, test: ExitRecord, seed: int) -> tuple[ExitRecord, ExitRecord]:
     """What is chosen on, and what is shown."""
     rows, rest = halves((val or test).targets, seed)
@@ -81,7 +74,7 @@ def over_cuts(
     run, of what is chosen there."""
     outcomes = []
     for val, test in runs:
-        cost = cost_of(test)
+        cost = test.cost
         for seed in range(CUTS):
             chosen_on, shown_on = cut(val, test, seed)
             policy = choice(chosen_on, cost=cost)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from criteria import cost_of
 from matplotlib.figure import Figure
 
 from early_exit.disk import written_whole
@@ -47,7 +46,7 @@ def main() -> None:
     risk, confidence = args.risk / 100, args.confidence / 100
 
     val, test = (ExitRecord.load(args.run / "records" / f"{name}-off") for name in ("val", "test"))
-    cost, (rows, _) = cost_of(val), fit_and_certify(val)
+    cost, (rows, _) = val.cost, fit_and_certify(val)
     policies = ladder(val.subset(rows, "val", ""), Goal(risk=risk), cost)
     scored = score_record(test, policies[0])
     lost = losses_of(scored, policies, "wrong")

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from criteria import cost_of, record_parser, records
+from criteria import record_parser, records
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
@@ -59,7 +59,7 @@ def main() -> None:
     """Reads, draws and prints."""
     args = parser().parse_args()
     ((val, test),) = records(args)
-    val, cost = val or test, cost_of(test)
+    val, cost = val or test, test.cost
     surprise, rows = surprise_of(test), np.arange(len(test))
     chosen = choose(val, Goal(max_drop=0.005), cost)
     scored = score_record(test, chosen)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from criteria import CUTS, cost_of, cut, record_parser, records
+from criteria import CUTS, cut, record_parser, records
 from matplotlib.figure import Figure
 
 from early_exit.choosing import Goal, choose, outcome
@@ -78,7 +78,7 @@ def main() -> None:
     """Reads, draws and prints."""
     args = parser().parse_args()
     ((whole_val, whole_test),) = records(args)
-    cost = cost_of(whole_test)
+    cost = whole_test.cost
     early = len(cost.exit_names) - 1
     alone: list[list[tuple[float, float]]] = [[] for _ in range(early)]
     several: list[list[tuple[float, float, str]]] = []

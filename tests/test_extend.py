@@ -1,0 +1,473 @@
+"""What users bring along: their own network, head, criterion, data, loss, training loop, policy."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scripts import DOOR, few_digits, refusal, tiny_network, tiny_run
+from torch import Tensor, nn
+
+from early_exit import checkpoint, criteria, heads
+from early_exit.choosing import Goal, choose, outcome
+from early_exit.classifier import load
+from early_exit.config import Config, ModelConfig, OptimConfig, RunConfig
+from early_exit.config import build as build_config
+from early_exit.cost import network_cost
+from early_exit.evaluation import evaluate
+from early_exit.inference import infer
+from early_exit.losses import joint_loss
+from early_exit.network import MultiExitNetwork
+from early_exit.policy import Policy
+from early_exit.records import ExitRecord, replay, score_record
+from early_exit.tensors import ImageSet, cut
+from early_exit.training import adopt, default_run_dir, train
+
+CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}
+
+
+def quickly(run: Path | str, door=DOOR, goal: Goal | None = None, **options) -> dict:
+    """The report of an evaluation without clock and pictures, as written."""
+    goal = goal or Goal(max_drop=0.01)
+    options = {"overrides": CPU, "live": False, "draw": False, **options}
+    _, directory = evaluate(run, door, goal, **options)
+    return json.loads((directory / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run with two early exits, evaluated. Not to be changed."""
+    directory = tiny_run(tmp_path_factory.mktemp("extend") / "run", DOOR)
+    quickly(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of `finished`, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+class Cut(nn.Module):
+    """A network whose forward does something between its modules."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.body = nn.Conv2d(4, 4, 3, padding=1)
+        self.end = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        return self.end(features + self.scale * self.body(features))
+
+
+class Sum(nn.Module):
+    """The block of `Cut` that is no module there."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.body(features)
+
+
+def with_units(backbone: nn.Module, head="linear", places=("stem",), **units) -> MultiExitNetwork:
+    """`backbone` as a multi-exit network of `units`, for five classes."""
+    return MultiExitNetwork(
+        backbone, units, places, head=head, num_classes=5, example=torch.zeros(1, 3, 8, 8)
+    )
+
+
+class TestNetwork:
+    def test_a_unit_may_say_what_the_forward_does(self):
+        net = Cut()
+        made = with_units(net, stem=net.stem, body=Sum(net.body), end=net.end).eval()
+        images = torch.rand(3, 3, 8, 8)
+        torch.testing.assert_close(made(images)[-1], net(images))
+
+    def test_a_step_that_no_unit_takes_is_noticed(self):
+        net = Cut()
+        said = refusal(with_units, net, stem=net.stem, body=net.body, end=net.end)
+        assert said.startswith("the units one after the other are not the backbone: their logits")
+
+    def test_so_is_one_that_is_only_slightly_another(self):
+        net = Cut(scale=1.1)
+        said = refusal(with_units, net, stem=net.stem, body=Sum(net.body), end=net.end)
+        assert "are not the backbone" in said
+
+    def test_a_flattening_that_no_unit_does(self):
+        net = Cut()
+        said = refusal(with_units, net, stem=net.stem, body=Sum(net.body))
+        assert said == (
+            "the units one after the other give (1, 4, 8, 8), the backbone gives (1, 5);"
+            " every step of its forward must be in a unit"
+        )
+
+    @pytest.mark.parametrize(
+        "foreign", [nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Dropout(0.5), nn.Dropout2d(0.5)]
+    )
+    def test_what_the_backbone_has_not_would_not_be_trained_or_switched(self, foreign):
+        net = Cut()
+        stem = nn.Sequential(net.stem, foreign)
+        said = refusal(with_units, net, stem=stem, body=Sum(net.body), end=net.end)
+        name = type(foreign).__name__
+        assert said.startswith(f"the unit stem has a {name} that is no part of the backbone")
+
+    def test_what_keeps_nothing_may_be_anybodys(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+        end = nn.Sequential(nn.Flatten(), net[2])
+        assert with_units(net, stem=net[0], end=end).num_exits == 2
+
+    @pytest.mark.parametrize("taken", ["final", "keys"])
+    def test_an_exit_whose_name_is_taken(self, taken):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+        units = {taken: net[0], "flat": net[1], "end": net[2]}
+        assert taken in refusal(with_units, net, places=(taken,), **units)
+
+    def test_two_exits_of_one_key(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        units = {"a.b": net[0], "a_b": net[1], "flat": net[2], "end": net[3]}
+        said = refusal(with_units, net, places=("a.b", "a_b"), **units)
+        assert said == "an exit cannot be called 'a_b', which is taken; rename its unit"
+
+
+class TestHead:
+    def test_a_function_from_the_features_shape(self):
+        net, shapes = Cut(), []
+
+        def head(features: torch.Size, num_classes: int) -> nn.Module:
+            shapes.append(features)
+            size = features[1:].numel()
+            return nn.Sequential(nn.Flatten(), nn.Linear(size, num_classes))
+
+        made = with_units(net, head, stem=net.stem, body=Sum(net.body), end=net.end).eval()
+        assert shapes == [torch.Size((1, 4, 8, 8))]
+        assert [said.shape for said in made(torch.rand(2, 3, 8, 8))] == [(2, 5), (2, 5)]
+
+    def test_one_for_each_place_some_by_name(self):
+        net = Cut()
+        kinds = ["conv", lambda features, classes: heads.LinearHead(features[1], classes)]
+        units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
+        made = with_units(net, kinds, ("stem", "body"), **units)
+        assert [type(head) for head in made.heads.values()] == [heads.ConvHead, heads.LinearHead]
+
+    @pytest.mark.parametrize("count", [16, 17])
+    def test_tokens_with_and_without_a_class_token(self, count):
+        tokens = torch.rand(2, count, 6)
+        laid_out = heads.TokenMap()(tokens)
+        assert laid_out.shape == (2, 6, 4, 4)
+        assert torch.equal(laid_out[:, :, 0, 0], tokens[:, count - 16])
+        assert torch.equal(laid_out[:, :, 3, 3], tokens[:, -1])
+        head = heads.build_head("linear", tokens[:1].shape, 5).eval()
+        assert head(tokens).shape == (2, 5)
+
+    @pytest.mark.parametrize("shape", [(1, 6), (1, 18, 6), (1, 2, 3, 4, 5)])
+    def test_features_that_no_kind_is_made_for(self, shape):
+        said = refusal(heads.build_head, "conv", torch.Size(shape), 5)
+        assert str(shape) in said
+        assert "pass a function that makes a head for them" in said
+
+    def test_a_kind_of_ones_own_by_name_from_training_to_classifying(self, monkeypatch, tmp_path):
+        assert "choose one of conv" in refusal(ModelConfig, head="means")
+        monkeypatch.setitem(heads.HEADS, "means", Means)
+        run = tiny_run(tmp_path / "run", DOOR, head="means")
+        quickly(run, name="mine")
+        assert type(load(run, "mine", door=DOOR, device="cpu").loaded.network.stages[0].head) is (
+            Means
+        )
+
+
+class Means(nn.Sequential):
+    """A linear layer on every channel's mean."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        pooling = nn.AdaptiveAvgPool2d(1)
+        super().__init__(pooling, nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def logit_energy(logits: Tensor, state: None = None) -> tuple[Tensor, Tensor, None]:
+    """log sum exp of the logits (Liu et al., arXiv:2010.03759)."""
+    return logits, logits.logsumexp(dim=-1), None
+
+
+def votes(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """How many exits so far say what this one says. state: (B, K), votes for each class."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    state = torch.zeros_like(logits) if state is None else state
+    state = state.scatter_add(1, best, torch.ones_like(best, dtype=logits.dtype))
+    return logits, state.gather(1, best).squeeze(1), state
+
+
+@pytest.fixture
+def own_criteria(monkeypatch) -> Iterator[None]:
+    """`logit_energy` and `votes`, known by their names."""
+    for criterion in (logit_energy, votes):
+        monkeypatch.setitem(criteria.CRITERIA, criterion.__name__, criterion)
+
+
+@pytest.mark.usefixtures("own_criteria")
+class TestCriterion:
+    def test_it_remembers_if_it_keeps_a_state(self):
+        kept = [name for name in criteria.CRITERIA if criteria.remembers(name)]
+        assert kept == ["patience", "votes"]
+
+    @pytest.mark.parametrize("criterion", ["logit_energy", "votes"])
+    def test_live_equals_replay(self, trained_net, images, stored, criterion):
+        policy = Policy(
+            exit_names=trained_net.exit_names, thresholds=(2.0, 2.0, 2.0), criterion=criterion
+        )
+        answers, replayed = infer(trained_net, images, policy), replay(stored, policy)
+        assert len({*replayed.exit_index}) > 1
+        near = abs(score_record(stored, policy).scores[:, :3] - 2.0).min(axis=1) < 1e-5
+        sure = ~near if criterion == "logit_energy" else np.ones(len(images), bool)
+        assert sure.mean() > 0.9
+        assert (answers.exit_index.numpy() == replayed.exit_index)[sure].all()
+
+    @pytest.mark.parametrize("criterion", ["patience", "votes"])
+    @pytest.mark.parametrize("goal", [{"budget": 0.8}, {"max_drop": 0.02}])
+    def test_no_exit_is_switched_off_under_one_that_remembers(self, stored, criterion, goal):
+        """The scores that are chosen from would not be the ones of the fewer exits."""
+        cost = dataclasses.replace(
+            stored.cost, stage_macs=(100, 100, 100, 100), head_macs=(1, 90, 1, 0)
+        )
+        assert not all(choose(stored, Goal(**goal), cost).enabled)  # the test can fail
+        policy = choose(stored, Goal(**goal, criterion=criterion), cost)
+        assert all(policy.enabled)
+        point, _ = outcome(score_record(stored, policy), policy, cost)
+        final = score_record(stored, policy).right[:, -1].mean()
+        kept = point.macs_share <= 0.8 if "budget" in goal else point.accuracy >= final - 0.02
+        assert kept
+
+    def test_it_reaches_evaluation_and_classifier(self, copy):
+        quickly(copy, goal=Goal(max_drop=0.05, criterion="logit_energy"), name="mine")
+        assert load(copy, "mine", door=DOOR, device="cpu").policy.criterion == "logit_energy"
+
+    def test_a_goal_asks_for_one_that_is_known(self):
+        assert "no criterion is called 'vote'" in refusal(Goal, budget=0.5, criterion="vote")
+
+
+def test_the_front_doors_module_may_bring_the_criterion(copy, monkeypatch, tmp_path):
+    monkeypatch.setitem(criteria.CRITERIA, "brought", logit_energy)
+    door = dataclasses.replace(DOOR, name="brings_a_criterion:DOOR")
+    quickly(copy, door, Goal(max_drop=0.05, criterion="brought"), name="mine")
+    del criteria.CRITERIA["brought"]
+    (tmp_path / "brings_a_criterion.py").write_text(
+        "from early_exit.criteria import CRITERIA, max_prob\nfrom scripts import DOOR\n"
+        "CRITERIA['brought'] = max_prob\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert load(copy, "mine", device="cpu").policy.criterion == "brought"
+    finally:
+        sys.modules.pop("brings_a_criterion", None)
+        criteria.CRITERIA.pop("brought", None)
+
+
+def test_another_policys_exits_are_refused(stored):
+    policy = Policy(exit_names=("a", "b", "c", "final"), thresholds=(0.5,) * 3)
+    for call in (replay, score_record):
+        said = refusal(call, stored, policy)
+        assert said.startswith("the policy is for exits a, b, c, final, the record has stem, ")
+
+
+class TestData:
+    def test_a_split_is_told_apart_by_its_images_and_targets(self):
+        data = few_digits(0)
+        part = data.splits["test"]
+        images, targets = part.images.clone(), part.targets.clone()
+        images[7, 0, 3, 3] += 1
+        targets[7] = (targets[7] + 1) % 10
+        others = [
+            ImageSet(images, part.targets), ImageSet(part.images, targets),
+            part.subset(np.arange(59)),
+        ]
+        hashes = {data.digest("test")}
+        for other in others:
+            splits = {**data.splits, "test": other}
+            hashes.add(dataclasses.replace(data, splits=splits).digest("test"))
+        assert len(hashes) == 4
+        twin = ImageSet(part.images.clone(), part.targets.clone())
+        again = dataclasses.replace(data, splits={**data.splits, "test": twin})
+        assert again.digest("test") == data.digest("test")
+        assert data.digest("val") != data.digest("test")
+
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_records_of_images_that_changed_are_made_anew(self, copy, split):
+        """Under the same name, of the same number: only their content tells them apart."""
+        data = few_digits(0)
+        part = data.splits[split]
+        noise = torch.randint(
+            256, part.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        splits = {**data.splits, split: ImageSet(noise, part.targets)}
+        changed = dataclasses.replace(data, splits=splits)
+        stored = ExitRecord.load(str(copy / "records" / f"{split}-off")).logits
+        quickly(copy, dataclasses.replace(DOOR, load_data=lambda settings: changed))
+        now = ExitRecord.load(copy / "records" / f"{split}-off").logits
+        assert not np.isclose(stored, now).all(axis=(1, 2)).any()
+
+    @pytest.mark.parametrize(
+        ("images", "targets"),
+        [
+            (torch.zeros(4, 3, 8, 8), torch.zeros(4)),
+            (torch.zeros(4, 8, 8, dtype=torch.uint8), torch.zeros(4)),
+            (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(5)),
+        ],
+    )
+    def test_images_that_are_none(self, images, targets):
+        assert "images are (N, C, H, W) of uint8" in refusal(ImageSet, images, targets.long())
+
+    @pytest.mark.parametrize("size", [0, 60, 61])
+    def test_a_val_that_leaves_nothing(self, size):
+        part = few_digits(0).splits["test"]
+        said = refusal(cut, "some", part, part, list("0123456789"), val_size=size)
+        assert said == f"val_size is {size} of 60 images; leave some for training"
+
+
+class TestLoss:
+    def test_it_is_what_training_minimises(self, tmp_path):
+        calls = []
+
+        def final_alone(logits, target, weights, **settings):
+            calls.append((len(logits), tuple(weights), settings))
+            return joint_loss(logits[-1:], target, weights[-1:])
+
+        door = dataclasses.replace(DOOR, loss=final_alone)
+        run = tiny_run(tmp_path / "run", door)
+        assert len(calls) == 2 * (6 + 1)  # steps, and val
+        assert {(number, weights) for number, weights, _ in calls} == {(3, (1.0, 1.0, 1.0))}
+        # what no gradient reached is as it was drawn, but for the decay and BatchNorm's statistics
+        torch.manual_seed(0)
+        drawn = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).state_dict()
+        trained = checkpoint.load(run)["network"]
+        name = "heads.layer1.5.weight"
+        cosine = nn.functional.cosine_similarity(trained[name], drawn[name]).min()
+        assert cosine > 1 - 1e-6
+        assert not torch.equal(trained["backbone.linear.weight"], drawn["backbone.linear.weight"])
+
+
+class TestAdopt:
+    CONFIG = Config(
+        model=ModelConfig(exits=("layer1", "layer2")), optim=OptimConfig(batch_size=8),
+        run=RunConfig(device="cpu", threads=1),
+    )
+
+    @pytest.fixture
+    def taught(self) -> MultiExitNetwork:
+        """A network that a loop of its own has trained for a few steps with Adam."""
+        torch.manual_seed(3)
+        data, network = few_digits(0), tiny_network(self.CONFIG, 10).train()
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        for images, targets in data.train_batches(8, seed=0, epoch=0):
+            optimizer.zero_grad()
+            joint_loss(network(images), targets, (1.0, 1.0, 1.0)).backward()
+            optimizer.step()
+        return network.eval()
+
+    def test_what_was_trained_elsewhere_is_evaluated_and_used(self, taught, tmp_path):
+        data = few_digits(0)
+        run = adopt(taught, DOOR, self.CONFIG, data, str(tmp_path / "run"))
+        report = quickly(run, name="mine", live=True, batch_sizes=(1,), timing_images=4)
+        assert report["weights"].endswith("of the last epoch")
+        assert report["live"]["differing_beyond_rounding"] == 0
+        record = ExitRecord.load(run / "records" / "test-off")
+        images = torch.cat([images for images, _ in data.eval_batches("test", 500)])
+        with torch.no_grad():
+            said = torch.stack(taught(images), dim=1)
+        torch.testing.assert_close(torch.from_numpy(record.logits), said, rtol=1e-4, atol=1e-4)
+        classify = load(run, "mine", door=DOOR, device="cpu")
+        assert len(classify.answer(images[:3]).classes) == 3
+
+    def test_it_is_a_finished_run(self, taught, tmp_path, caplog):
+        run = adopt(taught, DOOR, self.CONFIG, few_digits(0), tmp_path / "run")
+        before = (run / checkpoint.NAME).read_bytes()
+        with caplog.at_level("INFO"):
+            train(self.CONFIG, DOOR, runs=tmp_path, run_dir=run, resume="auto")
+        assert f"{run} is trained already" in caplog.messages
+        assert (run / checkpoint.NAME).read_bytes() == before
+
+    def test_seen_val_is_not_fitted_on(self, taught, tmp_path):
+        data = few_digits(0)
+        run = adopt(taught, DOOR, self.CONFIG, data, tmp_path / "run", val_unseen=False)
+        assert "pass --val-from test" in refusal(quickly, run)
+        assert quickly(run, val_from="test")["val_images"] == 30
+
+    def test_another_network_than_the_doors(self, taught, tmp_path):
+        other = Config(model=ModelConfig(exits=("layer1",)))
+        said = refusal(adopt, taught, DOOR, other, few_digits(0), tmp_path / "run")
+        assert said.startswith("the network holds 'heads.layer2")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_directory_that_is_there(self, taught, finished):
+        said = refusal(adopt, taught, DOOR, self.CONFIG, few_digits(0), finished)
+        assert f"{finished} exists" in said
+
+    def test_the_callers_chance_is_left_alone(self, taught, tmp_path):
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        adopt(taught, DOOR, self.CONFIG, few_digits(0), tmp_path / "run")
+        assert torch.equal(torch.rand(3), expected)
+
+
+class TestPolicy:
+    OWN = Policy(
+        exit_names=("layer1", "layer2", "final"), thresholds=(-0.4, -1.5), criterion="entropy",
+        temperatures=(2.0, 1.5, 1.0), enabled=(True, False), guarantee={"risk": 0.1},
+    )
+
+    def test_it_is_taken_whole_without_its_guarantee(self, finished):
+        val = ExitRecord.load(finished / "records" / "val-off")
+        chosen = choose(val, Goal(policy=self.OWN), val.cost)
+        assert chosen == dataclasses.replace(self.OWN, guarantee=None)
+
+    def test_the_report_says_that_nothing_was_fitted(self, copy):
+        _, directory = evaluate(
+            str(copy), DOOR, Goal(policy=self.OWN), overrides=CPU, live=False, draw=False
+        )
+        page = (directory / "report.md").read_text()
+        assert directory.name == "given-policy-entropy"
+        assert Policy.load(str(directory / "policy.yaml")).temperatures == (2.0, 1.5, 1.0)
+        assert "Nothing was fitted on 40 images of val" in page
+        assert "criterion: entropy, with temperature scaling" in page
+
+    def test_other_exits(self, copy):
+        other = Policy(exit_names=("layer1", "final"), thresholds=(0.5,))
+        assert "the network has layer1, layer2, final" in refusal(
+            quickly, copy, goal=Goal(policy=other)
+        )
+
+    def test_it_is_a_goal_like_the_others(self):
+        assert "choose one of" in refusal(Goal, policy=self.OWN, budget=0.5)
+        assert "--per-exit searches" in refusal(Goal, policy=self.OWN, per_exit=True)
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_default():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Short(Config):
+        optim: OptimConfig = OptimConfig(epochs=2, batch_size=16)
+
+    built = build_config(Short, {"optim": {"lr": "1e-4"}}).optim
+    assert (built.epochs, built.batch_size, built.lr) == (2, 16, 1e-4)
+    assert build_config(Config, {"optim": {"lr": 0.2}}).optim == OptimConfig(lr=0.2)
+
+
+def test_a_record_knows_its_price(finished):
+    record = ExitRecord.load(finished / "records" / "test-off")
+    network = tiny_network(TestAdopt.CONFIG, 10)
+    cost = network_cost(network)
+    assert record.cost.cumulative() == cost.cumulative()
+    assert record.cost.shares((True, False)) == cost.shares((True, False))
+
+
+def test_a_run_directory_has_a_name_without_a_data_set():
+    path = default_run_dir(Path("runs"), Config(), ("layer1", "final"))
+    assert path == Path("runs/data-resnet32-layer1-joint-seed0")
