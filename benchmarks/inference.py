@@ -42,6 +42,7 @@ def policy_that_lets_leave(
         scores = policy.score(exit_index, logits[:, exit_index])[1]
         count = round(share * len(images))
         ranked = scores[~left].sort(descending=True).values
+        count = min(count, len(ranked))  # shares are rounded
         thresholds.append(float(ranked[count - 1]) if count else NEVER)
         left |= scores >= thresholds[-1]
     return Policy(

@@ -22,6 +22,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """
     low, high = map(math.log, LIMITS)
     below, above = (_excess(logits, target, limit) for limit in LIMITS)
+    if max(abs(below), abs(above)) <= 1e-6 * float(logits.abs().max()):
+        return 1.0  # no temperature is better than another, as where all logits are alike
     if below <= 0 or above >= 0:  # the best lies at a limit, or beyond it
         return LIMITS[0] if below <= 0 else LIMITS[1]
     enough, kept = PRECISION * max(1.0, below), None

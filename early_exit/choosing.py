@@ -4,6 +4,7 @@ Everything is fitted on the record that is given; `choose` is given val and noth
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,8 @@ class Goal:
         if self.policy is not None:
             object.__setattr__(self, "criterion", self.policy.criterion)
             object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
+        if -math.inf in (self.thresholds or self.policy and self.policy.thresholds or ()):
+            raise UserError("a threshold is minus infinity; give a number below every score")
         if self.latency_batch < 1:
             raise UserError(f"--latency-batch must be at least 1, got {self.latency_batch}")
         if self.latency and self.latency[0] <= 0:
@@ -89,8 +92,8 @@ class Goal:
             raise UserError(f"--delta is a probability; drop --criterion {self.criterion}")
         if self.delta is not None and not 0.5 <= self.delta < 1:
             raise UserError(f"--delta lies in 0.5 to below 1, got {self.delta:g}")
-        if self.epsilon < 0:
-            raise UserError(f"--epsilon must not be negative, got {100 * self.epsilon:g}")
+        if not 0 <= self.epsilon < math.inf:
+            raise UserError(f"--epsilon must be at least 0, got {100 * self.epsilon:g}")
         for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{flag} is {100 * value:g}; it lies between 0 and 100")
@@ -227,7 +230,7 @@ def _guaranteed(val: ExitRecord, goal: Goal, cost: Cost) -> Policy:
 def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
     """The images of val that a guarantee's policies are fitted on, and those that certify."""
     order = np.random.default_rng(0).permutation(len(val))
-    cut = round(FIT_SHARE * len(val))
+    cut = max(1, round(FIT_SHARE * len(val)))
     return np.sort(order[:cut]), np.sort(order[cut:])
 
 
@@ -237,12 +240,11 @@ def ladder(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
     threshold for each exit, in the order of their losses. All of it from `fit`."""
     policy = _calibrated(fit, goal)
     scored = score_record(fit, policy)
+    kept = guarantees.as_kept(scored, goal.loss)  # all is fitted to the loss that is guaranteed
     if goal.risk is not None:
-        key = search.cheapest(scored.right[:, -1].mean() - goal.risk)
-        enabled = _that_pay(scored, policy, cost.mean_macs, key)
+        enabled = _that_pay(kept, policy, cost.mean_macs, search.cheapest(1 - goal.risk))
         policy = dataclasses.replace(policy, enabled=enabled)
     if goal.per_exit:
-        kept = guarantees.as_kept(scored, goal.loss)
         path = search.path(kept, cost.mean_macs, policy.enabled)
         policies = [dataclasses.replace(policy, thresholds=each) for each in path]
         # the safest first, as in Pareto testing (Laufer-Goldshtein et al., arXiv:2210.07913)

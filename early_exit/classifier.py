@@ -163,7 +163,12 @@ def load(
             f"the policy in {directory} is for exits {', '.join(policy.exit_names)}, the network"
             f" has {', '.join(loaded.network.exit_names)}; evaluate the run again"
         )
-    return Classifier(loaded, door, policy, network_cost(loaded.network))
+    cost = network_cost(loaded.network)
+    if loaded.config.run.compile:
+        loaded.network.compile_stages()
+    if loaded.device.type == "cuda":  # what the evaluation chose by: float32 means float32
+        torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
+    return Classifier(loaded, door, policy, cost)
 
 
 def evaluation_directory(run: Path, name: str | None = None) -> Path:

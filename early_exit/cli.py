@@ -96,6 +96,8 @@ def train_or_score(
         raise UserError("--split goes with -e")
     if args.evaluate and (args.check or args.start_epoch):
         raise UserError("--check and --start-epoch are for training, -e only scores")
+    if args.evaluate and args.resume and settings_of(args).get("model", {}).get("backbone"):
+        raise UserError("-e scores the weights of --resume or of --backbone; name one of them")
     run_dir = args.save_dir
     if run_dir is None and args.resume == "auto":  # the directory that these flags would make
         fresh = resolve_config(args, None, own, door.config)
@@ -103,6 +105,7 @@ def train_or_score(
         run_dir = training.default_run_dir(runs, fresh, exit_names)
     _, saved = training.find_resumed(args.resume, run_dir)
     config = resolve_config(args, saved and saved["config"], own, door.config)
+    refuse_useless(args, config)
     if args.evaluate:
         if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
@@ -127,6 +130,22 @@ def train_or_score(
     if config.model.exits == ():  # a plain network has nothing to choose
         following = [sys.argv[0], "-e", "--split", "test", "--resume", str(run_dir)]
     print(f"trained: {run_dir}\nnext: {shlex.join([sys.executable, *following])}")
+
+
+def refuse_useless(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError for flags that this run would not look at."""
+    given = settings_of(args)
+    plain = config.model.exits == ()
+    for section, name, useless, why in (
+        ("backbone_phase", "epochs", plain or config.run.regime == "joint", "has no such phase"),
+        ("backbone_phase", "lr", plain or config.run.regime == "joint", "has no such phase"),
+        ("loss", "weights", plain, "has no early exits"),
+        ("loss", "distill", plain, "has no early exits"),
+        ("model", "head", plain, "has no early exits"),
+    ):
+        if useless and name in given.get(section, {}):
+            flag = {"backbone_phase": "backbone-", "loss": "loss-" * (name == "weights")}
+            raise UserError(f"--{flag.get(section, '')}{name} is of no use: this run {why}")
 
 
 def score(config: Config, door: FrontDoor, split: str, saved: dict | None) -> None:

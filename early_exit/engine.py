@@ -104,7 +104,7 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
     decayed = [p for p in trained if optim.decay_norm or p.ndim > 1]
     spared = [p for p in trained if not optim.decay_norm and p.ndim <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=optim.lr,
         momentum=optim.momentum,
@@ -112,6 +112,12 @@ def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
         weight_decay=optim.weight_decay,
         fused=True,
     )
+    if optim.momentum:
+        # The fused kernel would make them in the first step, and leave them as the memory was where
+        # a GradScaler skips that step.
+        for parameter in trained:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_at(optim: OptimConfig, epoch: float) -> float:

@@ -17,7 +17,7 @@ from early_exit import (
 )
 from early_exit import config as configs
 from early_exit.choosing import Goal, allowed, choose, outcome, random_exit_accuracy
-from early_exit.disk import made_whole, write_text
+from early_exit.disk import locked, made_whole, write_text
 from early_exit.errors import UserError
 from early_exit.experiment import Data, FrontDoor, layout
 from early_exit.inference import infer
@@ -69,8 +69,8 @@ def evaluate(
     """
     if distributed.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
-    if cuts > 1 and val_from != "test":
-        raise UserError("--cuts repeats the cut of the test set and goes with --val-from test")
+    if (cuts > 1 or cut_seed) and val_from != "test":
+        raise UserError("--cuts and --cut-seed cut the test set and go with --val-from test")
     if draw:
         page.require()  # and not only after an hour
     run_dir = Path(run_dir)
@@ -276,7 +276,8 @@ def _name_of(goal: Goal) -> str:
 
 def _write(report, policy, scored: Scores, taken, alone, confused, data, directory, draw) -> Path:
     """Writes the evaluation's directory, whole, in place of an earlier one of its name."""
-    with made_whole(directory) as partial:
+    records = directory.parent.parent / "records"  # the lock that a run's evaluations share
+    with locked(records, wait=True), made_whole(directory) as partial:
         policy.save(partial / "policy.yaml")
         pictures = {}
         if draw:

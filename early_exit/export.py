@@ -27,7 +27,7 @@ from early_exit.wording import provenance
 PROG = "early_exit.export"
 # Of a checkpoint: what is needed to build the network and to know what it was trained on.
 KEPT = ("format", "position", "config", "exit_names", "classes", "normalisation", "val_hash",
-        "unseen_val", "versions")
+        "unseen_val", "versions", "averaged")
 
 
 def parser() -> flags.Parser:
@@ -91,7 +91,13 @@ def trained_by(run: Path) -> str:
 
 def without_directories(command: Sequence[str]) -> str:
     """A command whose absolute paths are names alone: the others are somebody's own."""
-    return shlex.join(Path(word).name if word.startswith("/") else word for word in command)
+    return shlex.join(map(_without_directory, command))
+
+
+def _without_directory(word: str) -> str:
+    """A path, or the one behind a flag's or a setting's `=`."""
+    flag, equals, path = ("", "", word) if word.startswith("/") else word.partition("=")
+    return f"{flag}{equals}{Path(path).name}" if path.startswith("/") else word
 
 
 def card(

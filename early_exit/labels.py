@@ -34,15 +34,17 @@ def labelled(recipes: Sequence[Recipe], labels: Sequence[str] | None = None) -> 
 
 
 def _goals(recipes: Sequence[Recipe]) -> list[str]:
-    """What was asked for, with the criterion and the absence of temperatures where they differ;
+    """What was asked for, with criterion, absence of temperatures and precision where they differ;
     the evaluation's name where that is all that differs. Of a plain network nothing is asked."""
     chosen = [recipe.first for recipe in recipes if not recipe.plain]
     criteria, temperatures = ({one.goal[at] for one in chosen} for at in (1, 2))
+    precisions = {one.precision for one in chosen}
     goals = []
     for recipe in recipes:
         goal, criterion, calibrated = recipe.first.goal
         goal += f", {criterion}" if len(criteria) > 1 and criterion != USUAL else ""
         goal += ", no temperatures" if len(temperatures) > 1 and not calibrated else ""
+        goal += f", {recipe.first.precision}" if len(precisions) > 1 else ""
         goals.append("" if recipe.plain else goal)
     rows = [(recipe.first.run, goal) for recipe, goal in zip(recipes, goals, strict=True)]
     return [recipe.first.name if rows.count(row) > 1 else row[1]

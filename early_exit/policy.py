@@ -80,12 +80,14 @@ class Policy:
             )
 
     def shared(self, threshold: float) -> "Policy":
-        """The same policy with one threshold for all early exits; NEVER: nobody leaves early."""
-        return dataclasses.replace(self, thresholds=(threshold,) * (self.num_exits - 1))
+        """The same policy with one threshold for all early exits, and no guarantee; NEVER: nobody
+        leaves early."""
+        each = (threshold,) * (self.num_exits - 1)
+        return dataclasses.replace(self, thresholds=each, guarantee=None)
 
     def all_on(self) -> "Policy":
-        """The same policy with every exit computed."""
-        return dataclasses.replace(self, enabled=())
+        """The same policy with every exit computed, and no guarantee."""
+        return dataclasses.replace(self, enabled=(), guarantee=None)
 
     def is_on(self, exit_index: int) -> bool:
         """Whether the head at `exit_index` is computed; the final one always is."""

@@ -64,6 +64,7 @@ class Evaluation:
     curve: tuple[np.ndarray, np.ndarray]
     """Rising MACs and their accuracies."""
     speedups: dict[int, float]
+    precision: str
     device: str
 
     def exit_alone(self, at: int) -> float | None:
@@ -205,6 +206,7 @@ def _evaluation(path, run, seed, settings, report) -> Evaluation:
         (macs, accuracy),
         {int(timing["batch_size"]): timing["plain"]["total"] / timing["live"]["total"]
          for timing in report.get("timing", ())},
+        str(report.get("precision")),
         str(report.get("device")),
     )
 
@@ -227,10 +229,11 @@ def _settings(run: Path, report: dict[str, Any]) -> dict[str, Any]:
     }
     heads = settings["model.head"]
     heads = [heads] if isinstance(heads, str) else heads
+    weights = settings["loss.weights"] if exits else None  # a plain network has no use for them
     return settings | {
         "model.exits": exits,
         "model.head": heads[:1] if len(set(heads)) == 1 else heads,
-        "loss.weights": list(resolve_weights(settings["loss.weights"], len(exits) + 1)),
+        "loss.weights": list(resolve_weights(weights, len(exits) + 1)),
     }
 
 
@@ -238,7 +241,9 @@ def group(evaluations: Sequence[Evaluation], each: bool = False) -> list[Recipe]
     """Recipes in the order of their first member. Two runs of the same seed are not two seeds."""
     recipes: dict[str, list[Evaluation]] = {}
     for found in evaluations:
-        key = [found.settings, found.name, found.goal, found.split, found.cuts]
+        key = [
+            found.settings, found.name, found.goal, found.split, found.cuts, found.precision
+        ]
         alone = each or found.seed is None  # without a config.yaml nobody knows what is equal
         key = json.dumps([*key, str(found.path) if alone else ""], sort_keys=True, default=str)
         recipes.setdefault(key, []).append(found)

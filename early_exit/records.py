@@ -164,13 +164,27 @@ def _fill(made: ExitRecord, network, batches, device, autocast) -> None:
             if rows.stop > count:
                 raise RuntimeError(f"the split gave {rows.stop} images, {count} were announced")
             said = network(images.to(device, non_blocking=True))
-            made.logits[rows] = torch.stack(said, dim=1).float().cpu().numpy()
+            said = torch.stack(said, dim=1).float().cpu()
+            _refuse_infinite(said, made.info)
+            made.logits[rows] = said.numpy()
             made.targets[rows] = target.cpu().numpy()
             start += len(target)
     if start != count:
         raise UserError(
             f"{count - start} of {count} images of {made.info.split} could not be read, and a"
             " record holds all; put readable ones in the place of those named above"
+        )
+
+
+def _refuse_infinite(logits: Tensor, info: RecordInfo) -> None:
+    """Raises UserError where an exit's logits (B, exits, K) are no numbers to choose by."""
+    bad = ~logits.isfinite().all(dim=2)
+    if bad.any():
+        name = info.exit_names[int(bad.any(dim=0).nonzero()[0])]
+        raise UserError(
+            f"the exit {name} says something that is not finite about {int(bad.any(dim=1).sum())}"
+            f" of {len(bad)} images of {info.split} in {info.precision}; the weights have diverged,"
+            " or the precision is too small: try --amp off"
         )
 
 

@@ -83,11 +83,12 @@ def nth_epoch(phases: list[Phase], epoch: int) -> Position:
     total = sum(phase.optim.epochs for phase in phases)
     if not 0 <= epoch < total:
         raise UserError(f"--start-epoch is {epoch}, the run has epochs 0 to {total - 1}")
-    index = 0
-    while epoch >= phases[index].optim.epochs:
-        epoch -= phases[index].optim.epochs
-        index += 1
-    return Position(index, epoch)
+    if epoch >= phases[0].optim.epochs:
+        raise UserError(
+            f"--start-epoch {epoch} lies after the phase {phases[0].name}, without which"
+            f" {phases[1].name} has nothing to begin with; --backbone FILE skips that phase"
+        )
+    return Position(0, epoch)
 
 
 def find_resumed(resume: str | None, run_dir: Path | None) -> tuple[Path | None, dict | None]:

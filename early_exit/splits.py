@@ -38,7 +38,8 @@ WHOLE = Share()
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that differs wherever one of the `numbers` does, below 2**63."""
+    """A seed below 2**63 that differs wherever one of the `numbers` does, if all are below
+    2**32; a larger one counts as two."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return int(seed >> np.uint64(1))
 

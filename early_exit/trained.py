@@ -104,7 +104,7 @@ def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
         phase = phases[position["phase"]]
         where = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
         log.warning("this run is not finished: its weights are those of %s", where)
-    where += ", running average" if state.get("average") else ""
+    where += ", running average" if state.get("averaged") else ""
     network.to(device, memory_format=layout(config)).eval()
     return Loaded(
         run_dir=run_dir,

@@ -43,7 +43,7 @@ DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
 DUMMY_CLASSES = 1000
 
 Key = tuple[str, int, tuple[int, int] | None]
-"""A file (of train or of test, which one) and, for training, the seed and the epoch."""
+"""A file (of which source, which one) and, for training, the seed and the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ class Data(ImageData):
     classes: tuple[str, ...]
     images: Images
     splits: dict[str, tuple[str, np.ndarray]]
-    """Per split, the source (train or test) and the rows of it."""
+    """Per split, the source (train, val or test) and the rows of it."""
     val_hash: str
     """Says which images are val; a checkpoint carries it."""
     workers: int
@@ -383,6 +383,9 @@ def load(config: FolderConfig) -> Data:
         classes, train = _files(root / "train")
         test_classes, test = _files(root / "val")
         _refuse_other_classes(root, classes, test_classes)
+    held_out_of_train = train  # noise has the size it is wanted in
+    if config.dummy:
+        held_out_of_train = dataclasses.replace(train, side=config.val_crop)
     count = len(train.targets)
     wanted = config.val_size
     if wanted is None:
@@ -396,8 +399,8 @@ def load(config: FolderConfig) -> Data:
     return Data(
         name=config.dataset,
         classes=classes,
-        images=Images({"train": train, "test": test}, config),
-        splits={"train": ("train", rest), "val": ("train", val), "test": ("test", everything)},
+        images=Images({"train": train, "val": held_out_of_train, "test": test}, config),
+        splits={"train": ("train", rest), "val": ("val", val), "test": ("test", everything)},
         val_hash=index_hash(train.digest, val),
         workers=_workers(config),
         bad_files=config.bad_files,

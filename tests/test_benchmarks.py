@@ -29,6 +29,12 @@ def test_inference_names_the_precision_and_measures_every_batch_size(run):
     assert all(float(value) > 0 for row in rows for value in row)
 
 
+def test_shares_of_few_images_are_rounded(run):
+    flags = ("--arch", "resnet20", "--images", "3", "--batch-sizes", "1", "--seconds", "0.1")
+    code, _, err = run(*flags, "--device", "cpu", "--leave", "0.5", "0.5")
+    assert (code, err) == (0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["entropy", "margin"])
 def test_the_wanted_shares_leave_by_any_criterion(run, criterion):

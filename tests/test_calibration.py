@@ -100,3 +100,8 @@ def test_looking_at_some_rows_at_a_time_changes_nothing(monkeypatch):
     whole = fit_temperature(logits, target)
     monkeypatch.setattr(metrics, "CHUNK", 70)
     assert fit_temperature(logits, target) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -70.1])
+def test_logits_that_are_all_alike_are_left_as_they_are(value):
+    assert fit_temperature(torch.full((30, 10), value), torch.arange(30) % 10) == 1.0

@@ -107,7 +107,8 @@ class TestGoal:
     @pytest.mark.parametrize(("options", "said"), [
         ({"delta": 0.4}, "--delta lies in 0.5 to below 1"),
         ({"delta": 0.9, "criterion": "entropy"}, "drop --criterion entropy"),
-        ({"delta": 0.9, "epsilon": -0.1}, "--epsilon must not be negative"),
+        ({"delta": 0.9, "epsilon": -0.1}, "--epsilon must be at least 0, got -10"),
+        ({"delta": 0.9, "epsilon": float("nan")}, "--epsilon must be at least 0, got nan"),
         ({"delta": 0.9, "per_exit": True}, "drop one"),
         ({"delta": 0.9, "budget": 0.5}, "choose one of"),
     ])

@@ -37,7 +37,8 @@ def report(accuracy=0.9, share=0.5, final=0.95, alone=(0.6,), curve=None, **chan
     return {
         "run": "run", "dataset": "shapes", "arch": "resnet20", "regime": "joint",
         "chosen_by": "budget 50 % of MACs", "criterion": "max_prob", "calibrated": True,
-        "val_from": "held out from train", "plain_macs": PLAIN_MACS, "device": "a CPU",
+        "val_from": "held out from train", "plain_macs": PLAIN_MACS,
+        "device": "a CPU", "precision": "float32",
         "test": point(accuracy, share), "final_accuracy": final, "cuts": None, "timing": [],
         "exits": [{"name": name, "accuracy": right}
                   for name, right in zip(names, [*alone, final], strict=True)],
@@ -124,6 +125,12 @@ def test_a_run_from_before_a_setting_had_its_default(run):
     assert len(rows(new, old)) == 1
 
 
+def test_loss_weights_that_a_plain_network_has_no_use_for(run):
+    weights = {"loss": {"weights": [0.3, 0.3, 1.0]}}
+    (row,) = rows(run("plain", settings=weights, alone=()))
+    assert row.plain
+
+
 def test_another_setting_evaluation_goal_or_split_is_another_recipe(run):
     base, other = run("a", 0), {"split_seed": 1}
     assert len(rows(base, run("b", 1, settings={"optim": {"lr": 0.2}}))) == 2
@@ -131,6 +138,10 @@ def test_another_setting_evaluation_goal_or_split_is_another_recipe(run):
     assert len(rows(base, run("d", 1, chosen_by="budget 40 % of MACs"))) == 2
     assert len(rows(base, run("e", 1, settings={"data": other}))) == 2
     assert len(rows(base, run("f", 1, val_from="half of the official test set"))) == 2
+    faster = rows(base, run("g", 1, precision="bfloat16"))
+    assert [row.label for row in faster] == [
+        "seed 0, budget 50 % of MACs, float32", "seed 1, budget 50 % of MACs, bfloat16"
+    ]
 
 
 def test_two_runs_of_the_same_seed_are_not_two_seeds(run):

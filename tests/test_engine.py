@@ -107,6 +107,28 @@ def test_the_optimizer_is_as_configured(small):
         assert (group["lr"], group["momentum"], group["nesterov"]) == (0.3, 0.7, True)
 
 
+def test_a_first_step_that_fp16_skips_leaves_no_momentum():
+    """Memory that nobody has written holds NaN here, as it may hold anything elsewhere."""
+    line = nn.Linear(2, 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty_like(line.weight).isnan().all()
+        optimizer = make_optimizer(line, optim(momentum=0.9, weight_decay=0))
+        scaler = torch.amp.GradScaler("cpu", enabled=True)
+        before = line.weight.detach().clone()
+        for scale in (math.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(scale * line(torch.ones(1, 2)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if scale == math.inf:
+                assert torch.equal(line.weight, before)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rate = optimizer.param_groups[0]["lr"]
+    torch.testing.assert_close(line.weight.detach(), before - rate)
+
+
 def run_steps(forward, batches, loss_fn, optimizer, rates, tally):
     """`train_steps` in float32, to its end; how often it yielded."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -719,6 +720,7 @@ class TestMistakes:
             (("--thresholds", "0.5", "--per-exit"), "--per-exit searches, and --thresholds,"),
             (("--policy", "x", "--criterion", "margin"), "--policy brings its criterion and"),
             (("--policy", "x", "--no-calibration"), "--policy brings its criterion and"),
+            (("--thresholds=-inf",), "a threshold is minus infinity; give a number below every"),
             (("--policy", "no.yaml"), "there is no policy at no.yaml; eval.py writes one"),
             (("--epsilon", "1"), "--epsilon goes with --delta"),
             (("--latency-batch", "4"), "--latency-batch goes with --latency-budget"),
@@ -740,9 +742,10 @@ class TestMistakes:
         assert message.startswith("patience counts agreements between early exits and needs two")
 
     def test_cuts_of_a_val_that_is_not_from_test(self, refusal, copy):
-        assert refusal(copy, "--cuts", "3") == (
-            "--cuts repeats the cut of the test set and goes with --val-from test"
-        )
+        for flags in (("--cuts", "3"), ("--cut-seed", "1")):
+            assert refusal(copy, *flags) == (
+                "--cuts and --cut-seed cut the test set and go with --val-from test"
+            )
 
     def test_thresholds_that_do_not_fit_the_exits(self, refusal, copy):
         assert refusal(copy, "--thresholds", "0.1", "0.2", "0.3") == (
@@ -1031,6 +1034,23 @@ class TestRecords:
         assert {path.name for path in (copy / "records").iterdir() if path.is_dir()} == {
             "val-off", "test-off", "val-bf16", "test-bf16"
         }
+
+    def test_two_evaluations_of_one_name_write_one_after_the_other(self, copy, monkeypatch):
+        """And not each into what the other is about to move into place."""
+        original, busy = evaluation.to_json, []
+
+        def slowly(report):
+            busy.append(1)
+            time.sleep(0.3)
+            assert busy.pop() and not busy
+            return original(report)
+
+        monkeypatch.setattr(evaluation, "to_json", slowly)
+        with ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(quickly, copy, Goal(max_drop=0.0), name="one") for _ in range(2)]
+            (one, _), (two, _) = (job.result() for job in jobs)
+        assert one["test"] == two["test"]
+        assert {path.name for path in (copy / "eval").iterdir()} == {"one"}
 
     def test_two_evaluations_at_once_record_once(self, copy, recorded):
         """The second waits for the first, and finds what it made."""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import refusal
 
-from early_exit.choosing import Goal, ladder
+from early_exit.choosing import Goal, choose, ladder
 from early_exit.cost import Cost
 from early_exit.errors import UserError
 from early_exit.guarantees import (
@@ -194,3 +195,29 @@ def test_a_method_without_a_guarantee_is_found_out(population):
 
     risks = risks_of_draws(population["wrong"], naive)
     assert too_many(int((risks > RISK).sum()), 1 - CONFIDENCE)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_labels_play_no_part_where_answers_must_not_differ(stored, per_exit):
+    """Not even in which exits are switched off, which some of these prices bring about."""
+    shuffled = np.random.default_rng(0).permutation(stored.targets)
+    blind = dataclasses.replace(stored, targets=shuffled)
+    goal = Goal(risk=0.1, confidence=0.9, loss="differs", calibrate=False, per_exit=per_exit)
+    switched = set()
+    for dear in range(3):
+        heads = [1, 1, 1, 0]
+        heads[dear] = 40
+        cost = dataclasses.replace(stored.cost, stage_macs=(100,) * 4, head_macs=tuple(heads))
+        policies = [
+            dataclasses.replace(choose(record, goal, cost), guarantee=None)
+            for record in (stored, blind)
+        ]
+        assert policies[0] == policies[1]
+        switched.add(policies[0].enabled)
+    assert len(switched) > 1
+
+
+def test_two_images_certify_nothing(stored):
+    few = stored.subset(np.arange(2), "val", "two")
+    said = refusal(choose, few, Goal(risk=0.1), few.cost)
+    assert said.startswith("1 certifying images are too few for a risk of 10 %")

@@ -323,3 +323,6 @@ class TestSettings:
         again, _ = next(load("nowhere", dummy=500, val_size=None).train_batches(8, 0, 0))
         assert images.shape == (8, 3, 16, 16) and torch.equal(images, again)
         assert images.std() > 0.5
+        for split in ("val", "test"):
+            held_out, _ = next(load("nowhere", dummy=500, val_crop=18).eval_batches(split, 8))
+            assert held_out.shape[1:] == (3, 18, 18)

@@ -182,3 +182,8 @@ def test_one_threshold_each_is_taken_as_given():
 def test_any_other_number_of_thresholds_is_refused():
     with pytest.raises(UserError, match="got 2 thresholds for 3 early exits"):
         as_thresholds([0.5, 0.6], 4)
+
+
+def test_a_guarantee_is_void_with_other_thresholds_and_switches():
+    promised = make(guarantee={"words": "sure"})
+    assert promised.shared(0.1).guarantee is promised.all_on().guarantee is None

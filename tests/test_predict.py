@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from scripts import DOOR, ROOT, SIDE, finish, refusal, tiny_run
 from early_exit import checkpoint, classifier, export, predict
 from early_exit.choosing import Goal
 from early_exit.classifier import load
-from early_exit.config import DataConfig
+from early_exit.config import DataConfig, OptimConfig
 from early_exit.errors import UserError
 from early_exit.evaluation import evaluate
 from early_exit.inference import infer
@@ -302,6 +303,14 @@ class TestMistakes:
         path.write_text(json.dumps({**json.loads(path.read_text()), "door": door}))
         assert said in refusal(load, copy, "mine")
 
+    def test_compile_compiles_every_stage(self, run, monkeypatch):
+        compiled = []
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: compiled.append(1))
+        load(run, "mine", device="cpu", overrides={"run": {"compile": True}})
+        assert len(compiled) == 3
+        load(run, "mine", device="cpu")
+        assert len(compiled) == 3
+
     def test_a_batch_of_none(self, run):
         assert "--batch-size" in refusal(predict.main, [str(run), "x.png", "-b", "0"])
 
@@ -333,6 +342,28 @@ class TestExport:
         assert torch.equal(
             slim["network"]["backbone.linear.bias"], state["network"]["backbone.linear.bias"] + 1
         )
+
+    def test_a_run_with_a_running_average_is_given_away(self, photos, tmp_path):
+        optim = OptimConfig(epochs=1, batch_size=8, lr=0.05, ema=0.9)
+        run = tiny_run(tmp_path / "run", NAMED, optim)
+        evaluate(run, NAMED, Goal(budget=0.8), overrides=CPU, live=False, draw=False, name="mine")
+        export.main([str(run), str(tmp_path / "given")])
+        files = sorted(photos.rglob("*.png"))
+        assert load(tmp_path / "given")(files) == load(run)(files)
+        assert load(tmp_path / "given").loaded.weights.endswith("last epoch, running average")
+
+    @pytest.mark.parametrize(
+        ("command", "left"),
+        [
+            ("trainer.py --data /home/alice/x", "trainer.py --data x"),
+            ("trainer.py --data=/home/alice/x", "trainer.py --data=x"),
+            ("trainer.py --set data.root=/home/alice/x/", "trainer.py --set data.root=x"),
+            ("'/home/a b/trainer.py' --data='/home/a b/c d'", "trainer.py '--data=c d'"),
+            ("/home/a=b/trainer.py --lr=0.1 -- ../x", "trainer.py --lr=0.1 -- ../x"),
+        ],
+    )
+    def test_of_a_command_names_alone_are_left(self, command, left):
+        assert export.without_directories(shlex.split(command)) == left
 
     def test_no_path_of_this_machine_is_given_away(self, copy, tmp_path):
         state = checkpoint.load(copy)

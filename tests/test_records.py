@@ -5,6 +5,7 @@ import json
 import math
 import re
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -422,3 +423,17 @@ def test_a_count_is_exact_so_patience_excuses_no_wrong_exit(make_record):
     differs, unexplained = disagreements(stored, policy, np.array([0]), np.array([3]))
     assert differs.tolist() == [True]
     assert unexplained.tolist() == [True]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_logits_that_are_no_numbers_are_refused(tiny_net, images, targets, hand, bad):
+    with torch.no_grad():
+        list(tiny_net.heads["layer1"].parameters())[-1].fill_(bad)
+    batches = batches_of(images[:60], targets[:60], 20)
+    info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
+    with pytest.raises(UserError) as caught:
+        record(tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
+    assert str(caught.value) == (
+        "the exit layer1 says something that is not finite about 20 of 20 images of val in"
+        " float32; the weights have diverged, or the precision is too small: try --amp off"
+    )

@@ -201,6 +201,30 @@ class TestMistakes:
         message = refusal(*TINY, f"--start-epoch={epoch}")
         assert message == f"--start-epoch is {epoch}, the run has epochs 0 to 1"
 
+    def test_start_epoch_in_a_phase_that_needs_the_one_before(self, refusal, tmp_path):
+        flags = ("--regime", "frozen", "--backbone-epochs", "1", "--start-epoch", "1")
+        message = refusal(*TINY, *flags, "--save-dir", tmp_path / "run")
+        assert message.startswith("--start-epoch 1 lies after the phase backbone, without which")
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("[!.]*"))
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (("--backbone-epochs", "3"), "--backbone-epochs is of no use: this run has no such"),
+            (("--backbone-lr", "0.1"), "--backbone-lr is of no use: this run has no such phase"),
+            (("--exits", "none", "--distill", "1"), "--distill is of no use: this run has"),
+            (("--exits", "none", "--head", "conv"), "--head is of no use: this run has no early"),
+            (("--exits", "none", "--loss-weights", "1"), "--loss-weights is of no use: this run"),
+            (("--exits", "none", "--regime", "mixed", "--backbone-lr", "1"), "--backbone-lr is of"),
+        ],
+    )
+    def test_flags_that_would_be_ignored(self, refusal, flags, said):
+        assert refusal(*TINY, *flags).startswith(said)
+
+    def test_two_weights_to_score(self, refusal, joint, tmp_path):
+        message = refusal("-e", "--resume", joint, "--backbone", tmp_path / "no.pt")
+        assert message == "-e scores the weights of --resume or of --backbone; name one of them"
+
     def test_evaluate_without_weights(self, refusal):
         assert refusal(*TINY, "-e") == (
             "-e scores trained weights; name them with --resume or --backbone"
