@@ -27,7 +27,7 @@ from early_exit.experiment import FrontDoor, layout
 from early_exit.inference import Answers, infer
 from early_exit.pixels import as_bytes, as_rgb, fitted, normalise
 from early_exit.policy import Policy
-from early_exit.trained import EVALUATION, Loaded, evaluations, load_network, refuse_missing
+from early_exit.trained import Loaded, evaluations, load_network, refuse_missing
 
 USUAL = "max-drop-0.5-max_prob"  # the evaluation that is taken where there are several
 
@@ -149,7 +149,7 @@ def load(
             f"{directory} does not say how its network is built; evaluate the run again, or from"
             " Python: load(run, door=...)"
         )
-    merged = configs.merge({"run": {**EVALUATION, "device": device}}, overrides or {})
+    merged = configs.merge({"run": {"device": device}}, overrides or {})
     door = door or find_door(report["door"])  # which may bring a criterion of its own
     policy = Policy.load(directory / "policy.yaml")
     loaded = load_network(directory.parent.parent, door, merged)

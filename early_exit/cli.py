@@ -56,11 +56,6 @@ def settings_of(namespace: argparse.Namespace) -> dict[str, Any]:
     return nested
 
 
-def for_evaluation(args: argparse.Namespace) -> dict[str, Any]:
-    """What an evaluation changes in a run's settings."""
-    return configs.merge({"run": EVALUATION}, settings_of(args))
-
-
 def resolve_config(
     namespace: argparse.Namespace,
     saved: dict[str, Any] | None,
@@ -109,7 +104,8 @@ def train_or_score(
     if args.evaluate:
         if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
-        scored = configs.merge(configs.to_dict(config), for_evaluation(args))
+        changed = configs.merge({"run": EVALUATION}, settings_of(args))
+        scored = configs.merge(configs.to_dict(config), changed)
         score(configs.build(door.config, scored), door, args.split or default_split, saved)
         return
     saved = None  # of many megabytes; training reads what it goes on from under its lock
@@ -228,7 +224,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if name is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"--name is {name!r}; it names one directory, without a path")
     return {
-        "overrides": for_evaluation(args),
+        "overrides": settings_of(args),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,

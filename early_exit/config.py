@@ -160,8 +160,8 @@ class LossConfig:
     weights: tuple[float, ...] | None = None
     """One per exit, or one per early exit, the final then getting the rest to 1; absent: all 1."""
     start: float | None = None
-    """Weight at which the early exits begin a phase; it rises to theirs evenly over its epochs;
-    absent: theirs all along."""
+    """Weight at which the early exits begin a phase; it rises towards theirs by the same step after
+    each of its epochs; absent: theirs all along."""
     distill: float = 0.0
     """Weight of what the final exit teaches the early ones; 0: nothing."""
     distill_temperature: float = 3.0

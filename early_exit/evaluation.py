@@ -62,7 +62,8 @@ def evaluate(
 ) -> tuple[Report, Path]:
     """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory.
 
-    overrides: settings of the run that are changed, nested, as in a preset. val_from, cut_seed,
+    overrides: settings of the run that are changed, nested, as in a preset; what they do not say of
+    precision, device and threads is as `early_exit.trained.EVALUATION` says. val_from, cut_seed,
     cuts: as eval.py's flags. name: absent: made from the goal. batch_sizes: those that are timed,
     on at most `timing_images` of test. live: whether test is really run, exits taken, and timed.
     draw: whether pictures and the page are made.

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    classifier = load(args.run, args.eval, overrides=cli.for_evaluation(args))
+    classifier = load(args.run, args.eval, overrides=cli.settings_of(args))
     setup(classifier.loaded.config)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     width = max(len(name) for name in (*classifier.classes, "class"))

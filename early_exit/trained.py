@@ -85,12 +85,14 @@ def training_command(run_dir: Path) -> list[str]:
 
 
 def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
-    """The network of a run directory's newest checkpoint, its settings changed by `overrides`."""
+    """The network of a run directory's newest checkpoint, which uses the machine as evaluations do
+    (`EVALUATION`), its settings changed by `overrides`."""
     refuse_missing(run_dir)
     path, state = checkpoint.newest(run_dir)
     if state is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")
-    config = configs.build(door.config, configs.merge(state["config"], overrides))
+    settings = configs.merge(state["config"], {"run": EVALUATION})
+    config = configs.build(door.config, configs.merge(settings, overrides))
     device = runtime.choose_device(config.run.device)
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
         network = door.build_network(config, len(state["classes"]))

@@ -58,6 +58,8 @@ def imports(path):
 
 def test_every_module_has_its_place_in_the_order():
     assert set(ORDER) == set(SOURCES)
+    shown = [line.split() for line in early_exit.__doc__.splitlines() if line.startswith("    ")]
+    assert tuple(sum(shown, [])) == ORDER
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -419,6 +419,14 @@ class TestAdopt:
         assert torch.equal(torch.rand(3), expected)
 
 
+def test_an_evaluation_is_in_float32_whatever_training_did(copy):
+    state = checkpoint.load(copy)
+    state["config"]["run"]["amp"] = "bf16"
+    checkpoint.save(copy, state)
+    report, _ = evaluate(copy, DOOR, Goal(budget=0.8), live=False, draw=False)
+    assert report.precision == "float32"
+
+
 class TestPolicy:
     OWN = Policy(
         exit_names=("layer1", "layer2", "final"), thresholds=(-0.4, -1.5), criterion="entropy",

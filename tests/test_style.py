@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from cifar10 import eval as evaluation_script
 from cifar10 import trainer
 from early_exit import cli, evaluation
 from early_exit import config as configs
+from early_exit.criteria import CRITERIA
 from early_exit.experiment import plan_phases
+from early_exit.heads import HEADS
 from imagenet import eval as imagenet_eval
 from imagenet import main, networks
 from imagenet.data import FolderRun
@@ -140,6 +143,8 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
         assert left.code == 0
         return
     if module in (evaluation_script, imagenet_eval):
+        if args.policy:  # a file of the reader's
+            args.policy, args.thresholds = None, [0.5]
         cli.goal_of(args)
         cli.evaluation_options(args)
     elif module is trainer:
@@ -194,5 +199,6 @@ def test_a_shown_python_example_runs(page, example, capsys, tmp_path, monkeypatc
     (tmp_path / "cifar10").symlink_to(ROOT / "cifar10")
     Image.new("RGB", (64, 48), "blue").save("photo.jpg")
     monkeypatch.setattr(evaluation, "_time", lambda *_: None)  # the clock takes half a minute
-    exec(compile(example, relative(page), "exec"), {})
+    with patch.dict(CRITERIA), patch.dict(HEADS):
+        exec(compile(example, relative(page), "exec"), {})
     assert capsys.readouterr().err == ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cifar10.trainer import DOOR
-from early_exit.trained import EVALUATION, load_run
+from early_exit.trained import load_run
 from early_exit.inference import infer
 from early_exit.policy import NEVER, Policy
 
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measures and prints."""
     args = parser().parse_args()
-    trained = load_run(args.run, DOOR, {"run": EVALUATION})
+    trained = load_run(args.run, DOOR, {})
     network, test = trained.network, trained.data.splits["test"]
     policy = Policy.load(args.run / "eval" / args.evaluation / "policy.yaml")
     never = policy.shared(NEVER)
