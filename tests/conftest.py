@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny multi-exit network that tells easy images from hard, and images."""
 
 import copy
+import gc
 
 import hypothesis
 import numpy as np
@@ -20,6 +21,17 @@ PLACES = ("stem", "layer1", "layer2")
 CLASSES = 4
 SIDE = 16
 CPU = torch.device("cpu")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collections of garbage that every training ends with need
+    not look through it again."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """So that the end finds everything."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -47,6 +47,11 @@ def tiny_config(**run) -> Config:
 STEPS, EPOCHS = 9, 3
 
 
+def slowly(*values: int) -> list:
+    """Values of a parameter that are tried among the slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def go(directory: Path, config: Config | None = None, **options) -> Path:
     """Trains in `directory`, from where it stands."""
     options = {"resume": "auto", **options}
@@ -136,7 +141,7 @@ class TestLayout:
 class TestStopped:
     """A signal: everything is saved where the run stands."""
 
-    @pytest.mark.parametrize("step", [1, 2, 4, 5, 8])
+    @pytest.mark.parametrize("step", [2, 4, *slowly(1, 5, 8)])
     def test_after_any_step(self, monkeypatch, whole, tmp_path, step):
         at_batch(monkeypatch, step, ask_to_stop)
         with pytest.raises(runtime.Stopped):
@@ -181,7 +186,7 @@ class TestStopped:
         go(tmp_path / "run")
         assert_same_run(tmp_path / "run", whole)
 
-    @pytest.mark.parametrize("go_number", [1, 6])
+    @pytest.mark.parametrize("go_number", [6, *slowly(1)])
     def test_after_any_go_of_a_step(self, monkeypatch, tmp_path, go_number):
         # of two goes a step: one that does not end its step is taken back
         config = tiny_config()
@@ -248,7 +253,7 @@ class TestCrashed:
     """A killed process: the run goes on from the last checkpoint."""
 
     # the first step of all, inside the first phase, the first step of the second, inside it
-    @pytest.mark.parametrize("step", [0, 1, 3, 4, 6, 8])
+    @pytest.mark.parametrize("step", [0, 3, 4, *slowly(1, 6, 8)])
     def test_before_any_step(self, monkeypatch, whole, tmp_path, step):
         at_batch(monkeypatch, step, crash)
         with pytest.raises(Crash):
