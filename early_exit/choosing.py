@@ -13,7 +13,7 @@ import torch
 from early_exit import cdl, guarantees, search, thresholds
 from early_exit.calibration import fit_temperature
 from early_exit.cost import Cost
-from early_exit.criteria import get_criterion, remembers
+from early_exit.criteria import get_criterion
 from early_exit.errors import UserError
 from early_exit.guarantees import Guarantee
 from early_exit.latency import StageTimes
@@ -169,7 +169,7 @@ def choose(
         threshold = thresholds.for_budget(curve, limit)
     if goal.per_exit:
         each, enabled = search.per_exit(
-            scored, price, key, threshold, enabled, not remembers(policy.criterion)
+            scored, price, key, threshold, enabled, not scored.remembers
         )
         return dataclasses.replace(policy, thresholds=each, enabled=enabled)
     return dataclasses.replace(policy, enabled=enabled).shared(threshold)
@@ -179,7 +179,7 @@ def _that_pay(
     scored: Scores, policy: Policy, price: search.Price, key: search.Key
 ) -> tuple[bool, ...]:
     """Which exits to compute; all where the others would not say the same without one."""
-    return policy.enabled if remembers(policy.criterion) else search.that_pay(scored, price, key)
+    return policy.enabled if scored.remembers else search.that_pay(scored, price, key)
 
 
 def allowed(goal: Goal, times: StageTimes) -> float:

@@ -131,12 +131,13 @@ def train_or_score(
 def refuse_useless(args: argparse.Namespace, config: Config) -> None:
     """Raises UserError for flags that this run would not look at."""
     given = settings_of(args)
-    plain = config.model.exits == ()
+    plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
+    one_phase = plain or config.run.regime == "joint" or config.model.backbone is not None
     for section, name, useless, why in (
-        ("backbone_phase", "epochs", plain or config.run.regime == "joint", "has no such phase"),
-        ("backbone_phase", "lr", plain or config.run.regime == "joint", "has no such phase"),
-        ("loss", "weights", plain, "has no early exits"),
-        ("loss", "distill", plain, "has no early exits"),
+        ("backbone_phase", "epochs", one_phase, "has no such phase"),
+        ("backbone_phase", "lr", one_phase, "has no such phase"),
+        ("loss", "weights", plain and several, "has no early exits"),
+        ("loss", "distill", plain and config.loss.distill > 0, "has no early exits"),
         ("model", "head", plain, "has no early exits"),
     ):
         if useless and name in given.get(section, {}):
@@ -221,6 +222,8 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name
+    if name is None and args.policy:  # two files are two evaluations
+        name = f"policy-{args.policy.stem}"
     if name is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"--name is {name!r}; it names one directory, without a path")
     return {
@@ -228,7 +231,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
-        "name": args.name,
+        "name": name,
         "batch_sizes": tuple(args.batch_sizes),
         "timing_images": args.timing_images,
         "live": not args.no_live,

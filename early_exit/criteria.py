@@ -1,8 +1,8 @@
 """Exit criteria: what the exits have said so far -> an answer and how sure it is.
 
 `criterion(logits, state) -> answer, score, state`: logits (B, K), already divided by the exit's
-temperature; answer (B, K); score (B,), higher is surer; state one row per image, or None. A
-criterion sees no label, no other image of the batch and no model.
+temperature; answer (B, K), logits too; score (B,), higher is surer; state a tensor of one row per
+image, or None. A criterion sees no label, no other image of the batch and no model.
 """
 
 from collections.abc import Callable
@@ -66,10 +66,3 @@ def get_criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise UserError(f"no criterion is called {name!r}; choose one of {', '.join(CRITERIA)}")
     return CRITERIA[name]
-
-
-def remembers(name: str) -> bool:
-    """Whether the criterion called `name` keeps a state, so that what it says at an exit depends on
-    which exits were computed before."""
-    _, _, state = get_criterion(name)(torch.zeros(1, 2), None)
-    return state is not None

@@ -1,6 +1,7 @@
 """The epochs of a training: every phase walked from a position on, step by step."""
 
 import copy
+import dataclasses
 import gc
 import itertools
 import logging
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from early_exit import distributed, runtime
+from early_exit.config import LossConfig
 from early_exit.engine import (
     Average,
     Tally,
@@ -123,6 +125,12 @@ def spread(
     return listed(wrapped, phase), apart
 
 
+def own_settings(loss: LossConfig) -> dict[str, Any]:
+    """What a front door's own settings of the loss add to the library's."""
+    known = {item.name for item in dataclasses.fields(LossConfig)}
+    return {name: value for name, value in vars(loss).items() if name not in known}
+
+
 def listed(network: nn.Module, phase: Phase) -> Callable:
     """The network that a phase computes, giving a list of logits also where it is the plain one."""
     return (lambda images: [network(images)]) if phase.backbone_only else network
@@ -151,6 +159,7 @@ def epoch_steps(
             label_smoothing=optim.label_smoothing,
             distill=config.loss.distill,
             distill_temperature=config.loss.distill_temperature,
+            **own_settings(config.loss),
         ),
         trainee.optimizer,
         trainee.scaler,
@@ -255,7 +264,7 @@ def score_val(
     steps = score_batches(
         listed(network, phase),
         run.data.eval_batches("val", size, share),
-        partial(run.loss, weights=phase.weights),
+        partial(run.loss, weights=phase.weights, **own_settings(run.config.loss)),
         partial(runtime.autocast, run.precision, run.device),
         scored,
     )

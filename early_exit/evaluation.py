@@ -195,6 +195,8 @@ def _log_choice(policy: Policy, goal: Goal) -> None:
     for index, on in enumerate(policy.enabled):
         if not on:
             why = "on val it costs more than it saves"
+            if goal.policy is not None:
+                why = "so says the policy that was given"
             if goal.delta is not None:
                 why = "its gain on val does not exceed epsilon"
             log.info("%s is off: %s", policy.exit_names[index], why)

@@ -106,7 +106,9 @@ class FrontDoor:
     of the configuration's; nothing where none are known. From the configuration and the number of
     classes."""
     loss: Callable[..., Tensor] = joint_loss
-    """What training minimises, called as `early_exit.losses.joint_loss` is."""
+    """What training minimises, called as `early_exit.losses.joint_loss` is; settings that the
+    configuration's loss has beside the library's are passed by their names. On val it is called
+    with the weights and those alone."""
     held_out: Callable[[Config, Image.Image], Image.Image] | None = None
     """What is done to an image file before the network sees it in an evaluation: RGB to RGB.
     Absent: its shorter side is brought to the network's, and the centre cut out."""

@@ -122,7 +122,8 @@ def card(
     fitted = provenance(
         plain=plain,
         cdl=report["cdl"] is not None,
-        calibrated=report["calibrated"] and not report.get("policy_given", False),
+        calibrated=report["calibrated"],
+        policy_given=report.get("policy_given", False),
         **{
             name: report[name]
             for name in ("thresholds_given", "val_images", "val_from", "test_images")

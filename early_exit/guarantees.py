@@ -78,7 +78,8 @@ def as_kept(scored: Scores, loss: str) -> Scores:
     full = scored.answers[:, -1:]
     counts = full == scored.targets[:, None] if loss == "wrong" else np.ones_like(full, bool)
     lost = counts & (scored.answers != full)
-    return Scores(scored.scores, (~lost).astype(np.int64), np.ones_like(scored.targets))
+    answers, targets = (~lost).astype(np.int64), np.ones_like(scored.targets)
+    return Scores(scored.scores, answers, targets, remembers=scored.remembers)
 
 
 def with_confidence(lost: np.ndarray, risk: float, confidence: float) -> int:

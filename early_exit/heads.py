@@ -179,6 +179,6 @@ def build_head(kind: HeadKind, features: torch.Size, num_classes: int) -> nn.Mod
             " makes a head for them, or put the exit elsewhere"
         )
     channels, side = (features[2], side) if tokens else features[1:3]
-    sized = {"side": side} if kind.startswith("branch") else {}
+    sized = {"side": side} if getattr(HEADS[kind], "func", None) is BranchHead else {}
     head = HEADS[kind](channels, num_classes, **sized)
     return nn.Sequential(TokenMap(), head) if tokens else head

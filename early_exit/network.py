@@ -1,5 +1,6 @@
 """The multi-exit network: a backbone, untouched, with heads between its blocks."""
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -42,10 +43,11 @@ class MultiExitNetwork(nn.Module):
     places: the units followed by an exit; `layer1` stands for the last of `layer1.0`, `layer1.1`...
     head: the kind of head (`early_exit.heads.HEADS`) or a function from the features' shape and the
         number of classes to a module, for all exits; or one of these for each place.
-    example: one image (1, 3, H, W), of which only the shape counts; a dry run on noise in eval mode
-        gives each head its shape and moves no buffer.
+    example: one image (1, 3, H, W), of which shape, dtype and device count; a dry run on noise, in
+        eval mode and on a copy, gives each head its shape.
 
-    Raises UserError where the units are not the backbone, or a place or a kind is not known.
+    Raises UserError where the units are not the backbone, where a head or the backbone does not
+    make `num_classes` logits, and for a place or a kind that is not known.
 
     `stages` are views of the same modules, not registered, so the state dict holds `backbone` and
     `heads` alone.
@@ -66,13 +68,20 @@ class MultiExitNetwork(nn.Module):
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
         kinds = kind_of_each(head, places)
         _refuse_foreign(backbone, units)
-        shapes = _shapes_after(backbone, units, example)
+        features = _features_after(backbone, units, example)
+        if _shape(features[-1]) != str((1, num_classes)):
+            raise UserError(
+                f"the backbone makes {_shape(features[-1])} of one image; logits (1, {num_classes})"
+                " are expected"
+            )
         self.heads = nn.ModuleDict(
             {
-                key: build_head(kinds[place], shapes[cut], num_classes)
+                key: build_head(kinds[place], features[cut].shape, num_classes)
                 for (place, cut), key in zip(cuts.items(), _keys(cuts), strict=True)
             }
         )
+        _refuse_other_logits(self.heads, [features[cut] for cut in cuts.values()], num_classes)
+        _refuse_batch_statistics(self)
         self.exit_names = (*cuts, FINAL)
         self.num_classes = num_classes
         self.image_shape = tuple(example.shape[1:])
@@ -183,49 +192,107 @@ def _refuse_foreign(backbone: nn.Module, units: Mapping[str, nn.Module]) -> None
     """Raises UserError for a unit with something of its own that learns, or that training and
     evaluation do differently: only what the backbone has is trained, saved and switched."""
     own = set(backbone.modules())
+    kept = {id(tensor) for tensor in (*backbone.parameters(), *backbone.buffers())}
     for name, unit in units.items():
         for module in set(unit.modules()) - own:
             keeps = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if keeps or isinstance(module, nn.modules.dropout._DropoutNd):
+            foreign = any(id(tensor) not in kept for tensor in keeps)
+            if foreign or isinstance(module, nn.modules.dropout._DropoutNd):
                 raise UserError(
                     f"the unit {name} has a {type(module).__name__} that is no part of the backbone"
                     " and would be neither trained nor saved; make it one of the backbone's modules"
                 )
 
 
-def _shapes_after(
-    backbone: nn.Module, units: Mapping[str, nn.Module], example: Tensor
-) -> list[torch.Size]:
-    """Shape of the features after each unit.
+def _refuse_batch_statistics(network: nn.Module) -> None:
+    """Raises UserError for a BatchNorm whose answer about an image depends on the others in its
+    batch also in evaluation: who is left there depends on the policy."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise UserError(
+                f"{name} normalises by the batch at hand (track_running_stats=False), so that an"
+                " image's answer would depend on the others; let it keep running statistics"
+            )
 
-    Raises UserError where the units one after the other are not the backbone.
+
+def _features_after(
+    backbone: nn.Module, units: Mapping[str, nn.Module], example: Tensor
+) -> list[Tensor]:
+    """What the units make of noise, in eval mode.
+
+    Raises UserError where the units one after the other are not the backbone. That is tried on a
+    copy whose numbers are changed: a fresh BatchNorm, or one that begins at 0, changes nothing.
     """
-    modes = {module: module.training for module in backbone.modules()}
-    # noise: two networks may be alike on an even image
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    image = features = noise.to(example)
-    shapes = []
-    try:
-        with torch.no_grad():
-            whole = backbone.eval()(image)
-            for unit in units.values():
-                features = unit(features)
-                shapes.append(features.shape)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if features.shape != whole.shape:
+    image = noise.to(example)
+    backbone, units = copy.deepcopy((backbone, dict(units)))
+    backbone.eval()
+    with torch.no_grad():
+        features = _walk(units, image)
+        if image.is_meta:  # nothing is computed
+            return features
+        _shuffle(backbone)
+        whole, last = backbone(image), _walk(units, image)[-1]
+    if last.shape != whole.shape:
         raise UserError(
-            f"the units one after the other give {tuple(features.shape)}, the backbone gives"
+            f"the units one after the other give {tuple(last.shape)}, the backbone gives"
             f" {tuple(whole.shape)}; every step of its forward must be in a unit"
         )
-    if whole.is_meta:  # nothing was computed
-        return shapes
-    far = (features - whole).abs().max() / whole.abs().max().clamp_min(1e-12)
-    if far > 1e-3:
+    if not torch.allclose(last, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
         raise UserError(
-            f"the units one after the other are not the backbone: their logits differ by {far:.1%}"
-            " of the largest; every step of its forward must be in a unit, sums with what went"
+            "the units one after the other are not the backbone: with the same weights they say"
+            " something else; every step of its forward must be in a unit, sums with what went"
             " before and flattening too"
         )
-    return shapes
+    return features
+
+
+def _walk(units: Mapping[str, nn.Module], features: Tensor) -> list[Tensor]:
+    """The features after each unit."""
+    found = []
+    for name, unit in units.items():
+        try:
+            features = unit(features)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"the unit {name} does not take what comes before it ({_shape(features)}):"
+                f" {' '.join(str(error).split())}"
+            ) from error
+        found.append(features)
+    return found
+
+
+def _shape(features: object) -> str:
+    return str(tuple(features.shape)) if isinstance(features, Tensor) else type(features).__name__
+
+
+def _shuffle(network: nn.Module) -> None:
+    """Changes every number of a network a little, about as large as it was or as large as it could
+    be where it is next to nothing; variances stay positive."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            draw = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor)
+            if tensor.ndim > 1:
+                reach = tensor[0].numel() ** -0.5
+                tensor.mul_(0.75 + 0.5 * draw).add_(draw - 0.5, alpha=0.1 * reach)
+            else:
+                tensor.mul_(0.75 + 0.5 * draw).add_(draw, alpha=0.1)
+
+
+def _refuse_other_logits(
+    heads: nn.ModuleDict, features: Sequence[Tensor], num_classes: int
+) -> None:
+    """Raises UserError for a head that does not make (B, `num_classes`) of the features (1, ...) at
+    its place."""
+    for (name, head), before in zip(heads.items(), features, strict=True):
+        modes = {module: module.training for module in head.modules()}
+        with torch.no_grad():
+            said = _walk({f"head of {name}": head.eval()}, before)[0]
+        for module, mode in modes.items():
+            module.training = mode
+        if _shape(said) != str((1, num_classes)):
+            raise UserError(
+                f"the head of {name} makes {_shape(said)} of {_shape(before)}; logits"
+                f" (1, {num_classes}) are expected"
+            )

@@ -41,13 +41,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         get_criterion(self.criterion)
+        object.__setattr__(self, "exit_names", tuple(self.exit_names))
         num_exits = len(self.exit_names)
-        for name, default, length in (
-            ("thresholds", None, num_exits - 1),
-            ("temperatures", 1.0, num_exits),
-            ("enabled", True, num_exits - 1),
+        for name, kind, default, length in (
+            ("thresholds", float, None, num_exits - 1),
+            ("temperatures", float, 1.0, num_exits),
+            ("enabled", bool, True, num_exits - 1),
         ):
-            values = tuple(getattr(self, name))
+            values = tuple(map(kind, getattr(self, name)))
             if not values and default is not None:
                 values = (default,) * length
             if len(values) != length:
@@ -101,8 +102,15 @@ class Policy:
         Returns the answer (B, K), the score (B,) and the new state. Everything is float32, whatever
         the network ran in.
         """
-        temperature = self.temperatures[exit_index]
-        return get_criterion(self.criterion)(logits.float() / temperature, state)
+        logits = logits.float() / self.temperatures[exit_index]
+        answer, score, state = get_criterion(self.criterion)(logits, state)
+        if answer.shape != logits.shape or score.shape != logits.shape[:1]:
+            raise UserError(
+                f"the criterion {self.criterion} made an answer {tuple(answer.shape)} and a score"
+                f" {tuple(score.shape)} of logits {tuple(logits.shape)}; an answer (B, K) and a"
+                " score (B,) are expected"
+            )
+        return answer, score, state
 
     def leaves(self, exit_index: int, score: Tensor) -> Tensor:
         """Which rows (B,) of early exit `exit_index` are sure enough to leave."""
@@ -127,7 +135,9 @@ class Policy:
             raise UserError(f"there is no policy at {path}; eval.py writes one") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError):
+        except UserError:
+            raise
+        except (yaml.YAMLError, TypeError, AttributeError, ValueError):
             raise UserError(f"{path} is not a policy that eval.py wrote") from None
 
 

@@ -183,8 +183,9 @@ def _refuse_infinite(logits: Tensor, info: RecordInfo) -> None:
         name = info.exit_names[int(bad.any(dim=0).nonzero()[0])]
         raise UserError(
             f"the exit {name} says something that is not finite about {int(bad.any(dim=1).sum())}"
-            f" of {len(bad)} images of {info.split} in {info.precision}; the weights have diverged,"
-            " or the precision is too small: try --amp off"
+            f" of {len(bad)} images of {info.split} (amp {info.precision}): the weights have"
+            " diverged"
+            + ("" if info.precision == "off" else ", or the precision is too small; try --amp off")
         )
 
 
@@ -201,6 +202,9 @@ class Scores:
     answers: np.ndarray
     targets: np.ndarray
     among5: np.ndarray | None = None
+    remembers: bool = False
+    """Whether the criterion keeps a state, so that an exit would score otherwise without the ones
+    before it."""
 
     @property
     def right(self) -> np.ndarray:
@@ -224,6 +228,7 @@ def score_record(record: ExitRecord, policy: Policy) -> Scores:
     scores = np.full(shape, -np.inf, np.float32)
     answers = np.zeros(shape, np.int64)
     best5 = np.zeros(shape, bool) if record.num_classes > MANY_CLASSES else None
+    state = None
     for rows, logits in record.chunks():
         target = torch.from_numpy(record.targets[rows])
         state = None
@@ -234,7 +239,7 @@ def score_record(record: ExitRecord, policy: Policy) -> Scores:
                 answers[rows, exit_index] = answer.argmax(dim=-1).numpy()
                 if best5 is not None:
                     best5[rows, exit_index] = among5(answer, target).numpy()
-    return Scores(scores, answers, record.targets, best5)
+    return Scores(scores, answers, record.targets, best5, state is not None)
 
 
 @dataclass(frozen=True)

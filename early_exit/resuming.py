@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 FIXED = (
     "data.", "model.", "run.regime", "run.seed", "optim.batch_size", "optim.decay_norm"
 )
+SECTIONS = {item.name for item in dataclasses.fields(Config)}  # others are a front door's own
 MOVABLE = ("data.root", "data.workers", "data.bad_files")
 # Settings that make a difference as long as there is something left to train.
 RECIPE = ("optim.", "backbone_phase.", "loss.", "run.amp", "run.deterministic", "run.sync_bn")
@@ -155,7 +156,7 @@ def restore(run: Run, path: Path, state: dict[str, Any]) -> Position:
             # the default places may be named or not
             name == "model.exits" and state["exit_names"] == list(run.network.exit_names)
         )
-        if name.startswith(FIXED) and not moved:
+        if name.startswith(FIXED) and not moved or name.partition(".")[0] not in SECTIONS:
             raise UserError(
                 f"{path} was trained with {name} = {_shown(before)}, this run asks for"
                 f" {_shown(after)}; resume with the former, or start another --save-dir"

@@ -297,7 +297,8 @@ def _provenance(report: Report) -> str:
     return provenance(
         plain=len(report.exits) == 1,
         thresholds_given=report.thresholds_given,
-        calibrated=report.calibrated and not report.policy_given,
+        calibrated=report.calibrated,
+        policy_given=report.policy_given,
         cdl=report.cdl is not None,
         val_images=report.val_images,
         val_from=report.val_from,
@@ -306,8 +307,8 @@ def _provenance(report: Report) -> str:
 
 
 def provenance(
-    *, plain: bool, thresholds_given: bool, calibrated: bool, cdl: bool, val_images: int,
-    val_from: str, test_images: int,
+    *, plain: bool, thresholds_given: bool, calibrated: bool, policy_given: bool, cdl: bool,
+    val_images: int, val_from: str, test_images: int,
 ) -> str:
     """What was fitted on val."""
     fitted = [
@@ -321,6 +322,8 @@ def provenance(
         if fitted
         else f"Nothing was fitted on {where};"
     )
+    if policy_given:
+        sentence = "The policy was given, and nothing of it was fitted here;"
     return f"{sentence} test ({test_images:,} images) was only reported."
 
 

@@ -721,6 +721,7 @@ class TestMistakes:
             (("--policy", "x", "--criterion", "margin"), "--policy brings its criterion and"),
             (("--policy", "x", "--no-calibration"), "--policy brings its criterion and"),
             (("--thresholds=-inf",), "a threshold is minus infinity; give a number below every"),
+            (("--policy", "no.yaml", "--per-exit"), "there is no policy at no.yaml; eval.py"),
             (("--policy", "no.yaml"), "there is no policy at no.yaml; eval.py writes one"),
             (("--epsilon", "1"), "--epsilon goes with --delta"),
             (("--latency-batch", "4"), "--latency-batch goes with --latency-budget"),

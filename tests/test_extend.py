@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from early_exit import checkpoint, criteria, heads
 from early_exit.choosing import Goal, choose, outcome
 from early_exit.classifier import load
-from early_exit.config import Config, ModelConfig, OptimConfig, RunConfig
+from early_exit.config import Config, LossConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.config import build as build_config
 from early_exit.cost import network_cost
 from early_exit.evaluation import evaluate
@@ -79,6 +80,23 @@ class Sum(nn.Module):
         return features + self.body(features)
 
 
+class Untaught(nn.Module):
+    """A network some of whose parts change nothing as they are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.zero = Sum(nn.Conv2d(4, 4, 3, padding=1))
+        nn.init.zeros_(self.zero.body.weight)
+        nn.init.zeros_(self.zero.body.bias)
+        self.end = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        self.scale = Sum(nn.Linear(5, 5, bias=False))
+        nn.init.constant_(self.scale.body.weight, 1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale(self.end(self.zero(self.norm(self.stem(images)))))
+
+
 def with_units(backbone: nn.Module, head="linear", places=("stem",), **units) -> MultiExitNetwork:
     """`backbone` as a multi-exit network of `units`, for five classes."""
     return MultiExitNetwork(
@@ -96,12 +114,104 @@ class TestNetwork:
     def test_a_step_that_no_unit_takes_is_noticed(self):
         net = Cut()
         said = refusal(with_units, net, stem=net.stem, body=net.body, end=net.end)
-        assert said.startswith("the units one after the other are not the backbone: their logits")
+        assert said.startswith("the units one after the other are not the backbone: with the")
 
     def test_so_is_one_that_is_only_slightly_another(self):
         net = Cut(scale=1.1)
         said = refusal(with_units, net, stem=net.stem, body=Sum(net.body), end=net.end)
         assert "are not the backbone" in said
+
+    @pytest.mark.parametrize("left_out", ["norm", "zero", "scale"])
+    def test_so_is_what_changes_nothing_before_it_has_learned(self, left_out):
+        """A fresh BatchNorm in eval mode, a last layer that begins at zero, a tiny layer scale."""
+        net = Untaught()
+        parts = {"stem": net.stem, "norm": net.norm, "zero": net.zero, "end": net.end}
+        assert with_units(net, **parts, scale=net.scale).num_exits == 2
+        units = {**parts, "scale": net.scale}
+        del units[left_out]
+        said = refusal(with_units, net, **units)
+        assert said.startswith("the units one after the other ")
+
+    def test_what_is_not_a_number_is_not_the_backbone(self):
+        net = Cut()
+
+        class Broken(Sum):
+            def forward(self, features):
+                return super().forward(features) * math.nan
+
+        said = refusal(with_units, net, stem=net.stem, body=Broken(net.body), end=net.end)
+        assert "are not the backbone" in said
+
+    def test_a_flattening_that_is_forgotten_between_two_units(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+        said = refusal(with_units, net, stem=net[0], end=net[2])
+        assert said.startswith("the unit end does not take what comes before it ((1, 4, 6, 6)): ")
+
+    @pytest.mark.parametrize("tuples", [True, False])
+    def test_units_that_give_no_tensor(self, tuples):
+        class Odd(nn.Module):
+            def forward(self, features):
+                return (features,) if tuples else None
+
+        net = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(192, 5))
+        said = refusal(with_units, net, stem=net[0], flat=net[1], end=net[2])
+        kind = "tuple" if tuples else "NoneType"
+        assert said.startswith(f"the unit flat does not take what comes before it ({kind}): ")
+
+    def test_another_number_of_classes_than_announced(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 7))
+        said = refusal(with_units, net, stem=net[0], flat=net[1], end=net[2])
+        assert said == "the backbone makes (1, 7) of one image; logits (1, 5) are expected"
+
+    def test_the_backbones_own_parameter_may_be_a_units(self):
+        class Shift(nn.Module):
+            def __init__(self, shift: nn.Parameter) -> None:
+                super().__init__()
+                self.shift = shift
+
+            def forward(self, features: Tensor) -> Tensor:
+                return features + self.shift
+
+        class Shifted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.shift = nn.Parameter(torch.rand(3, 8, 8))
+                self.end = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+
+            def forward(self, images: Tensor) -> Tensor:
+                return self.end(images + self.shift)
+
+        net = Shifted()
+        assert with_units(net, stem=Shift(net.shift), end=net.end).num_exits == 2
+
+    @pytest.mark.parametrize("where", ["backbone", "head"])
+    def test_answers_that_hang_on_the_batch(self, where):
+        def norm() -> nn.Module:
+            return nn.BatchNorm2d(4, track_running_stats=False)
+
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+        if where == "backbone":
+            net[0] = nn.Sequential(net[0], norm())
+
+        def head(shape: torch.Size, num_classes: int) -> nn.Module:
+            conv = heads.ConvHead(shape[1], num_classes)
+            return nn.Sequential(norm(), conv) if where == "head" else conv
+
+        said = refusal(with_units, net, head, stem=net[0], flat=net[1], end=net[2])
+        assert "normalises by the batch at hand (track_running_stats=False)" in said
+
+    def test_building_moves_no_number_no_mode_and_no_chance(self):
+        net = Cut().train()
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        torch.manual_seed(0)
+        with_units(net, stem=net.stem, body=Sum(net.body), end=net.end)
+        made = torch.rand(1)
+        torch.manual_seed(0)
+        heads.LinearHead(4, 5)
+        assert torch.equal(made, torch.rand(1))  # the head alone drew something
+        assert all(module.training for module in net.modules())
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, before[name])
 
     def test_a_flattening_that_no_unit_does(self):
         net = Cut()
@@ -159,6 +269,27 @@ class TestHead:
         made = with_units(net, kinds, ("stem", "body"), **units)
         assert [type(head) for head in made.heads.values()] == [heads.ConvHead, heads.LinearHead]
 
+    @pytest.mark.parametrize(
+        ("head", "made"),
+        [
+            (lambda shape, classes: nn.Flatten(), "(1, 256)"),
+            (lambda shape, classes: nn.Conv2d(4, classes, 1), "(1, 5, 8, 8)"),
+            (lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(256, 7)), "(1, 7)"),
+        ],
+    )
+    def test_one_that_makes_no_logits(self, head, made):
+        net = Cut()
+        units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
+        assert refusal(with_units, net, head, **units) == (
+            f"the head of stem makes {made} of (1, 4, 8, 8); logits (1, 5) are expected"
+        )
+
+    def test_one_that_does_not_take_the_features(self):
+        net = Cut()
+        units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
+        said = refusal(with_units, net, lambda shape, classes: nn.Linear(9, classes), **units)
+        assert said.startswith("the unit head of stem does not take what comes before it ((1, 4")
+
     @pytest.mark.parametrize("count", [16, 17])
     def test_tokens_with_and_without_a_class_token(self, count):
         tokens = torch.rand(2, count, 6)
@@ -215,9 +346,26 @@ def own_criteria(monkeypatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_criteria")
 class TestCriterion:
-    def test_it_remembers_if_it_keeps_a_state(self):
-        kept = [name for name in criteria.CRITERIA if criteria.remembers(name)]
+    def test_it_remembers_if_it_keeps_a_state(self, stored):
+        policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.5,) * 3)
+        kept = [
+            name for name in criteria.CRITERIA
+            if score_record(stored, dataclasses.replace(policy, criterion=name)).remembers
+        ]
         assert kept == ["patience", "votes"]
+
+    @pytest.mark.parametrize(
+        "made",
+        [lambda said, state: (said, said.amax(1, keepdim=True), None),
+         lambda said, state: (said, said.amax(), None),
+         lambda said, state: (said.argmax(1), said.amax(1), None)],
+    )
+    def test_what_it_makes_has_the_right_shape(self, monkeypatch, stored, made):
+        monkeypatch.setitem(criteria.CRITERIA, "odd", made)
+        policy = Policy(
+            exit_names=stored.info.exit_names, thresholds=(0.5,) * 3, criterion="odd"
+        )
+        assert refusal(replay, stored, policy).startswith("the criterion odd made an answer (")
 
     @pytest.mark.parametrize("criterion", ["logit_energy", "votes"])
     def test_live_equals_replay(self, trained_net, images, stored, criterion):
@@ -353,6 +501,59 @@ class TestLoss:
         assert cosine > 1 - 1e-6
         assert not torch.equal(trained["backbone.linear.weight"], drawn["backbone.linear.weight"])
 
+    def test_it_gets_the_settings_that_are_its_own(self, tmp_path):
+        seen = set()
+
+        def focal(logits, target, weights, gamma, **settings):
+            seen.add((gamma, *sorted(settings)))
+            return joint_loss(logits, target, weights)
+
+        config = dataclasses.replace(
+            TestAdopt.CONFIG, loss=FocalConfig(gamma=3.0), optim=OptimConfig(epochs=1, batch_size=8)
+        )
+        door = dataclasses.replace(DOOR, loss=focal, config=FocalRun)
+        run = train(config, door, runs=tmp_path, run_dir=tmp_path / "run")
+        training = (3.0, "distill", "distill_temperature", "label_smoothing")
+        assert seen == {training, (3.0,)}  # and on val its own alone
+        assert checkpoint.load(run)["config"]["loss"]["gamma"] == 3.0
+
+    def test_a_section_of_ones_own_is_fixed(self, tmp_path):
+        door = dataclasses.replace(DOOR, config=ExtraRun)
+        base = vars(TestAdopt.CONFIG) | {"optim": OptimConfig(epochs=1, batch_size=8)}
+        config = ExtraRun(**base)
+        run = train(config, door, runs=tmp_path, run_dir=tmp_path / "run")
+        other = dataclasses.replace(config, extra=Extra(which="b"))
+        said = refusal(train, other, door, runs=tmp_path, run_dir=run, resume="auto")
+        assert "was trained with extra.which = a, this run asks for b" in said
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FocalConfig(LossConfig):
+    """The loss with a setting more."""
+
+    gamma: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FocalRun(Config):
+    """A run with that loss."""
+
+    loss: FocalConfig = FocalConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A section of a front door's own."""
+
+    which: str = "a"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtraRun(Config):
+    """A run with a section more."""
+
+    extra: Extra = Extra()
+
 
 class TestAdopt:
     CONFIG = Config(
@@ -409,7 +610,7 @@ class TestAdopt:
 
     def test_a_directory_that_is_there(self, taught, finished):
         said = refusal(adopt, taught, DOOR, self.CONFIG, few_digits(0), finished)
-        assert f"{finished} exists" in said
+        assert said == f"{finished} exists; name another directory"
 
     def test_the_callers_chance_is_left_alone(self, taught, tmp_path):
         torch.manual_seed(5)
@@ -445,8 +646,21 @@ class TestPolicy:
         page = (directory / "report.md").read_text()
         assert directory.name == "given-policy-entropy"
         assert Policy.load(str(directory / "policy.yaml")).temperatures == (2.0, 1.5, 1.0)
-        assert "Nothing was fitted on 40 images of val" in page
+        assert "The policy was given, and nothing of it was fitted here; test (60 images)" in page
         assert "criterion: entropy, with temperature scaling" in page
+
+    def test_numbers_of_numpy_are_numbers(self, tmp_path):
+        policy = Policy(
+            exit_names=["a", "b", "final"], thresholds=np.array([0.25, 0.5]),
+            temperatures=np.float32([1, 2, 3]), enabled=np.array([True, False]),
+        )
+        policy.save(tmp_path / "policy.yaml")
+        assert Policy.load(tmp_path / "policy.yaml") == policy
+        assert policy == Policy(
+            exit_names=("a", "b", "final"), thresholds=(0.25, 0.5), temperatures=(1.0, 2.0, 3.0),
+            enabled=(True, False),
+        )
+        assert policy.shared(np.float32(0.5)).thresholds == (0.5, 0.5)
 
     def test_other_exits(self, copy):
         other = Policy(exit_names=("layer1", "final"), thresholds=(0.5,))

@@ -434,6 +434,6 @@ def test_logits_that_are_no_numbers_are_refused(tiny_net, images, targets, hand,
     with pytest.raises(UserError) as caught:
         record(tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
     assert str(caught.value) == (
-        "the exit layer1 says something that is not finite about 20 of 20 images of val in"
-        " float32; the weights have diverged, or the precision is too small: try --amp off"
+        "the exit layer1 says something that is not finite about 20 of 20 images of val"
+        " (amp float32): the weights have diverged, or the precision is too small; try --amp off"
     )

@@ -214,7 +214,8 @@ class TestMistakes:
             (("--backbone-lr", "0.1"), "--backbone-lr is of no use: this run has no such phase"),
             (("--exits", "none", "--distill", "1"), "--distill is of no use: this run has"),
             (("--exits", "none", "--head", "conv"), "--head is of no use: this run has no early"),
-            (("--exits", "none", "--loss-weights", "1"), "--loss-weights is of no use: this run"),
+            (("--exits", "none", "--loss-weights", "1", "1"), "--loss-weights is of no use: this"),
+            (("--regime", "frozen", "--backbone", "x", "--backbone-lr", "1"), "--backbone-lr is"),
             (("--exits", "none", "--regime", "mixed", "--backbone-lr", "1"), "--backbone-lr is of"),
         ],
     )
