@@ -1,8 +1,8 @@
 """The multi-exit network: a backbone, untouched, with heads between its blocks."""
 
-import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class MultiExitNetwork(nn.Module):
     head: the kind of head (`early_exit.heads.HEADS`) or a function from the features' shape and the
         number of classes to a module, for all exits; or one of these for each place.
     example: one image (1, 3, H, W), of which shape, dtype and device count; a dry run on noise, in
-        eval mode and on a copy, gives each head its shape.
+        eval mode, gives each head its shape and moves no number.
 
     Raises UserError where the units are not the backbone, where a head or the backbone does not
     make `num_classes` logits, and for a place or a kind that is not known.
@@ -220,14 +220,14 @@ def _features_after(
 ) -> list[Tensor]:
     """What the units make of noise, in eval mode.
 
-    Raises UserError where the units one after the other are not the backbone. That is tried on a
-    copy whose numbers are changed: a fresh BatchNorm, or one that begins at 0, changes nothing.
+    Raises UserError where the units one after the other are not the backbone. That is tried with
+    other weights, which are then put back: a fresh BatchNorm, or a layer that begins at 0, changes
+    nothing.
     """
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     image = noise.to(example)
-    backbone, units = copy.deepcopy((backbone, dict(units)))
-    backbone.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _kept(backbone):
+        backbone.eval()
         features = _walk(units, image)
         if image.is_meta:  # nothing is computed
             return features
@@ -245,6 +245,20 @@ def _features_after(
             " before and flattening too"
         )
     return features
+
+
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Puts a module's numbers and modes back, to the bit."""
+    modes = {part: part.training for part in module.modules()}
+    values = [(tensor, tensor.clone()) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        yield
+    finally:
+        for tensor, value in values:
+            tensor.copy_(value)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _walk(units: Mapping[str, nn.Module], features: Tensor) -> list[Tensor]:
@@ -286,11 +300,8 @@ def _refuse_other_logits(
     """Raises UserError for a head that does not make (B, `num_classes`) of the features (1, ...) at
     its place."""
     for (name, head), before in zip(heads.items(), features, strict=True):
-        modes = {module: module.training for module in head.modules()}
-        with torch.no_grad():
+        with torch.no_grad(), _kept(head):
             said = _walk({f"head of {name}": head.eval()}, before)[0]
-        for module, mode in modes.items():
-            module.training = mode
         if _shape(said) != str((1, num_classes)):
             raise UserError(
                 f"the head of {name} makes {_shape(said)} of {_shape(before)}; logits"
