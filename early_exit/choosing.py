@@ -65,11 +65,11 @@ class Goal:
     calibrate: bool = True
 
     def __post_init__(self) -> None:
-        given = [
+        goals = [
             self.max_drop, self.budget, self.thresholds, self.policy, self.latency, self.risk,
             self.delta,
         ]
-        if sum(value is not None for value in given) != 1:
+        if sum(value is not None for value in goals) != 1:
             raise UserError(
                 "choose one of --max-drop, --budget, --latency-budget, --thresholds, --policy,"
                 " --risk and --delta"
@@ -78,7 +78,8 @@ class Goal:
         if self.policy is not None:
             object.__setattr__(self, "criterion", self.policy.criterion)
             object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
-        if -math.inf in (self.thresholds or self.policy and self.policy.thresholds or ()):
+        given = self.policy.thresholds if self.policy else self.thresholds
+        if -math.inf in (given or ()):
             raise UserError("a threshold is minus infinity; give a number below every score")
         if self.latency_batch < 1:
             raise UserError(f"--latency-batch must be at least 1, got {self.latency_batch}")

@@ -133,16 +133,15 @@ def refuse_useless(args: argparse.Namespace, config: Config) -> None:
     given = settings_of(args)
     plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
     one_phase = plain or config.run.regime == "joint" or config.model.backbone is not None
-    for section, name, useless, why in (
-        ("backbone_phase", "epochs", one_phase, "has no such phase"),
-        ("backbone_phase", "lr", one_phase, "has no such phase"),
-        ("loss", "weights", plain and several, "has no early exits"),
-        ("loss", "distill", plain and config.loss.distill > 0, "has no early exits"),
-        ("model", "head", plain, "has no early exits"),
+    for flag, section, name, useless, why in (
+        ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "has no such phase"),
+        ("--backbone-lr", "backbone_phase", "lr", one_phase, "has no such phase"),
+        ("--loss-weights", "loss", "weights", plain and several, "has no early exits"),
+        ("--distill", "loss", "distill", plain and config.loss.distill > 0, "has no early exits"),
+        ("--head", "model", "head", plain, "has no early exits"),
     ):
         if useless and name in given.get(section, {}):
-            flag = {"backbone_phase": "backbone-", "loss": "loss-" * (name == "weights")}
-            raise UserError(f"--{flag.get(section, '')}{name} is of no use: this run {why}")
+            raise UserError(f"{flag} is of no use: this run {why}")
 
 
 def score(config: Config, door: FrontDoor, split: str, saved: dict | None) -> None:

@@ -26,7 +26,7 @@ from early_exit.metrics import MANY_CLASSES, among5, mean_std
 from early_exit.policy import Policy
 from early_exit.records import ExitRecord, Scores, disagreements, score_record
 from early_exit.report import Cuts, Latency, Live, MeanStd, Report, to_json
-from early_exit.trained import Trained, load_run, val_and_test
+from early_exit.trained import Trained, cut_record, get_record, load_run, val_and_test
 from early_exit.wording import (
     candidate_table,
     guaranteed,
@@ -220,9 +220,9 @@ def _stage_times(
 
 def _over_cuts(trained, goal, cut_seed, cuts, times) -> Cuts:
     """The same choice over cut seeds `cut_seed` .. `cut_seed + cuts - 1`."""
-    points, finals = [], []
+    whole, points, finals = get_record(trained, "test"), [], []
     for seed in range(cut_seed, cut_seed + cuts):
-        val, test, _, _ = val_and_test(trained, "test", seed)
+        val, test = cut_record(whole, trained.data, seed)
         policy = choose(val, goal, trained.cost, times)
         scored = score_record(test, policy)
         points.append(outcome(scored, policy, trained.cost)[0])

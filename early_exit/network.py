@@ -69,18 +69,14 @@ class MultiExitNetwork(nn.Module):
         kinds = kind_of_each(head, places)
         _refuse_foreign(backbone, units)
         features = _features_after(backbone, units, example)
-        if _shape(features[-1]) != str((1, num_classes)):
-            raise UserError(
-                f"the backbone makes {_shape(features[-1])} of one image; logits (1, {num_classes})"
-                " are expected"
-            )
+        _refuse_other_logits(features[-1], num_classes, "the backbone", "one image")
         self.heads = nn.ModuleDict(
             {
                 key: build_head(kinds[place], features[cut].shape, num_classes)
                 for (place, cut), key in zip(cuts.items(), _keys(cuts), strict=True)
             }
         )
-        _refuse_other_logits(self.heads, [features[cut] for cut in cuts.values()], num_classes)
+        _try_heads(self.heads, [features[cut] for cut in cuts.values()], num_classes)
         _refuse_batch_statistics(self)
         self.exit_names = (*cuts, FINAL)
         self.num_classes = num_classes
@@ -218,7 +214,8 @@ def _refuse_batch_statistics(network: nn.Module) -> None:
 def _features_after(
     backbone: nn.Module, units: Mapping[str, nn.Module], example: Tensor
 ) -> list[Tensor]:
-    """What the units make of noise, in eval mode.
+    """What the units make of noise, in eval mode, with weights that are not theirs: the shapes
+    count.
 
     Raises UserError where the units one after the other are not the backbone. That is tried with
     other weights, which are then put back: a fresh BatchNorm, or a layer that begins at 0, changes
@@ -228,11 +225,11 @@ def _features_after(
     image = noise.to(example)
     with torch.no_grad(), _kept(backbone):
         backbone.eval()
+        _shuffle(backbone)
         features = _walk(units, image)
         if image.is_meta:  # nothing is computed
             return features
-        _shuffle(backbone)
-        whole, last = backbone(image), _walk(units, image)[-1]
+        whole, last = backbone(image), features[-1]
     if last.shape != whole.shape:
         raise UserError(
             f"the units one after the other give {tuple(last.shape)}, the backbone gives"
@@ -297,16 +294,17 @@ def _shuffle(network: nn.Module) -> None:
                 tensor.mul_(0.75 + 0.5 * draw).add_(draw, alpha=0.1)
 
 
-def _refuse_other_logits(
-    heads: nn.ModuleDict, features: Sequence[Tensor], num_classes: int
-) -> None:
-    """Raises UserError for a head that does not make (B, `num_classes`) of the features (1, ...) at
-    its place."""
+def _try_heads(heads: nn.ModuleDict, features: Sequence[Tensor], num_classes: int) -> None:
+    """Raises UserError for a head that does not make logits of the features (1, ...) at its
+    place."""
     for (name, head), before in zip(heads.items(), features, strict=True):
         with torch.no_grad(), _kept(head):
             said = _walk({f"head of {name}": head.eval()}, before)[0]
-        if _shape(said) != str((1, num_classes)):
-            raise UserError(
-                f"the head of {name} makes {_shape(said)} of {_shape(before)}; logits"
-                f" (1, {num_classes}) are expected"
-            )
+        _refuse_other_logits(said, num_classes, f"the head of {name}", _shape(before))
+
+
+def _refuse_other_logits(said: object, num_classes: int, who: str, what: str) -> None:
+    """Raises UserError if what `who` made of `what`, one image's, is not (1, `num_classes`)."""
+    expected = str((1, num_classes))
+    if _shape(said) != expected:
+        raise UserError(f"{who} makes {_shape(said)} of {what}; logits {expected} are expected")

@@ -191,11 +191,18 @@ def val_and_test(
     test = get_record(trained, "test")
     if val_from == "train":
         return get_record(trained, "val"), test, trained.data, "held out from train"
-    chosen, rest = trained.data.test_halves(cut_seed)
-    name = f"{trained.data.name} test, cut {cut_seed}"
+    return (
+        *cut_record(test, trained.data, cut_seed),
+        trained.data.cut_test(cut_seed),
+        f"half of the official test set, cut by seed {cut_seed}",
+    )
+
+
+def cut_record(test: ExitRecord, data: Data, seed: int) -> tuple[ExitRecord, ExitRecord]:
+    """The record of all of test, cut into val and test."""
+    chosen, rest = data.test_halves(seed)
+    name = f"{data.name} test, cut {seed}"
     return (
         test.subset(chosen, "val", f"{name}, val half"),
         test.subset(rest, "test", f"{name}, test half"),
-        trained.data.cut_test(cut_seed),
-        f"half of the official test set, cut by seed {cut_seed}",
     )

@@ -37,6 +37,7 @@ from early_exit.training import train
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
 FOLDERS = ("ape", "bee", "cat")
+CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}  # how an evaluation uses the machine
 # two epochs of six steps on one CPU thread, in float32
 TINY = (
     "--dataset", "digits", "--epochs", "2", "-b", "8", "--lr", "0.05", "--amp", "off",

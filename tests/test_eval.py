@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from scripts import few_digits, run_main, tiny_network, tiny_run
+from scripts import CPU, few_digits, run_main, tiny_network, tiny_run
 
 from cifar10 import data
 from cifar10 import eval as script
@@ -34,7 +34,6 @@ from early_exit.policy import Policy
 from early_exit.records import ExitRecord, score_record
 from early_exit.report import Picture
 
-CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
 FLAGS = ("--device", "cpu", "--threads", "1", "--no-live", "--no-plots")
 NAMES = ("layer1", "layer2", "final")
 

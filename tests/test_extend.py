@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import DOOR, few_digits, refusal, tiny_network, tiny_run
+from scripts import CPU, DOOR, few_digits, refusal, tiny_network, tiny_run
 from torch import Tensor, nn
 
 from early_exit import checkpoint, criteria, heads
@@ -28,8 +28,6 @@ from early_exit.policy import Policy
 from early_exit.records import ExitRecord, replay, score_record
 from early_exit.tensors import ImageSet, cut
 from early_exit.training import adopt, default_run_dir, train
-
-CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}
 
 
 def quickly(run: Path | str, door=DOOR, goal: Goal | None = None, **options) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import DOOR, few_digits, refusal, tiny_run
+from scripts import CPU, DOOR, few_digits, refusal, tiny_run
 
 from cifar10.resnet import ResNet
 from early_exit import page
@@ -19,7 +19,6 @@ from early_exit.evaluation import evaluate
 from early_exit.experiment import FrontDoor, StaticNetwork
 from early_exit.report import Picture, Report
 
-CPU = {"run": {"amp": "off", "compile": False, "device": "cpu", "threads": 1}}
 SCRIPT = "<img src=x onerror='document.title=`run`'>"
 # a class of that name, and a static network to compare with
 STRANGE = FrontDoor(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import DOOR, ROOT, SIDE, finish, refusal, tiny_run
+from scripts import CPU, DOOR, ROOT, SIDE, finish, refusal, tiny_run
 
 from early_exit import checkpoint, classifier, export, predict
 from early_exit.choosing import Goal
@@ -25,7 +25,6 @@ from early_exit.evaluation import evaluate
 from early_exit.inference import infer
 from early_exit.policy import Policy
 
-CPU = {"run": {"amp": "off", "device": "cpu", "threads": 1}}
 FLAGS = ("--device", "cpu", "--threads", "1")
 NAMED = dataclasses.replace(DOOR, name="test_predict:NAMED")
 
