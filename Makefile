@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-all docs
+.PHONY: demo test test-all test-cpus docs
 
 $(VENV)/.installed: requirements.txt setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
@@ -20,6 +20,10 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -m "slow or not slow"
+
+# the quick tests as older and newer processors would run them; takes eleven times as long as test
+test-cpus: $(VENV)/.installed
+	$(PY) tests/cpus.py
 
 docs: $(VENV)/.installed
 	$(PY) -m zensical build --strict -f docs-src/mkdocs.yml

@@ -37,13 +37,14 @@ class Elsewhere(argparse.Action):
         parser.error(f"{option_string}: {self.hint}")
 
 
-def build_parser(prog: str, usage: str, docstring: str) -> Parser:
-    """A parser whose help opens with the script's docstring: a summary, then examples."""
-    summary, _, examples = docstring.partition("\n\n")
-    return Parser(
-        prog=prog, usage=f"{usage}\n\n{examples.rstrip()}", description=summary,
-        formatter_class=Formatter,
-    )
+def build_parser(prog: str, usage: str, docstring: str | None) -> Parser:
+    """A parser whose help opens with the script's docstring: a summary, then examples.
+
+    Under `python -OO` there are no docstrings: the help then opens with the usage alone.
+    """
+    summary, _, examples = (docstring or "").partition("\n\n")
+    shown = f"{usage}\n\n{examples}".rstrip().replace("%", "%%")  # argparse formats a usage
+    return Parser(prog=prog, usage=shown, description=summary or None, formatter_class=Formatter)
 
 
 def absolute(path: str) -> str:
@@ -220,7 +221,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, default: Config, default_spl
     )
 
 
-def evaluation_parser(folder: str, trainer: str, docstring: str) -> Parser:
+def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parser:
     """The flags of `folder`/eval.py, which evaluates what `folder`/`trainer` trained."""
     parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
     parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory that {trainer} made")

@@ -1,13 +1,20 @@
-"""Shared fixtures: a tiny multi-exit network that tells easy images from hard, and images."""
+"""Shared fixtures: a tiny multi-exit network that tells easy images from hard, and images.
 
+EARLY_EXIT_TEST_THREADS: how many threads torch uses, 1 if not set.
+EARLY_EXIT_PERTURB: how many epsilon every convolution and linear layer is off; see perturbation.py.
+"""
+
+import contextlib
 import copy
 import gc
+import os
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from perturbation import perturbed, wanted
+from torch import nn
 
 from cifar10.resnet import ResNet
 from early_exit.network import MultiExitNetwork
@@ -20,6 +27,8 @@ hypothesis.settings.load_profile("early_exit")
 PLACES = ("stem", "layer1", "layer2")
 CLASSES = 4
 SIDE = 16
+# What the fitted exits of `trained_net` aim at, as logits for the right class.
+SCALES = (4.0, 5.0, 5.0, 6.0)
 CPU = torch.device("cpu")
 
 
@@ -35,9 +44,17 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """One thread: tiny tensors gain nothing from more, and the machine may be busy."""
-    torch.set_num_threads(1)
+def threads():
+    """One thread, if the environment does not ask for more: tiny tensors gain nothing from them,
+    and the machine may be busy."""
+    torch.set_num_threads(int(os.environ.get("EARLY_EXIT_TEST_THREADS") or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def perturbation():
+    """Another processor's rounding, if the environment asks for it."""
+    with perturbed(wanted()) if wanted() else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -60,14 +77,18 @@ def make_net():
 
 
 def _draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with one of four wallpapers in it, from invisible to plain, and which one it is."""
-    generator = torch.Generator().manual_seed(seed)
-    tiles = torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(99))
-    patterns = tiles.repeat(1, 1, SIDE // 4, SIDE // 4)
-    target = torch.randint(CLASSES, (count,), generator=generator)
-    strength = torch.rand(count, 1, 1, 1, generator=generator)
-    noise = torch.randn(count, 3, SIDE, SIDE, generator=generator)
-    return strength * patterns[target] + noise, target
+    """Noise with one of four wallpapers in it, from invisible to plain, and which one it is.
+
+    numpy draws them: torch's normal numbers differ in the last bit from processor to processor.
+    """
+    rng = np.random.default_rng(seed)
+    tiles = np.random.default_rng(99).standard_normal((CLASSES, 3, 4, 4))
+    patterns = np.tile(tiles, (1, 1, SIDE // 4, SIDE // 4))
+    target = rng.integers(CLASSES, size=count)
+    strength = rng.random((count, 1, 1, 1))
+    noise = rng.standard_normal((count, 3, SIDE, SIDE))
+    images = torch.from_numpy(strength * patterns[target] + noise)
+    return images.float(), torch.from_numpy(target)
 
 
 @pytest.fixture(scope="session")
@@ -88,19 +109,70 @@ def targets(drawn):
     return drawn[1]
 
 
+def _fit(linear: nn.Linear, inputs: torch.Tensor, target: torch.Tensor, scale: float) -> None:
+    """Ridge regression of `scale` for the target's class and 0 for the others."""
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1).to(inputs)], dim=1)
+    wanted = scale * nn.functional.one_hot(target, CLASSES).to(inputs)
+    penalty = len(inputs) * 0.01 * torch.eye(inputs.shape[1]).to(inputs)
+    solution = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted)
+    with torch.no_grad():
+        linear.weight.copy_(solution[:-1].T)
+        linear.bias.copy_(solution[-1])
+
+
 @pytest.fixture(scope="session")
-def trained_net(make_net, one_thread):
-    """A net of three early exits, trained for a few steps: its scores are really spread. Shared
-    by all tests, so not to be changed."""
-    net = make_net().train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    inputs, target = _draw(64 * 30, seed=2)
-    for rows in torch.arange(len(target)).split(64):
-        loss = sum(cross_entropy(said, target[rows]) for said in net(inputs[rows]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.eval()
+def trained_net(make_net):
+    """A net of three early exits whose scores are really spread. Shared by all tests, so not to be
+    changed.
+
+    Its weights are the same on every processor, which those that SGD leaves are not: the filters
+    are drawn by numpy, BatchNorm's statistics and the classifiers are computed from a sample, in
+    float64. Each value is rounded to float32 once, at the end.
+    """
+    net, rng = make_net().double(), np.random.default_rng(0)
+    inputs, target = _draw(1024, seed=2)
+    inputs = inputs.double()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                size = tuple(module.weight.shape)
+                filters = rng.standard_normal(size) * (2 / np.prod(size[1:])) ** 0.5
+                module.weight.copy_(torch.from_numpy(filters))
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # the statistics are the sample's
+        net.train()(inputs)
+        net.eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1
+        features = inputs
+        for index, stage in enumerate(net.stages):
+            linear = net.backbone.linear if stage.head is None else stage.head.linear
+            seen = []
+            handle = linear.register_forward_pre_hook(lambda _, x, seen=seen: seen.extend(x))
+            features, _ = stage(features)
+            handle.remove()
+            _fit(linear, seen[0], target, SCALES[index])
+    return net.float()
+
+
+@pytest.fixture(scope="session")
+def exact_net(trained_net):
+    """`trained_net` in float64, where two correct ways to compute a logit agree to all the digits
+    of float32 and every test of agreement is sharp. Not to be changed."""
+    return copy.deepcopy(trained_net).double()
+
+
+@pytest.fixture(scope="session")
+def exact_images(images):
+    """The first 512 of `images`, in float64."""
+    return images[:512].double()
+
+
+@pytest.fixture(scope="session")
+def exact_stored(stored):
+    """`stored` for `exact_images`."""
+    return stored.subset(np.arange(512), "test", "512 images")
 
 
 @pytest.fixture
@@ -144,6 +216,7 @@ def record_of(make_record):
 
 
 @pytest.fixture(scope="session")
-def stored(trained_net, images, targets, record_of):
-    """What every exit of `trained_net` says about `images`."""
-    return record_of(trained_net, images, targets)
+def stored(exact_net, images, targets, record_of):
+    """What every exit of `exact_net` says about `images`, rounded to float32: the same record on
+    every processor, but for a last digit here and there."""
+    return record_of(exact_net, images.double(), targets)

@@ -1,7 +1,8 @@
 """What the files of docker/ must hold beyond their schema: rules that no schema knows.
 
 `problems(files, dockerfile, ignored)` reads all of them together and yields a line for each
-mistake. test_docker.py shows that there is none, and that each rule finds a planted one.
+mistake: the file, the name of the rule, and what was found. test_docker.py shows that there is
+none, and that each rule finds a planted one.
 """
 
 import functools
@@ -78,11 +79,11 @@ def of_document(name: str, doc: dict) -> Iterator[str]:
     """Enums, quantities, names and labels."""
     for key, value in pairs(doc):
         if key in ENUMS and value not in ENUMS[key]:
-            yield f"{key} is {value!r}, not one of {', '.join(ENUMS[key])}"
+            yield f"enum: {key} is {value!r}, not one of {', '.join(ENUMS[key])}"
         if key == "accessModes" and not set(value) <= set(ACCESS_MODES):
-            yield f"accessModes are {value}"
+            yield f"access-modes: accessModes are {value}"
         if key == "namespace":
-            yield "a namespace; the user's own is meant"
+            yield "namespace: a namespace; the user's own is meant"
         if key in ("requests", "limits"):
             for what, amount in value.items():
                 yield from of_quantity(what, amount)
@@ -90,32 +91,32 @@ def of_document(name: str, doc: dict) -> Iterator[str]:
             yield from of_quantity(key, value)
     meta = doc["metadata"]
     if ("generateName" in meta) != (name in CREATED_OFTEN):
-        yield "a name where it is created once, generateName where more often"
+        yield "name: a name where it is created once, generateName where more often"
     labelled = [meta]
     if doc["kind"] == "Job":
         labelled.append(doc["spec"]["template"]["metadata"])
         rules = doc["spec"].get("podFailurePolicy", {}).get("rules", [])
         if pod_spec(doc)["restartPolicy"] != "Never":
-            yield "podFailurePolicy needs restartPolicy Never"
+            yield "restart-in-place: podFailurePolicy needs restartPolicy Never"
         codes = [rule["onExitCodes"] for rule in rules if rule["action"] == "FailJob"]
         names = [container["name"] for container in pod_spec(doc)["containers"]]
         if [(code["containerName"], code["values"]) for code in codes] != [(names[0], [2])]:
-            yield "exit code 2 of its container must end the Job"
+            yield "mistake-retried: exit code 2 of its container must end the Job"
         kept = [rule["onPodConditions"] for rule in rules if rule["action"] == "Ignore"]
         if kept != [[{"type": "DisruptionTarget", "status": "True"}]]:
-            yield "a disruption must not count"
+            yield "disruption-counted: a disruption must not count"
     for labels in (one.get("labels", {}) for one in labelled):
         if labels.get(f"{LABEL}name") != "early-exit" or f"{LABEL}component" not in labels:
-            yield f"labels are {labels}"
+            yield f"labels: labels are {labels}"
 
 
 def of_quantity(what: str, amount: Any) -> Iterator[str]:
     """Syntax, and whole GPUs."""
     if what == GPU:
         if not re.fullmatch(r"[1-9]\d*", str(amount)):
-            yield f"{GPU} is {amount!r}, not a whole number"
+            yield f"gpu-count: {GPU} is {amount!r}, not a whole number"
     elif not QUANTITY.fullmatch(str(amount)):
-        yield f"{what} is {amount!r}, not a quantity"
+        yield f"quantity: {what} is {amount!r}, not a quantity"
 
 
 def of_pod(spec: dict) -> Iterator[str]:
@@ -124,35 +125,35 @@ def of_pod(spec: dict) -> Iterator[str]:
     (container,) = spec["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     for name in sorted(mounts.keys() - volumes.keys()):
-        yield f"it mounts {name}, which is no volume"
+        yield f"volume-unknown: it mounts {name}, which is no volume"
     for name in sorted(volumes.keys() - mounts.keys()):
-        yield f"the volume {name} is mounted nowhere"
+        yield f"volume-unused: the volume {name} is mounted nowhere"
     shm = [volumes[name] for name, path in mounts.items() if path == "/dev/shm" and name in volumes]
     if not shm or not {"medium", "sizeLimit"} <= shm[0].get("emptyDir", {}).keys():
-        yield "/dev/shm is no memory volume of a stated size"
+        yield "shared-memory: /dev/shm is no memory volume of a stated size"
     if {"hostNetwork", "hostPID", "hostIPC"} & spec.keys():
-        yield "it shares something of the node's"
+        yield "node-namespace: it shares something of the node's"
     if any(volume.keys() & {"hostPath"} for volume in volumes.values()):
-        yield "a volume is a path of the node's"
+        yield "node-path: a volume is a path of the node's"
     rights = spec["securityContext"]
     wanted = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if not wanted.items() <= rights.items() or not rights.get("runAsUser"):
-        yield f"the pod's rights are {rights}"
+        yield f"pod-rights: the pod's rights are {rights}"
     if spec.get("automountServiceAccountToken") is not False:
-        yield "it gets a token of the cluster's"
+        yield "token: it gets a token of the cluster's"
     rights = container["securityContext"]
     wanted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     if not wanted.items() <= rights.items() or rights.get("privileged"):
-        yield f"the container's rights are {rights}"
+        yield f"container-rights: the container's rights are {rights}"
     requests, limits = (container["resources"].get(key, {}) for key in ("requests", "limits"))
     for what in ("cpu", "memory"):
         if what not in requests or what not in limits:
-            yield f"no request or no limit of {what}"
+            yield f"limit-missing: no request or no limit of {what}"
     if GPU in requests and requests[GPU] != limits.get(GPU):
-        yield "GPUs are limited as they are requested"
+        yield "gpu-limit: GPUs are limited as they are requested"
     patience = environment(container).get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
     if int(patience) + 10 > spec["terminationGracePeriodSeconds"] and "args" in container:
-        yield "torchrun's patience is longer than the pod's"
+        yield "grace: torchrun's patience is longer than the pod's"
     if "args" in container:
         yield from of_command(container)
 
@@ -166,16 +167,16 @@ def of_command(container: dict) -> Iterator[str]:
     """The script and its flags, understood by the script's own parser."""
     script, *flags = container["args"]
     if script not in SCRIPTS or not (ROOT / script).is_file():
-        yield f"{script} is no script of ours"
+        yield f"script-unknown: {script} is no script of ours"
         return
     yield from of_flags(script, *flags)
     if "--resume=auto" not in flags:
-        yield "it does not go on by itself"
+        yield "resume: it does not go on by itself"
     if GPU not in container["resources"]["limits"]:
-        yield "torchrun counts GPUs, and it asks for none"
+        yield "gpu-missing: torchrun counts GPUs, and it asks for none"
     for word in ('"$@" --check & wait $! || exit;', "torchrun --", 'trap "kill -TERM $!" TERM'):
         if word not in " ".join(container["command"]):
-            yield f"its command lacks {word}"
+            yield f"command: its command lacks {word}"
 
 
 @functools.cache
@@ -190,7 +191,7 @@ def of_flags(script: str, *flags: str) -> list[str]:
         else:
             module.DOOR.build_network(resolved, 1000)
     except (SystemExit, UserError) as error:
-        return [f"{script} does not understand {shlex.join(flags)} ({error})"]
+        return [f"flags: {script} does not understand {shlex.join(flags)} ({error})"]
     return []
 
 
@@ -202,21 +203,21 @@ def between(files: Files, specs: dict[str, dict]) -> Iterator[str]:
         for volume in spec["volumes"]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim and claim not in claims:
-                yield f"{name}: the claim {claim} is not in volumes.yaml"
+                yield f"{name}: claim-unknown: the claim {claim} is not in volumes.yaml"
         for key in ("volumes", "securityContext", "tolerations"):
             if spec.get(key) != first.get(key):
-                yield f"{name}: its {key} are not those of train_pod.yaml"
+                yield f"{name}: differs: its {key} are not those of train_pod.yaml"
         for key in ("image", "imagePullPolicy", "volumeMounts", "securityContext"):
             if spec["containers"][0].get(key) != first["containers"][0].get(key):
-                yield f"{name}: its {key} is not that of train_pod.yaml"
+                yield f"{name}: differs: its {key} is not that of train_pod.yaml"
     (shell,) = files["interactive_pod.yaml"]
     if GPU in str(shell["spec"]["containers"][0]["resources"]):
-        yield "interactive_pod.yaml: it takes a GPU unasked"
+        yield "interactive_pod.yaml: gpu-unasked: it takes a GPU unasked"
     terms = shell["spec"]["affinity"]["podAffinity"]
     (term,) = terms["preferredDuringSchedulingIgnoredDuringExecution"]
     sought = term["podAffinityTerm"]["labelSelector"]["matchLabels"]
     if not sought or not sought.items() <= files["train_pod.yaml"][0]["metadata"]["labels"].items():
-        yield "interactive_pod.yaml: it seeks a pod that is none of ours"
+        yield "interactive_pod.yaml: affinity: it seeks a pod that is none of ours"
 
 
 def of_several_nodes(files: Files) -> Iterator[str]:
@@ -224,23 +225,23 @@ def of_several_nodes(files: Files) -> Iterator[str]:
     service, job = files["train_multinode.yaml"]
     name, spec = job["metadata"]["name"], job["spec"]
     if not service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items():
-        yield "the Service selects other pods"
+        yield "service-selector: the Service selects other pods"
     if service["spec"]["clusterIP"] != "None" or not service["spec"]["publishNotReadyAddresses"]:
-        yield "the Service must be headless and name pods that are not ready"
+        yield "service-headless: the Service must be headless and name pods that are not ready"
     if pod_spec(job).get("subdomain") != service["metadata"]["name"]:
-        yield "the pods' subdomain is not the Service's name"
+        yield "subdomain: the pods' subdomain is not the Service's name"
     command = pod_spec(job)["containers"][0]["command"][-2]
     said = dict(re.findall(r"--([a-z-]+)=(\S+)", command))
     if said.get("master-addr") != f"{name}-0.{service['metadata']['name']}":
-        yield f"the first node is not {said.get('master-addr')}"
+        yield f"master-addr: the first node is not {said.get('master-addr')}"
     if said.get("master-port") != str(service["spec"]["ports"][0]["port"]):
-        yield "the Service has another port"
+        yield "master-port: the Service has another port"
     if said.get("node-rank") != '"$JOB_COMPLETION_INDEX"' or spec["completionMode"] != "Indexed":
-        yield "the pods do not know their number"
+        yield "completion-mode: the pods do not know their number"
     if {spec["completions"], spec["parallelism"], int(said.get("nnodes", 0))} != {
         spec["completions"]
     }:
-        yield "completions, parallelism and --nnodes differ"
+        yield "completions: completions, parallelism and --nnodes differ"
 
 
 def of_image(specs: dict[str, dict], dockerfile: str, ignored: str) -> Iterator[str]:
@@ -252,21 +253,21 @@ def of_image(specs: dict[str, dict], dockerfile: str, ignored: str) -> Iterator[
     shown = [line[1:] for line in ignored.splitlines() if line.startswith("!")]
     for source in copied:
         if not (ROOT / source).exists():
-            yield f"it copies {source}, which does not exist"
+            yield f"copy-missing: it copies {source}, which does not exist"
         if not any(fnmatch(source, pattern) for pattern in shown):
-            yield f"it copies {source}, which its ignore file hides"
+            yield f"copy-ignored: it copies {source}, which its ignore file hides"
     for command in lines["CMD"] + lines["ENTRYPOINT"]:
         if not command[0].startswith("["):
-            yield "a command in shell form"
+            yield "shell-form: a command in shell form"
     home = lines["WORKDIR"][-1][0]
     for name, spec in specs.items():
         user = spec["securityContext"]["runAsUser"]
         if lines["USER"][-1] != [f"{user}:{spec['securityContext']['runAsGroup']}"]:
-            yield f"its user is not that of {name}"
+            yield f"user: its user is not that of {name}"
         container = spec["containers"][0]
         script = container.get("args", [copied[-1]])[0]
         if not any(Path(script).is_relative_to(source) for source in copied):
-            yield f"it lacks {script} of {name}"
+            yield f"image-script: it lacks {script} of {name}"
         paths = [mount["mountPath"] for mount in container["volumeMounts"]]
         if not {f"{home}/data", f"{home}/runs", "/tmp"} <= set(paths):
-            yield f"{name} mounts its volumes elsewhere than under {home}"
+            yield f"mount-paths: {name} mounts its volumes elsewhere than under {home}"

@@ -6,15 +6,24 @@
     python tests/scripts.py SIGTERM@1 8 FLAGS    only the second of torchrun's processes is sent it
     python tests/scripts.py SIGTERM@up 8 FLAGS   the first one sends it to torchrun
     python tests/scripts.py SIGTERM 1 eval RUN   cifar10/eval.py, before its second held-out batch
+    python tests/scripts.py help SCRIPT ...      what each script's --help prints, as JSON
+
+With DOUBLE=1 in the environment the network and its training are computed in float64.
 """
 
 import dataclasses
 import functools
+import importlib
 import itertools
+import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +139,43 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Returns the first true value of `condition`; fails where none came within the limit.
+
+    what: the event, as in "the first checkpoint". The limit only ends a test that would never end.
+    """
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"{what} did not come within {seconds} seconds")
+        time.sleep(0.02)
+    return value
+
+
+def wait_for_file(path: Path, process: subprocess.Popen) -> None:
+    """Waits until a running process has written a file; fails where the process ended before."""
+    wait_for(lambda: path.exists() or process.poll() is not None, f"{path.name}")
+    assert path.exists(), finish(process).stderr
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, as by SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def told_once(stderr: str, prog: str) -> str:
+    """What a script says on the one line that it ends with, without its name; torchrun adds lines
+    of its own, and one of its processes may only say it once."""
+    said = [line for line in stderr.splitlines() if line.startswith(f"{prog}: ")]
+    assert len(said) == 1, stderr
+    return said[0].removeprefix(f"{prog}: ")
+
+
 def refusal(call, *arguments, **options) -> str:
     """The message of the UserError that a call ends in: one line."""
     with pytest.raises(UserError) as caught:
@@ -180,8 +226,42 @@ def make_folders(root: Path, train: int = 8, val: int = 4) -> Path:
     return root
 
 
+def show_help(script: str, out: int, err: int) -> None:
+    """Runs `SCRIPT --help` or `-m MODULE --help` as the interpreter would, writing to those two."""
+    os.dup2(out, 1), os.dup2(err, 2)
+    sys.argv = [script, "--help"]
+    if script.startswith("-m "):
+        runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str((ROOT / script).parent)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def show_helps(*scripts: str) -> None:
+    """Prints a line of JSON for each script: its exit code, its stdout and its stderr. Each runs in
+    a process of its own, forked from this one, which has imported what takes long."""
+    for name in ("imagenet.main", "early_exit.plots"):
+        importlib.import_module(name)
+    for script in scripts:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = multiprocessing.get_context("fork").Process(
+                target=show_help, args=(script, out.fileno(), err.fileno())
+            )
+            process.start()
+            process.join()
+            for file in (out, err):
+                file.seek(0)
+            print(json.dumps([process.exitcode, out.read(), err.read()]))
+
+
 def main() -> None:
     """The trainer or the evaluation on the tiny network, with a signal sent to itself."""
+    if sys.argv[1] == "help":
+        show_helps(*sys.argv[2:])
+        return
+    if os.environ.get("DOUBLE"):
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double
     _, name, step, *sys.argv[1:] = sys.argv
     name, _, process = name.partition("@")
     script, prog, batches = trainer, "trainer.py", "train_batches"

@@ -60,7 +60,8 @@ class TestAdmission:
 
     @pytest.mark.parametrize("delta", [0.49, 1.0, float("nan")])
     def test_delta_is_a_probability_of_at_least_a_half(self, delta):
-        assert "0.5 to below 1" in refusal(cdl.admit, self.FIVE, COST, delta, 0.0)
+        said = refusal(cdl.admit, self.FIVE, COST, delta, 0.0)
+        assert "delta" in said and f"{delta:g}" in said.split()
 
     @given(st.integers(0, 10**6), st.floats(0.5, 0.99), st.sampled_from([0.0, 0.05]))
     def test_equals_asking_image_by_image(self, seed, delta, epsilon):
@@ -89,7 +90,9 @@ class TestGoal:
     @pytest.mark.parametrize(("head", "second"), [(1, True), (2000, False)])
     def test_the_policy_is_what_admission_says(self, stored, make_record, head, second):
         """The first exit is never so sure; the second is, and may cost more than all the rest."""
-        val = make_record(stored.logits[:500], stored.targets[:500])
+        logits = stored.logits[:500].copy()
+        logits[:, 0] = 0
+        val = make_record(logits, stored.targets[:500])
         cost = Cost(val.info.exit_names, (10, 10, 10, 1000), (1, head, 1, 0), 0, (0,) * 4)
         policy = choose(val, Goal(delta=0.6, calibrate=False), cost)
         assert policy.thresholds == (0.6,) * 3
@@ -105,15 +108,16 @@ class TestGoal:
         assert turned.thresholds == (0.7, 0.7) and turned.enabled == (True, False)
 
     @pytest.mark.parametrize(("options", "said"), [
-        ({"delta": 0.4}, "--delta lies in 0.5 to below 1"),
-        ({"delta": 0.9, "criterion": "entropy"}, "drop --criterion entropy"),
-        ({"delta": 0.9, "epsilon": -0.1}, "--epsilon must be at least 0, got -10"),
-        ({"delta": 0.9, "epsilon": float("nan")}, "--epsilon must be at least 0, got nan"),
-        ({"delta": 0.9, "per_exit": True}, "drop one"),
-        ({"delta": 0.9, "budget": 0.5}, "choose one of"),
+        ({"delta": 0.4}, ["--delta", "0.4"]),
+        ({"delta": 0.9, "criterion": "entropy"}, ["--delta", "--criterion", "entropy"]),
+        ({"delta": 0.9, "epsilon": -0.1}, ["--epsilon", "-10"]),
+        ({"delta": 0.9, "epsilon": float("nan")}, ["--epsilon", "nan"]),
+        ({"delta": 0.9, "per_exit": True}, ["--delta", "--per-exit"]),
+        ({"delta": 0.9, "budget": 0.5}, ["--delta", "--budget"]),
     ])
     def test_mistakes_are_named(self, options, said):
-        assert said in refusal(Goal, **options)
+        message = refusal(Goal, **options)
+        assert all(part in message for part in said)
 
 
 def configured(**over) -> Config:
@@ -165,6 +169,5 @@ class TestTraining:
     def test_other_heads_are_refused(self):
         config = configured(model={"head": "conv", "exits": ["layer1"]})
         network = tiny_network(config, 10)
-        assert "classifiers are linear, and the heads are conv" in refusal(
-            plan_phases, config, network.num_exits
-        )
+        said = refusal(plan_phases, config, network.num_exits)
+        assert "linear" in said and "conv" in said

@@ -3,22 +3,24 @@
 A pid namespace makes it the first process, as in a container, and a mount of its own a small disk.
 """
 
+import errno
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from scripts import ROOT, TINY, finish, start
+from scripts import ROOT, TINY, children, finish, start, wait_for, wait_for_file
 
 from early_exit import checkpoint, disk
 
 SPACES = ("unshare", "--map-root-user", "--pid", "--mount", "--fork", "--kill-child")
 LEAST = ("--exits", "layer1")
+FULL = os.strerror(errno.ENOSPC)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,11 @@ def train(directory: Path, *flags: object, signals=("none", 0), **options):
     ))
 
 
+def position(directory: Path) -> dict[str, int]:
+    """Where the checkpoint of a run stands."""
+    return checkpoint.load(directory)["position"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
@@ -55,10 +62,14 @@ class TestFirstProcess:
         directory = tmp_path / "run"
         done = train(directory, "--resume", "auto", signals=("SIGTERM", 8), inside=spaces)
         assert done.returncode == 143
-        assert done.stderr.startswith("trainer.py: stopped by signal 15 and saved in epoch 2 after")
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1
+        assert "15" in done.stderr and str(directory) in done.stderr
+        stopped = position(directory)
+        assert stopped["epoch"] == 1 and stopped["step"] > 0
         done = train(directory, "--resume", "auto", inside=spaces)
-        assert done.returncode == 0 and "going on from" in done.stdout
+        assert done.returncode == 0
+        assert str(directory / checkpoint.NAME) in done.stdout  # what it began with
+        assert position(directory)["phase"] == 1
 
     @pytest.mark.slow
     @pytest.mark.parametrize("batch", [0, 1, 3], ids=["val", "test", "later"])
@@ -69,17 +80,21 @@ class TestFirstProcess:
             "tests/scripts.py", "SIGTERM", batch, *flags, *name, cwd=tmp_path, inside=spaces
         ))
         assert done.returncode == 143
-        assert done.stderr == "eval.py: stopped by signal 15; there was nothing to save\n"
+        assert done.stderr.startswith("eval.py: ") and done.stderr.count("\n") == 1
+        assert "15" in done.stderr
         assert not (run / "eval" / name[1]).exists()
         assert not list(run.rglob("*.partial"))
 
-    def test_the_shell_of_the_interactive_pod_ends_promptly(self, spaces):
+    def test_the_shell_of_the_interactive_pod_ends_when_it_is_told(self, spaces):
         (pod,) = yaml.safe_load_all((ROOT / "docker" / "interactive_pod.yaml").read_text())
         process = subprocess.Popen([*spaces, *pod["spec"]["containers"][0]["command"]])
-        time.sleep(1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGTERM)
-        process.wait(timeout=3)
+        try:
+            (shell,) = wait_for(lambda: children(process.pid), "the shell")
+            wait_for(lambda: children(shell), "what the shell starts once it listens")
+            os.kill(shell, signal.SIGTERM)
+            process.wait(timeout=120)  # it would sleep for ever
+        finally:
+            process.kill()
 
     def test_a_python_that_does_not_listen_would_go_on(self, spaces):
         # what the tests above would not notice otherwise
@@ -88,23 +103,43 @@ class TestFirstProcess:
         assert out == "still here\n"
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("moment", ["exit final", "step 6/6"], ids=["a step", "val"])
-    def test_a_compilation_is_not_waited_for(self, tmp_path, moment):
+    @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_a_compilation_is_not_waited_for(self, tmp_path, split):
+        # a compiler that notes that it was called, and does nothing while it is held
+        compiler, called, held = (tmp_path / name for name in ("compiler", "called", "held"))
+        compiler.write_text(
+            f"#!/bin/sh\necho >> {called}\nwhile [ -e {held} ]; do sleep 0.1; done\n"
+            f'exec {shutil.which("g++")} "$@"\n'
+        )
+        compiler.chmod(0o755)
+        called.touch()
+        if split == "train":
+            held.touch()
         process = start(
             "tests/scripts.py", "none", 0, *TINY, *LEAST, "--save-dir", tmp_path / "run",
-            "--compile", "-p", "1", cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+            "--compile", "-p", "1", cwd=tmp_path, CXX=str(compiler),
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
         )
-        for line in process.stdout:
-            if moment in line:
-                break
-        time.sleep(4)
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        done = finish(process)
-        assert time.monotonic() - began < 10
+        try:
+            if split == "val":  # whose compilation follows the last step
+                next(line for line in process.stdout if "6/6" in line)
+                held.touch()
+            calls = called.stat().st_size
+            wait_for(lambda: called.stat().st_size > calls, "a compilation", seconds=300)
+            process.send_signal(signal.SIGTERM)
+            if split == "val":  # Python's end waits for compilers that run, the program does not
+                wait_for_file(tmp_path / "run" / checkpoint.NAME, process)
+            else:
+                process.wait(timeout=120)
+        finally:
+            held.unlink()
+            done = finish(process)
         assert done.returncode == 143, done.stderr
-        saved = "saved in epoch 1 after step 6" if moment == "step 6/6" else "before a first step"
-        assert saved in done.stderr
+        if split == "val":
+            assert position(tmp_path / "run") == {"phase": 0, "epoch": 0, "step": 6}
+        else:
+            assert not (tmp_path / "run" / checkpoint.NAME).exists()
 
 
 class TestExitCodes:
@@ -116,27 +151,26 @@ class TestExitCodes:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("flags", "said"),
+        ("flags", "named"),
         [
-            (("--lrr", "1"), "trainer.py: unrecognized arguments: --lrr 1"),
-            (("--exits", "layer9"), "trainer.py: there is no place 'layer9'"),
-            (("--backbone", "none.pt", "--regime", "frozen"), "trainer.py: there is no checkpoint"),
+            (("--lrr", "1"), "--lrr"),
+            (("--exits", "layer9"), "layer9"),
+            (("--backbone", "none.pt", "--regime", "frozen"), "none.pt"),
         ],
     )
-    def test_a_mistake(self, tmp_path, flags, said):
+    def test_a_mistake(self, tmp_path, flags, named):
         done = train(tmp_path / "run", *flags)
         assert done.returncode == 2
-        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1
+        assert named in done.stderr
 
     @pytest.mark.slow
     def test_a_directory_in_use(self, run):
         with disk.locked(run):
             done = train(run, "--resume", "auto")
         assert done.returncode == 1
-        assert done.stderr == (
-            f"trainer.py: {run} is in use by another process; wait for it, or choose another"
-            " --save-dir\n"
-        )
+        assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1
+        assert str(run) in done.stderr and "--save-dir" in done.stderr
 
     @pytest.mark.slow
     def test_what_nobody_thought_of(self, tmp_path):
@@ -182,16 +216,16 @@ class TestDisk:
         done, last = on_a_disk(f"size={room}", shlex.join([sys.executable, "-c", load]))
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
-        assert "cannot be written: No space left on device; the last good checkpoint" in done.stderr
+        assert FULL in done.stderr
         assert last == ["{'phase': 0, 'epoch': 1, 'step': 0}"]
 
     def test_a_full_one_from_the_start(self, on_a_disk):
         done, _ = on_a_disk("size=8k")
         assert done.returncode == 1 and done.stderr.count("\n") == 1
-        assert "cannot be written: No space left on device" in done.stderr
+        assert FULL in done.stderr and "mounted/run" in done.stderr
 
     @pytest.mark.parametrize("flags", [(), ("--check",)])
     def test_one_that_cannot_be_written(self, on_a_disk, flags):
         done, _ = on_a_disk("ro", flags=flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert done.stderr.endswith("mounted cannot be written; choose another --save-dir\n")
+        assert "mounted" in done.stderr and "--save-dir" in done.stderr

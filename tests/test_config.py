@@ -7,6 +7,7 @@ import typing
 
 import pytest
 import yaml
+from claims import assert_names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import refusal
@@ -127,28 +128,25 @@ class TestConversion:
         assert from_yaml("model: {exits: []}").model.exits == ()
 
     @pytest.mark.parametrize(
-        ("text", "name", "kind"),
+        ("text", "name", "value"),
         [
-            ("optim: {epochs: 1.5}", "optim.epochs", "a whole number"),
-            ("optim: {epochs: many}", "optim.epochs", "a whole number"),
-            ("optim: {epochs: null}", "optim.epochs", "a whole number"),
-            ("optim: {epochs: true}", "optim.epochs", "a whole number"),
-            ("optim: {lr: fast}", "optim.lr", "a number"),
-            ("optim: {lr: [0.1]}", "optim.lr", "a number"),
-            ("optim: {milestones: [early]}", "optim.milestones", "a number"),
-            ("optim: {nesterov: 2}", "optim.nesterov", "true or false"),
-            ("optim: {nesterov: maybe}", "optim.nesterov", "true or false"),
-            ("model: {arch: [resnet20]}", "model.arch", "text"),
-            ("model: {arch: {name: resnet20}}", "model.arch", "text"),
+            ("optim: {epochs: 1.5}", "optim.epochs", "1.5"),
+            ("optim: {epochs: many}", "optim.epochs", "many"),
+            ("optim: {epochs: null}", "optim.epochs", "None"),
+            ("optim: {epochs: true}", "optim.epochs", "True"),
+            ("optim: {lr: fast}", "optim.lr", "fast"),
+            ("optim: {lr: [0.1]}", "optim.lr", "0.1"),
+            ("optim: {milestones: [early]}", "optim.milestones", "early"),
+            ("optim: {nesterov: 2}", "optim.nesterov", "2"),
+            ("optim: {nesterov: maybe}", "optim.nesterov", "maybe"),
+            ("model: {arch: [resnet20]}", "model.arch", "resnet20"),
+            ("model: {arch: {name: resnet20}}", "model.arch", "resnet20"),
+            ("optim: {epochs: .inf}", "optim.epochs", "inf"),
+            ("optim: {epochs: 2020-01-01}", "optim.epochs", "2020"),
         ],
     )
-    def test_a_value_of_the_wrong_kind_is_named(self, text, name, kind):
-        assert refusal(from_yaml, text).startswith(f"{name} must be {kind}, got ")
-
-    @pytest.mark.parametrize("value", [".inf", "2020-01-01"])
-    def test_an_odd_yaml_value_is_named(self, value):
-        message = refusal(from_yaml, f"optim: {{epochs: {value}}}")
-        assert message.startswith("optim.epochs must be a whole number, got ")
+    def test_a_value_of_the_wrong_kind_is_named(self, text, name, value):
+        assert_names(refusal(from_yaml, text), name, value)
 
     @pytest.mark.parametrize(
         ("text", "choices"),
@@ -163,62 +161,59 @@ class TestConversion:
         ],
     )
     def test_a_choice_that_is_not_there_lists_those_that_are(self, text, choices):
-        assert refusal(from_yaml, text).endswith(f"choose one of {', '.join(choices)}")
+        assert_names(refusal(from_yaml, text), *choices)
 
     def test_a_section_that_is_no_mapping_is_named(self):
-        assert refusal(from_yaml, "optim: 3") == "optim must be a mapping, got 3"
+        assert_names(refusal(from_yaml, "optim: 3"), "optim", 3)
 
 
 class TestUnknownKeys:
     def test_nearest_setting_of_the_section(self):
         message = refusal(from_yaml, "optim: {momentun: 0.9}")
-        assert message == "there is no setting 'optim.momentun'; did you mean optim.momentum?"
+        assert_names(message, "optim.momentun", "optim.momentum")
+        assert "optim.lr" not in message
 
     def test_nearest_section(self):
-        message = refusal(from_yaml, "optimm: {lr: 0.1}")
-        assert message == "there is no setting 'optimm'; did you mean optim?"
+        assert_names(refusal(from_yaml, "optimm: {lr: 0.1}"), "optimm", "optim")
 
     def test_a_setting_without_its_section(self):
         message = refusal(from_yaml, "batch_size: 128")
-        assert message == "there is no setting 'batch_size'; did you mean optim.batch_size?"
+        assert_names(message, "batch_size", "optim.batch_size")
+        assert "optim.lr" not in message
 
     def test_nothing_near_lists_what_is_known(self):
         message = refusal(from_yaml, "loss: {zzzz: 1}")
-        known = "loss.weights, loss.start, loss.distill, loss.distill_temperature"
-        assert message == f"there is no setting 'loss.zzzz'; known are {known}"
+        known = ("loss.weights", "loss.start", "loss.distill", "loss.distill_temperature")
+        assert_names(message, "loss.zzzz", *known)
 
     def test_a_key_that_is_no_text(self):
-        assert "there is no setting '7'" in refusal(from_yaml, "7: x")
+        assert_names(refusal(from_yaml, "7: x"), "'7'")
 
 
 class TestPresetFile:
     def test_missing(self, tmp_path):
         path = tmp_path / "no.yaml"
-        assert refusal(configs.load_preset, path) == (
-            f"there is no preset at {path}; check --config"
-        )
+        assert_names(refusal(configs.load_preset, path), path, "--config")
 
     def test_a_directory(self, tmp_path):
-        assert f"{tmp_path} cannot be read" in refusal(configs.load_preset, tmp_path)
+        assert_names(refusal(configs.load_preset, tmp_path), tmp_path)
 
     def test_not_yaml(self, preset):
         path = preset("a: [1,\nb: }")
-        assert refusal(configs.load_preset, path).startswith(f"{path} is not YAML: ")
+        assert_names(refusal(configs.load_preset, path), path, "YAML")
 
     def test_not_text(self, tmp_path):
         path = tmp_path / "preset.yaml"
         path.write_bytes(b"\xff\xfe\x00\x81")
-        assert refusal(configs.load_preset, path).startswith(f"{path} is not YAML: ")
+        assert_names(refusal(configs.load_preset, path), path, "YAML")
 
     def test_a_list(self, preset):
         path = preset("- optim\n- run\n")
-        assert refusal(configs.load_preset, path) == f"{path} holds a list, a preset is a mapping"
+        assert_names(refusal(configs.load_preset, path), path, "list")
 
     def test_a_mistake_is_found_though_a_flag_would_hide_it(self, preset):
         path = preset("optim: {lr: -1}")
-        assert "optim.lr must be positive" in refusal(
-            from_flags, "--config", path, "--lr", "0.1"
-        )
+        assert_names(refusal(from_flags, "--config", path, "--lr", "0.1"), "optim.lr", "-1")
 
 
 class TestChecks:
@@ -252,20 +247,22 @@ class TestChecks:
     )
     @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
     def test_positive(self, cls, setting, bad):
-        assert f"{setting} must be positive" in refusal(cls, **{setting: bad})
+        message = refusal(cls, **{setting: bad})
+        assert setting in message and f"{bad:g}" in message
 
     @pytest.mark.parametrize("setting", ["momentum", "label_smoothing"])
     def test_below_one(self, setting):
-        assert f"optim.{setting} must be in [0, 1)" in refusal(OptimConfig, **{setting: 1.0})
+        assert_names(refusal(OptimConfig, **{setting: 1.0}), f"optim.{setting}", "1.0")
 
     def test_nesterov_needs_a_momentum(self):
-        assert "needs a momentum" in refusal(OptimConfig, nesterov=True, momentum=0.0)
+        message = refusal(OptimConfig, nesterov=True, momentum=0.0)
+        assert_names(message, "optim.nesterov", "momentum")
 
     @pytest.mark.parametrize(
         "milestones", [(0.75, 0.5), (100.0, 150.0), (0.0, 0.5), (0.5, 1.0), (float("nan"),)]
     )
     def test_milestones_are_rising_fractions(self, milestones):
-        assert "rising fractions" in refusal(OptimConfig, milestones=milestones)
+        assert_names(refusal(OptimConfig, milestones=milestones), "optim.milestones")
 
     @pytest.mark.parametrize(
         "flags", [("--seed", "-1"), ("--split-seed", "-1"), ("--seed", str(2**70))]
@@ -316,20 +313,18 @@ class TestSet:
 
     @pytest.mark.parametrize("pair", ["optim.lr", "lr=0.1", "optim.lr:0.1"])
     def test_what_is_no_pair(self, pair):
-        message = refusal(from_flags, "--set", pair)
-        assert message == f"--set takes SECTION.NAME=VALUE, got {pair!r}"
+        assert_names(refusal(from_flags, "--set", pair), "--set", "SECTION.NAME=VALUE", repr(pair))
 
     def test_unknown_setting(self):
         message = refusal(from_flags, "--set", "optim.momentun=0.9")
-        assert message == "there is no setting 'optim.momentun'; did you mean optim.momentum?"
+        assert_names(message, "optim.momentun", "optim.momentum")
 
     def test_unknown_section(self):
-        assert "did you mean optim?" in refusal(from_flags, "--set", "optm.lr=0.9")
+        assert_names(refusal(from_flags, "--set", "optm.lr=0.9"), "optm", "optim")
 
     def test_wrong_kind(self):
-        assert refusal(from_flags, "--set", "optim.nesterov=maybe") == (
-            "optim.nesterov must be true or false, got 'maybe'"
-        )
+        message = refusal(from_flags, "--set", "optim.nesterov=maybe")
+        assert_names(message, "optim.nesterov", "maybe")
 
 
 unhurried = settings(suppress_health_check=[HealthCheck.too_slow])

@@ -170,7 +170,7 @@ def test_the_default_head_costs_at_most_two_percent(arch, place):
     [("resnet20", "layer3"), ("resnet110", "layer3.16")],
 )
 def test_a_place_that_saves_nothing_is_refused_in_one_line(arch, place):
-    with pytest.raises(UserError, match=f"an exit after {place} costs .* saves nothing") as error:
+    with pytest.raises(UserError, match=f"{place} .*%") as error:
         network_cost(build_network(arch, (place,)))
     assert "\n" not in str(error.value)
 

@@ -7,12 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scripts import refusal
+from tolerance import bound
 
 from early_exit.criteria import CRITERIA, entropy, get_criterion, margin, max_prob, patience
-from early_exit.errors import UserError
 
 ROW = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=6)
 BATCH = arrays("float32", (5, 3), elements=st.floats(-20, 20, width=32)).map(torch.from_numpy)
+# A softmax of at most six classes and what is made of it, in float32: six exponentials, their sum,
+# a quotient or a logarithm, a sum of six products. Scores are at most about 2 in size.
+ROUNDED = bound(torch.float32, 32)
 
 
 def slow_probs(row):
@@ -46,7 +50,7 @@ def test_every_criterion_is_covered_here():
 def test_score_equals_the_formula(name, row):
     _, score, _ = CRITERIA[name](torch.tensor([row]), None)
     assert score.shape == (1,)
-    assert score.item() == pytest.approx(SLOW[name](row), abs=2e-6)
+    assert score.item() == pytest.approx(SLOW[name](row), abs=2 * ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +59,8 @@ def test_score_equals_the_formula(name, row):
 @given(logits=BATCH)
 def test_score_stays_in_its_range(name, low, high, logits):
     _, score, _ = CRITERIA[name](logits, None)
-    assert (score >= low - 1e-6).all()
-    assert (score <= high).all()
+    assert (score >= low - ROUNDED).all()
+    assert (score <= high + ROUNDED).all()
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -76,23 +80,23 @@ def test_large_logits_give_finite_scores(name, size):
     expected = {
         "max_prob": [1, 1 / 3, 1], "entropy": [0, -math.log(3), 0], "margin": [1, 0, 1]
     }[name]
-    assert score.tolist() == pytest.approx(expected)
+    assert score.tolist() == pytest.approx(expected, abs=2 * ROUNDED)
 
 
 def test_max_prob_of_two_classes_by_hand():
     _, score, _ = max_prob(torch.tensor([[math.log(3), 0.0]]))
-    assert score.item() == pytest.approx(0.75)
+    assert score.item() == pytest.approx(0.75, abs=ROUNDED)
 
 
 def test_margin_of_three_classes_by_hand():
     # odds 5 : 3 : 2
     _, score, _ = margin(torch.tensor([[math.log(3), math.log(5), math.log(2)]]))
-    assert score.item() == pytest.approx(0.2)
+    assert score.item() == pytest.approx(0.2, abs=ROUNDED)
 
 
 def test_entropy_of_certainty_among_k_classes_is_minus_ln_k_at_the_worst():
     _, score, _ = entropy(torch.zeros(1, 10))
-    assert score.item() == pytest.approx(-math.log(10))
+    assert score.item() == pytest.approx(-math.log(10), abs=2 * ROUNDED)
 
 
 @pytest.mark.parametrize("branchynet_t, leaves", [(0.4, True), (0.3, False)])
@@ -133,8 +137,8 @@ def test_a_rows_score_does_not_depend_on_other_rows(name, first, second, rows, k
     _, later, _ = criterion(second, state)
     _, some, some_state = criterion(first[rows], None)
     _, some_later, _ = criterion(second[rows], some_state)
-    torch.testing.assert_close(some, score[rows])
-    torch.testing.assert_close(some_later, later[rows])
+    assert (some - score[rows]).abs().max() <= 2 * ROUNDED
+    assert (some_later - later[rows]).abs().max() <= 2 * ROUNDED
 
 
 def test_criteria_are_found_by_name():
@@ -142,7 +146,5 @@ def test_criteria_are_found_by_name():
 
 
 def test_unknown_criterion_is_refused_with_the_known_ones_named():
-    known = "max_prob, entropy, margin, patience"
-    with pytest.raises(UserError, match=f"'confidence'.*{known}") as error:
-        get_criterion("confidence")
-    assert "\n" not in str(error.value)
+    said = refusal(get_criterion, "confidence")
+    assert "'confidence'" in said and all(name in said for name in CRITERIA)

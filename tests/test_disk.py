@@ -2,10 +2,10 @@
 
 import errno
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -80,7 +80,8 @@ class TestWriting:
     def test_torchs_own_error_is_told_as_the_disks(self, small_files, tmp_path):
         with pytest.raises(Unavailable) as caught, disk.written_whole(tmp_path / "file") as file:
             torch.save(torch.zeros(1 << 16), file)
-        assert str(caught.value) == f"{tmp_path / 'file'} cannot be written: File too large"
+        assert str(tmp_path / "file") in str(caught.value)
+        assert os.strerror(errno.EFBIG) in str(caught.value)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -92,12 +93,12 @@ class TestWriting:
     )
     def test_what_may_pass_is_told_from_what_will_not(self, tmp_path, number, kind):
         with pytest.raises(UserError) as caught, disk.writing(tmp_path):
-            raise OSError(number, "why")
+            raise OSError(number, "the reason")
         assert type(caught.value) is kind
-        assert str(caught.value) == f"{tmp_path} cannot be written: why"
+        assert str(tmp_path) in str(caught.value) and "the reason" in str(caught.value)
 
     def test_a_disk_that_does_not_say_its_number(self, tmp_path):
-        with pytest.raises(Unavailable, match="cannot be written: 7 requested and 3 written"):
+        with pytest.raises(Unavailable, match="7 requested and 3 written"):
             with disk.writing(tmp_path):
                 raise OSError("7 requested and 3 written")
 
@@ -118,7 +119,7 @@ class TestLock:
     def test_a_second_holder_is_refused(self, tmp_path):
         with disk.locked(tmp_path):
             message = refusal(disk.locked(tmp_path).__enter__)
-        assert message.startswith(f"{tmp_path} is in use by another process")
+        assert str(tmp_path) in message and "--save-dir" in message
 
     def test_another_process_holds_it_until_it_ends_however_that_is(self, tmp_path):
         holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
@@ -128,7 +129,8 @@ class TestLock:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as process:
             assert process.stdout.readline() == "held\n"
-            assert "in use" in refusal(disk.locked(tmp_path).__enter__)
+            with pytest.raises(Unavailable, match=str(tmp_path)):
+                disk.locked(tmp_path).__enter__()
             process.kill()
         with disk.locked(tmp_path):
             assert (tmp_path / ".lock").exists()
@@ -155,13 +157,14 @@ class TestLock:
 
         def linger():
             theirs.send([file.closed for file in disk._held])
-            time.sleep(60)
+            theirs.recv()  # until the test ends
 
         child = context.Process(target=linger, daemon=True)
         with disk.locked(tmp_path):
             child.start()
             assert ours.recv() == [True]
-            assert "is in use" in refusal(disk.locked(tmp_path).__enter__)
+            with pytest.raises(Unavailable, match=str(tmp_path)):
+                disk.locked(tmp_path).__enter__()
         with disk.locked(tmp_path):
             assert child.is_alive()
         child.kill()
@@ -172,9 +175,9 @@ class TestLock:
 
         monkeypatch.setattr(disk.fcntl, "flock", none)
         with disk.locked(tmp_path):
-            assert "keeps no locks (No locks available): see to it" in caplog.text
+            assert str(tmp_path) in caplog.text and "No locks available" in caplog.text
 
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         message = refusal(disk.locked(tmp_path / "file" / "run").__enter__)
-        assert message.startswith(f"{tmp_path / 'file' / 'run'} cannot be written: ")
+        assert str(tmp_path / "file" / "run") in message

@@ -1,28 +1,34 @@
 """Several processes: they compute what one computes, agree on a stop, and end when one is lost."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import TINY, finish, start
+from scripts import TINY, children, finish, is_stopped, start, told_once, wait_for
 
 from early_exit import checkpoint, distributed
 from early_exit.distributed import Group
 from early_exit.errors import UserError
 
 FLAGS = (*TINY, "--exits", "layer1")
+# How far two ways to compute the same training may part, all in float64: each rounding is 1e-16 of
+# a number, and twelve steps may magnify it a hundred thousand times. An image that counted twice,
+# or for one process only, would show in the second digit.
+DRIFT = 1e-10
 
 
 def launch(directory: Path, *flags: object, signals=("none", 0), processes=2, **options):
     """Starts the tiny trainer into `directory`."""
     return start(
         "tests/scripts.py", *signals, *FLAGS, "--save-dir", directory, *flags,
-        cwd=directory.parent, processes=processes, **options,
+        cwd=directory.parent, processes=processes, DOUBLE="1", **options,
     )
 
 
@@ -37,9 +43,21 @@ def losses(directory: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in lines]
 
 
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def assert_same_weights(found: Path, wanted: Path) -> None:
+    """To the bit."""
+    expected = parameters(wanted)
+    for name, value in parameters(found).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def stopped_child(process: subprocess.Popen) -> int:
+    """Waits until one of the processes that torchrun started has stopped; gives its number."""
+
+    def find() -> int | None:
+        assert process.poll() is None, finish(process).stderr
+        return next(filter(is_stopped, children(process.pid)), None)
+
+    return wait_for(find, "a process that stops")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +66,7 @@ def pair(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pair") / "run"
     done = finish(launch(directory))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run directory") == done.stdout.count("trained: ") == 1
+    assert done.stdout.count("cifar10/eval.py") == 1  # the end, told by one of the two
     return directory
 
 
@@ -56,15 +74,16 @@ def pair(tmp_path_factory):
 def test_two_processes_learn_what_one_learns_in_two_goes(pair, tmp_path):
     done = finish(launch(tmp_path / "one", "--accumulate", 2, processes=0))
     assert done.returncode == 0, done.stderr
-    assert losses(pair) == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+    assert losses(pair) == pytest.approx(losses(tmp_path / "one"), rel=DRIFT)
     expected = parameters(tmp_path / "one")
     for name, value in parameters(pair).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, expected[name], rtol=DRIFT, atol=DRIFT, msg=name)
     # momenta are sums of gradients
     found, wanted = (checkpoint.load(d)["optimizer"]["state"] for d in (pair, tmp_path / "one"))
     for number, state in found.items():
         torch.testing.assert_close(
-            state["momentum_buffer"], wanted[number]["momentum_buffer"], rtol=1e-4, atol=1e-5
+            state["momentum_buffer"], wanted[number]["momentum_buffer"], rtol=DRIFT, atol=DRIFT
         )
 
 
@@ -72,7 +91,8 @@ def test_two_processes_learn_what_one_learns_in_two_goes(pair, tmp_path):
 def test_a_mistake_is_told_once_and_ends_all(tmp_path):
     done = finish(launch(tmp_path / "run", "-b", 6, "--accumulate", 2))
     assert done.returncode == 1  # torchrun's
-    assert done.stderr.count("cannot be cut into 4 equal parts of two or more") == 1
+    said = told_once(done.stderr, "trainer.py")
+    assert "--accumulate" in said and re.search(r"\b6 images\b.*\b4\b", said)
 
 
 @pytest.mark.slow
@@ -81,7 +101,7 @@ def test_a_mistake_that_the_first_finds_is_told_once(tmp_path):
         "imagenet/main.py", tmp_path / "none", "--device", "cpu", cwd=tmp_path, processes=2
     ))
     assert done.returncode == 1
-    assert done.stderr.count("main.py: there is no directory") == 1
+    assert str(tmp_path / "none") in told_once(done.stderr, "main.py")
     assert "[rank1]" not in done.stderr
 
 
@@ -91,15 +111,14 @@ def test_a_signal_to_one_stops_all_where_all_can_go_on(pair, tmp_path, whom, bat
     directory = tmp_path / "run"
     done = finish(launch(directory, signals=(whom, batch)))
     assert done.returncode == 1
-    assert done.stderr.count("stopped by signal 15 and saved") == 1
+    assert str(directory) in told_once(done.stderr, "trainer.py")
     saved = checkpoint.load(directory)["position"]
     assert 0 <= 6 * saved["epoch"] + saved["step"] - batch - 1 <= 9 * (whom == "SIGTERM@up")
     done = finish(launch(directory, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
-    assert losses(directory) == losses(pair)
-    expected = parameters(pair)
-    for name, value in parameters(directory).items():
-        assert torch.equal(value, expected[name]), name
+    # sums of all processes so far, and of each since then, are added in another order
+    assert losses(directory) == pytest.approx(losses(pair), rel=DRIFT)
+    assert_same_weights(directory, pair)
 
 
 @pytest.mark.slow
@@ -108,29 +127,24 @@ def test_another_number_of_processes_may_go_on(pair, tmp_path):
     finish(launch(directory, signals=("SIGTERM@0", 4)))
     done = finish(launch(directory, "--resume", "auto", "--accumulate", 2, processes=0))
     assert done.returncode == 0, done.stderr
-    assert losses(directory) == pytest.approx(losses(pair), rel=1e-6)
+    assert losses(directory) == pytest.approx(losses(pair), rel=DRIFT)
 
 
 @pytest.mark.slow
 def test_when_one_is_killed_all_end_and_the_same_command_goes_on(pair, tmp_path):
     directory = tmp_path / "run"
-    process = launch(directory, "--resume", "auto", signals=("SIGSTOP@0", 8))
-    began = time.monotonic()
-    while not (directory / checkpoint.NAME).exists():  # the first epoch is saved
-        assert time.monotonic() - began < 120 and process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
-    stopped, other = children(process.pid)[:2]
+    # a patience that outlasts the test: the others must not end by it
+    process = launch(directory, "--resume", "auto", signals=("SIGSTOP@0", 8), PATIENCE="7200")
+    stopped = stopped_child(process)
+    assert (directory / checkpoint.NAME).exists()  # the first epoch is saved
+    others = set(children(process.pid)) - {stopped}
+    assert others
     os.kill(stopped, signal.SIGKILL)
-    killed = time.monotonic()
-    assert finish(process).returncode != 0
-    assert time.monotonic() - killed < 60
-    assert not Path(f"/proc/{other}").exists()
+    assert finish(process).returncode not in (0, -signal.SIGKILL)  # which `finish` sends at last
+    assert [pid for pid in others if Path(f"/proc/{pid}").exists()] == []
     done = finish(launch(directory, "--resume", "auto"))
     assert done.returncode == 0, done.stderr
-    expected = parameters(pair)
-    for name, value in parameters(directory).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_weights(directory, pair)
 
 
 @pytest.fixture
@@ -150,24 +164,21 @@ def test_when_a_machine_is_lost_the_other_ends_and_both_started_anew_go_on(
     nodes = [
         launch(
             directory, "--resume", "auto", signals=("SIGSTOP@1", 8), processes=1,
-            node=(number, port), PATIENCE="10",
+            node=(number, port), PATIENCE="30",
         )
         for number in range(2)
     ]
-    began = time.monotonic()
-    while not (directory / checkpoint.NAME).exists():
-        assert time.monotonic() - began < 120 and nodes[0].poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
+    stopped_child(nodes[1])
+    assert (directory / checkpoint.NAME).exists()  # the first epoch is saved
     lost = [*children(nodes[1].pid), nodes[1].pid]
     for pid in lost:
         os.kill(pid, signum)
     done = finish(nodes[0])
     assert done.returncode == 1
-    assert "trainer.py: another process of this run is gone" in done.stderr, done.stderr
-    assert time.monotonic() - began < 120
+    assert told_once(done.stderr, "trainer.py")  # an error of its own, no traceback
     for pid in lost:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     finish(nodes[1])
     nodes = [
         launch(directory, "--resume", "auto", processes=1, node=(number, port))
@@ -176,9 +187,7 @@ def test_when_a_machine_is_lost_the_other_ends_and_both_started_anew_go_on(
     for node in nodes:
         done = finish(node)
         assert done.returncode == 0, done.stderr
-    expected = parameters(pair)
-    for name, value in parameters(directory).items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_weights(directory, pair)
 
 
 @pytest.mark.slow
@@ -186,7 +195,8 @@ def test_every_held_out_image_is_scored_once(pair, tmp_path):
     flags = ("--resume", pair, "-e", "--split", "test")
     alone, together = (
         finish(start(
-            "tests/scripts.py", "none", 0, *FLAGS, *flags, cwd=tmp_path, processes=processes
+            "tests/scripts.py", "none", 0, *FLAGS, *flags, cwd=tmp_path, processes=processes,
+            DOUBLE="1",
         ))
         for processes in (0, 2)
     )
@@ -207,6 +217,6 @@ def test_processes_that_do_not_meet_are_told_in_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # and no address to meet at
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="one of 2 by its environment.*start all with torchrun"):
+    with pytest.raises(UserError, match=r"\b2\b.*torchrun"):
         with distributed.joined(torch.device("cpu")):
             pass

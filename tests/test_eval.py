@@ -5,8 +5,9 @@ import itertools
 import json
 import logging
 import math
+import re
 import shutil
-import time
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from claims import assert_names, require_precision
 from scripts import CPU, few_digits, run_main, tiny_network, tiny_run
 
 from cifar10 import data
@@ -52,12 +54,40 @@ def trained(directory: Path, split_seed: int = 0, epochs: int = 8, **settings) -
     return tiny_run(directory, DOOR, optim, split_seed, **settings)
 
 
+def made_by_hand(targets: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
+    """Logits of three exits, (images, 3, 10), the same on every machine: noise of which the exits
+    share a part, and the later the exit and the easier the image, the more of the target."""
+    generator, rows = np.random.default_rng(seed), np.arange(len(targets))
+    shared, own = (
+        generator.integers(-1000, 1001, (len(targets), exits, 10)) / 1000 for exits in (1, 3)
+    )
+    ease = generator.integers(0, 1001, len(targets)) / 1000
+    logits = 2 * shared + 2 * own
+    for index, strength in enumerate((4.0, 6.0, 8.0)):
+        logits[rows, index, targets] += strength * ease
+    return logits.astype(np.float32)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def real(tmp_path_factory) -> Path:
     """A joint run with two early exits, already recorded. Not to be changed."""
-    directory = trained(tmp_path_factory.mktemp("finished") / "run")
+    directory = trained(tmp_path_factory.mktemp("real") / "run")
     evaluate(directory, DOOR, Goal(max_drop=0.0), overrides=CPU, live=False, draw=False)
     shutil.rmtree(directory / "eval")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(real, tmp_path_factory) -> Path:
+    """That run with records made by hand, so that what is chosen on them does not depend on how a
+    processor rounds in training. Not to be changed."""
+    directory = shutil.copytree(real, tmp_path_factory.mktemp("finished") / "run")
+    # with this seed, no two scores are as close as float32 may round (TestRows has a test of it)
+    for split, seed in (("val", (176, 3)), ("test", (176, 4))):
+        place = directory / "records" / f"{split}-off"
+        record = ExitRecord.load(place)
+        logits = made_by_hand(record.targets, seed)
+        dataclasses.replace(record, logits=logits).save(place)
     return directory
 
 
@@ -88,6 +118,8 @@ def quickly(directory: Path, goal: Goal, **options) -> tuple[dict, dict]:
 
 
 # The obvious way to do it, image after image, in plain Python.
+
+CLOSE = 1e-6  # a threshold is a float32 score: some epsilons off this one's float64
 
 
 def stored(directory: Path, split: str) -> tuple[list, list]:
@@ -128,7 +160,7 @@ def slow_exit(
 ) -> int:
     """The exit that one image takes."""
     for index, threshold in enumerate(thresholds):
-        if enabled[index] and scores[index] >= threshold - 1e-6:  # a threshold is one's float32
+        if enabled[index] and scores[index] >= threshold - CLOSE:
             return index
     return len(thresholds)
 
@@ -322,10 +354,16 @@ class TestRows:
     def test_final_accuracy_is_the_last_exits(self, rows):
         assert rows[2]["final_accuracy"] == rows[1][-1]["accuracy"]
 
-    def test_the_network_is_good_enough_to_test_with(self, rows):
-        accuracy = [row["accuracy"] for row in rows[1]]
+    def test_the_records_are_good_enough_to_test_with(self, rows):
+        directory, exits, _ = rows
+        accuracy = [row["accuracy"] for row in exits]
         assert accuracy[0] < accuracy[-1]
         assert accuracy[-1] > 0.5
+        images = [image for split in ("val", "test") for image in stored(directory, split)[0]]
+        for temperatures in ([1.0] * 3, [row["temperature"] for row in exits]):
+            for criterion in ("max_prob", "margin", "entropy"):
+                scores = [slow_scores(image, criterion, temperatures)[:-1] for image in images]
+                assert np.diff(np.unique(scores)).min() > 2 * CLOSE
 
     def test_the_curve_ends_at_the_final_exit_and_at_the_first(self, rows):
         _, exits, report = rows
@@ -401,8 +439,12 @@ class TestChoice:
 
     @pytest.mark.parametrize("given", [{}, {"max_drop": 0.1, "budget": 0.5}])
     def test_a_goal_is_exactly_one_thing(self, given):
-        with pytest.raises(UserError, match="choose one of --max-drop, --budget, --lat"):
+        with pytest.raises(UserError) as caught:
             Goal(**given)
+        assert_names(
+            str(caught.value), "--max-drop", "--budget", "--latency-budget", "--thresholds",
+            "--policy", "--risk", "--delta",
+        )
 
 
 class TestLatency:
@@ -455,13 +497,16 @@ class TestLatency:
         )
         page = (timed / "eval" / "mine" / "report.md").read_text()
         for text in (page, evaluation.summary(report, timed / "eval" / "mine")):
-            assert "Allowed: 7.20 ms for a batch of 1, the plain network taking 9.00" in text
-            assert "; measured with exits taken: " in text
+            assert_names(text, "7.20 ms", "9.00 ms")  # allowed, and the plain network's
+            # measured: the batch of the budget is timed too
+            measured = report.timing[0]
+            assert_names(text, f"{1000 * measured.live.total / measured.batches:.2f} ms")
         assert [timing.batch_size for timing in report.timing] == [1, 4]
 
     def test_less_than_the_least_is_refused(self, timed):
-        with pytest.raises(UserError, match="1.00 ms cannot be kept: the least .* is 2.00 ms"):
+        with pytest.raises(UserError) as caught:
             quickly(timed, Goal(latency=(1e-3, "s")))
+        assert_names(str(caught.value), "1.00 ms", "2.00 ms")  # asked for, and the least
 
 
 class TestConditionalDeepLearning:
@@ -475,10 +520,15 @@ class TestConditionalDeepLearning:
         for text in (
             (directory / "report.md").read_text(), evaluation.summary(report, directory)
         ):
-            assert "| stage | reached | stopped | saved | its classifier | gain | adm" in text
-            assert "Estimated energy: " in text
+            for stage in report.cdl:
+                shares = f"{100 * stage.reached:.1f} %", f"{100 * stage.stopped:.1f} %"
+                values = (*shares, f"{100 * stage.gain / PLAIN:.2f} %")
+                lines = [line for line in text.splitlines() if f"| {stage.name} |" in line]
+                assert any(all(value in line for value in values) for line in lines)
+            for row in report.energy:
+                assert_names(text, f"{row.test / 1e6:.2f}", f"{row.plain / 1e6:.2f}")
         page = (directory / "report.md").read_text()
-        assert "The stages that are on were fitted on 100 images of val" in page
+        assert_names(page, "100 images")  # on which the stages were chosen
         gains = json.loads((directory / "report.json").read_text())["cdl"]
         assert [row["gain"] for row in gains] == [stage.gain for stage in report.cdl]
 
@@ -513,7 +563,7 @@ class TestGuarantee:
         assert said["images"] == 80
         assert said["losses"] == self.lost(directory, "val", policy, certify)
         assert guarantees.tail(80, said["losses"], 0.15) <= 0.1
-        assert said["words"].startswith("the full network is right and the early answer is wrong")
+        assert_names(said["words"], "15 %", "90 %", 80)  # the risk, the confidence, the images
 
     def test_test_shows_what_became_of_it(self, found):
         directory, report, policy = found
@@ -527,7 +577,8 @@ class TestGuarantee:
         plain, _ = quickly(directory, Goal(max_drop=0.15))
         assert report["guarantee"]["plain"] == plain["test"]
         page = (directory / "eval" / "risk-15-wrong-90-max_prob" / "report.md").read_text()
-        assert "## Guarantee\n\nGuaranteed: the full network is right and" in page
+        assert report["guarantee"]["words"] in page
+        assert_names(page, f"{100 * plain['test']['accuracy']:.2f} %")
 
     def test_only_the_fifth_decides_what_is_tried(self, found):
         directory, *_ = found
@@ -589,7 +640,7 @@ class TestHonesty:
     def test_val_and_test_of_a_cut_are_halves_of_test(self, copy):
         report, _ = quickly(copy, Goal(max_drop=0.0), val_from="test", cut_seed=3)
         assert (report["val_images"], report["test_images"]) == (60, 60)
-        assert report["val_from"] == "half of the official test set, cut by seed 3"
+        assert_names(report["val_from"], "test", 3)
 
     def test_a_cut_reports_its_own_half_alone(self, copy):
         report, policy = quickly(copy, Goal(max_drop=0.05), val_from="test", cut_seed=3)
@@ -615,7 +666,7 @@ class TestHonesty:
 class TestBackbonesSplit:
     """Val must be unseen by every weight, the backbone's included."""
 
-    refused = "may have seen the val images"
+    refused = "--val-from test"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -630,13 +681,13 @@ class TestBackbonesSplit:
     def test_an_unknown_split_is_refused(self, elsewhere):
         with pytest.raises(UserError, match=self.refused) as caught:
             quickly(elsewhere, Goal(max_drop=0.0))
-        assert "--val-from test" in str(caught.value)
+        assert str(elsewhere) in str(caught.value)
         assert not (elsewhere / "eval").exists()
 
     def test_it_is_accepted_with_val_from_test_and_the_report_says_so(self, elsewhere, tmp_path):
         directory = shutil.copytree(elsewhere, tmp_path / "run")
         report, _ = quickly(directory, Goal(max_drop=0.0), val_from="test")
-        assert report["val_from"].startswith("half of the official test set")
+        assert_names(report["val_from"], "test", 0)
 
     @pytest.mark.parametrize("regime", ["frozen", "mixed"])
     def test_a_backbone_of_another_split_is_refused(self, plain, tmp_path, regime):
@@ -650,7 +701,7 @@ class TestBackbonesSplit:
     def test_a_backbone_of_the_same_split_is_accepted(self, plain, tmp_path):
         run = trained(tmp_path / "run", epochs=1, backbone=str(plain), regime="frozen")
         report, _ = quickly(run, Goal(max_drop=0.0))
-        assert report["val_from"] == "held out from train"
+        assert_names(report["val_from"], "train")
 
     def test_a_backbone_of_a_backbone_of_another_split_is_refused(self, plain, tmp_path):
         """What the first backbone has seen is not forgotten on the way."""
@@ -689,102 +740,93 @@ class TestMistakes:
         "goals", [("--max-drop", "1", "--budget", "50"), ("--budget", "50", "--thresholds", "0.5")]
     )
     def test_two_goals(self, refusal, copy, goals):
-        assert "not allowed with argument" in refusal(copy, *goals)
+        assert_names(refusal(copy, *goals), *goals[::2])
 
     def test_a_budget_that_cannot_be_kept(self, refusal, copy):
         message = refusal(copy, "--budget", "10")
-        least = f"{MACS[0] / 1e6:.2f} M"
-        assert f"the least this network's exits cost is {least}" in message
+        assert_names(message, f"{MACS[0] / 1e6:.2f} M", f"{0.1 * PLAIN / 1e6:.2f} M")
         assert not (copy / "eval").exists()
 
     def test_too_few_images_for_a_risk(self, refusal, copy):
-        assert refusal(copy, "--risk", "1") == (
-            "80 certifying images are too few for a risk of 1 % with a confidence of 95 %: that"
-            " takes 299 without a loss; ask for less, or hold out more"
-        )
+        message = refusal(copy, "--risk", "1")
+        assert_names(message, 80, "1 %", "95 %", 299)  # 0.99 ** 298 > 0.05 > 0.99 ** 299
 
     @pytest.mark.parametrize(
         ("flags", "said"),
         [
-            (("--confidence", "90"), "--confidence, --on-average and --loss go with --risk"),
-            (("--on-average",), "--confidence, --on-average and --loss go with --risk"),
-            (("--risk", "5", "--on-average", "--confidence", "90"), "--on-average has no"),
-            (("--latency-budget", "3"), "--latency-budget takes 3ms or 60%, got '3'"),
-            (("--latency-budget", "x%"), "--latency-budget takes 3ms or 60%, got 'x%'"),
-            (("--latency-budget=-3ms",), "--latency-budget must be positive"),
-            (
-                ("--latency-budget", "3ms", "--latency-batch", "500"),
-                "val has 100 images, fewer than --latency-batch 500",
-            ),
-            (("--thresholds", "0.5", "--per-exit"), "--per-exit searches, and --thresholds,"),
-            (("--policy", "x", "--criterion", "margin"), "--policy brings its criterion and"),
-            (("--policy", "x", "--no-calibration"), "--policy brings its criterion and"),
-            (("--thresholds=-inf",), "a threshold is minus infinity; give a number below every"),
-            (("--policy", "no.yaml", "--per-exit"), "there is no policy at no.yaml; eval.py"),
-            (("--policy", "no.yaml"), "there is no policy at no.yaml; eval.py writes one"),
-            (("--epsilon", "1"), "--epsilon goes with --delta"),
-            (("--latency-batch", "4"), "--latency-batch goes with --latency-budget"),
-            (("--delta", "0.3"), "--delta lies in 0.5 to below 1, got 0.3"),
-            (("--delta", "0.9", "--criterion", "margin"), "--delta is a probability; drop"),
-            (("--risk", "100"), "--risk is 100; it lies between 0 and 100"),
-            (("--risk", "5", "--confidence", "100"), "--confidence is 100; it lies between"),
+            (("--confidence", "90"), ["--confidence", "--risk"]),
+            (("--on-average",), ["--on-average", "--risk"]),
+            (("--risk", "5", "--on-average", "--confidence", "90"), ["--on-average"]),
+            (("--latency-budget", "3"), ["--latency-budget", "'3'", "3ms", "60%"]),
+            (("--latency-budget", "x%"), ["--latency-budget", "'x%'", "3ms", "60%"]),
+            (("--latency-budget=-3ms",), ["--latency-budget"]),
+            (("--latency-budget", "3ms", "--latency-batch", "500"), [100, "--latency-batch", 500]),
+            (("--thresholds", "0.5", "--per-exit"), ["--per-exit", "--thresholds"]),
+            (("--policy", "x", "--criterion", "margin"), ["--policy"]),
+            (("--policy", "x", "--no-calibration"), ["--policy"]),
+            (("--thresholds=-inf",), ["threshold"]),
+            (("--policy", "no.yaml", "--per-exit"), ["no.yaml"]),
+            (("--policy", "no.yaml"), ["no.yaml"]),
+            (("--epsilon", "1"), ["--epsilon", "--delta"]),
+            (("--latency-batch", "4"), ["--latency-batch", "--latency-budget"]),
+            (("--delta", "0.3"), ["--delta", 0.3, 0.5]),
+            (("--delta", "0.9", "--criterion", "margin"), ["--delta", "--criterion margin"]),
+            (("--risk", "100"), ["--risk", 100]),
+            (("--risk", "5", "--confidence", "100"), ["--confidence", 100]),
         ],
     )
     def test_flags_of_a_goal(self, refusal, copy, flags, said):
-        assert refusal(copy, *flags).startswith(said)
+        assert_names(refusal(copy, *flags), *said)
 
     def test_branchynets_t_without_its_minus(self, refusal, copy):
         message = refusal(copy, "--criterion", "entropy", "--thresholds", "0.3")
-        assert message.endswith("BranchyNet's T of 0.3 is --thresholds=-0.3")
+        assert_names(message, "entropy", "--thresholds=-0.3")
 
     def test_patience_with_one_early_exit(self, refusal, one_exit):
         message = refusal(one_exit, "--criterion", "patience")
-        assert message.startswith("patience counts agreements between early exits and needs two")
+        assert_names(message, "patience")
 
     def test_cuts_of_a_val_that_is_not_from_test(self, refusal, copy):
         for flags in (("--cuts", "3"), ("--cut-seed", "1")):
-            assert refusal(copy, *flags) == (
-                "--cuts and --cut-seed cut the test set and go with --val-from test"
-            )
+            assert_names(refusal(copy, *flags), flags[0], "--val-from test")
 
     def test_thresholds_that_do_not_fit_the_exits(self, refusal, copy):
-        assert refusal(copy, "--thresholds", "0.1", "0.2", "0.3") == (
-            "got 3 thresholds for 2 early exits; give one, or one each"
-        )
+        assert_names(refusal(copy, "--thresholds", "0.1", "0.2", "0.3"), "thresholds", 3, 2)
 
     def test_a_criterion_that_is_not_there(self, refusal, copy):
         message = refusal(copy, "--criterion", "oracle")
-        assert all(name in message for name in CRITERIA)
+        assert_names(message, *CRITERIA)
 
     @pytest.mark.parametrize(
         ("flags", "said"),
         [
-            (("--max-drop", "101"), "--max-drop is 101 points; it lies in 0 to 100"),
-            (("--max-drop=-1",), "--max-drop is -1 points; it lies in 0 to 100"),
-            (("--budget", "0"), "--budget is 0 %; it must be positive"),
-            (("--cuts", "0"), "--cuts must be at least 1, got 0"),
-            (("--batch-sizes", "4", "0"), "--batch-sizes must be at least 1, got 0"),
-            (("--timing-images", "0"), "--timing-images must be at least 1, got 0"),
-            (("--thresholds", "nan"), "a threshold is not a number"),
+            (("--max-drop", "101"), ["--max-drop", 101, 100]),
+            (("--max-drop=-1",), ["--max-drop", -1, 100]),
+            (("--budget", "0"), ["--budget", 0]),
+            (("--cuts", "0"), ["--cuts", 1, 0]),
+            (("--batch-sizes", "4", "0"), ["--batch-sizes", 1, 0]),
+            (("--timing-images", "0"), ["--timing-images", 1, 0]),
+            (("--thresholds", "nan"), ["threshold"]),
         ],
     )
     def test_numbers_out_of_range(self, refusal, copy, flags, said):
-        assert refusal(copy, *flags) == said
+        assert_names(refusal(copy, *flags), *said)
 
     def test_a_seed_no_generator_takes(self, refusal, copy):
         assert "seed" in refusal(copy, "--val-from", "test", "--cut-seed=-1")
 
     def test_a_run_that_is_missing(self, refusal, tmp_path):
         message = refusal(tmp_path / "none")
-        assert message.startswith(f"there is no run directory at {tmp_path / 'none'}")
+        assert_names(message, tmp_path / "none")
 
     def test_a_run_without_a_checkpoint(self, refusal, tmp_path):
-        assert refusal(tmp_path) == f"{tmp_path} holds no checkpoint; train it first"
+        assert_names(refusal(tmp_path), tmp_path)
 
     def test_data_that_hold_out_other_images(self, refusal, copy, monkeypatch):
         other = FrontDoor(tiny_network, lambda settings: few_digits(1, 320, 100, 120))
         monkeypatch.setattr(script, "DOOR", other)
-        assert "held out other val images" in refusal(copy)
+        hashes = (few_digits(seed, 320, 100, 120).val_hash for seed in (0, 1))
+        assert_names(refusal(copy), copy, *hashes)
 
     @pytest.mark.parametrize("name", [".", "..", "../../precious", "a/b", "/precious"])
     def test_a_name_that_is_no_plain_name_is_refused_and_nothing_is_lost(
@@ -799,6 +841,10 @@ class TestMistakes:
         assert (copy / checkpoint.NAME).exists()
 
 
+# What float32 makes of a logit, beside the largest: some thousand products a path from the image
+ROUNDING = 3000 * np.finfo(np.float32).eps
+
+
 def test_a_plain_network_has_nothing_to_choose(plain):
     """Its report is a point, which others are compared with."""
     report, policy = quickly(plain, Goal(max_drop=0.005), live=True, draw=True, batch_sizes=(1,))
@@ -809,7 +855,9 @@ def test_a_plain_network_has_nothing_to_choose(plain):
     assert [row["name"] for row in report["exits"]] == ["final"]
     assert len(report["curve"]) == 1
     assert policy["thresholds"] == []
-    assert report["live"]["differing"] == 0
+    # only an image whose best two classes are as close as rounding may get another answer
+    gaps = [sorted(exits[0])[-1] - sorted(exits[0])[-2] for exits in logits]
+    assert report["live"]["differing"] <= sum(gap < ROUNDING * np.abs(logits).max() for gap in gaps)
 
 
 def test_a_gallery_of_single_images_can_be_drawn(tmp_path):
@@ -822,6 +870,59 @@ def test_a_gallery_of_single_images_can_be_drawn(tmp_path):
 def test_images_that_are_all_as_confused_can_be_drawn(tmp_path):
     plots.confusion(np.zeros(5), np.array([True] * 5), tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+class TestLive:
+    """Live inference against the records of the same network, with thresholds that lie in gaps
+    between the scores, which are far wider than what rounding changes."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def lived(cls, real, tmp_path_factory) -> tuple[dict, Path, np.ndarray]:
+        """The report, its directory, and which exit each image of test takes on the record."""
+        directory = shutil.copytree(real, tmp_path_factory.mktemp("live") / "run")
+        remaining = [slow_scores(e, "max_prob", [1.0] * 3) for e in stored(directory, "test")[0]]
+        thresholds = []
+        for index in range(2):
+            ordered = np.sort([scores[index] for scores in remaining])
+            middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
+            widest = int(np.diff(middle).argmax())
+            thresholds.append(float(middle[widest : widest + 2].mean()))
+            assert np.diff(middle).max() > 4 * ROUNDING
+            remaining = [scores for scores in remaining if scores[index] < thresholds[index]]
+        goal = Goal(thresholds=tuple(thresholds), calibrate=False)
+        report, _ = quickly(directory, goal, live=True, name="mine")
+        where = directory / "eval" / "mine"
+        policy = yaml.safe_load((where / "policy.yaml").read_text())
+        return report, where, np.array(slow_outcome(directory, "test", policy)["taken"])
+
+    def close(self, where: Path, taken: np.ndarray) -> int:
+        """Images whose best two classes, at the exit they take, are as close as rounding."""
+        logits = np.array(stored(where.parent.parent, "test")[0])
+        second, best = np.sort(logits[np.arange(len(taken)), taken])[:, -2:].T
+        return int((best - second < ROUNDING * np.abs(logits).max()).sum())
+
+    def test_every_exit_is_taken(self, lived):
+        _, _, taken = lived
+        assert np.bincount(taken, minlength=3).min() > 10
+
+    def test_policy_yaml_gives_the_reports_exits_and_accuracy_live(self, lived):
+        report, where, taken = lived
+        network = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).eval()
+        network.load_state_dict(checkpoint.load(where.parent.parent)["network"])
+        ((images, targets),) = some_digits(DataConfig()).eval_batches("test", 120)
+        answers = infer(network, images, Policy.load(where / "policy.yaml"))
+        assert answers.exit_index.tolist() == taken.tolist()
+        right = int((answers.classes == targets).sum())
+        assert abs(right - 120 * report["test"]["accuracy"]) <= self.close(where, taken) + 1e-9
+
+    def test_live_inference_agrees_with_the_record(self, lived):
+        report, where, taken = lived
+        live = report["live"]
+        assert live["images"] == 120
+        assert live["differing_beyond_rounding"] <= live["differing"] <= self.close(where, taken)
+        differing = live["differing"] / 120
+        assert abs(live["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
 
 
 class TestFiles:
@@ -860,17 +961,6 @@ class TestFiles:
         assert policy.exit_names == NAMES
         assert policy.criterion == "max_prob"
 
-    def test_policy_yaml_gives_the_reports_accuracy_live(self, written):
-        policy = Policy.load(written / "policy.yaml")
-        report = json.loads((written / "report.json").read_text())
-        network = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).eval()
-        network.load_state_dict(checkpoint.load(written.parent.parent)["network"])
-        whole = some_digits(DataConfig())
-        ((images, targets),) = whole.eval_batches("test", 120)
-        answers = infer(network, images, policy)
-        right = (answers.classes == targets).float().mean()
-        assert float(right) == pytest.approx(report["test"]["accuracy"])
-
     def test_report_json_is_strict_json(self, written):
         def refuse(constant):
             raise AssertionError(f"{constant} is no JSON")
@@ -886,17 +976,12 @@ class TestFiles:
 
     def test_report_names_what_was_measured_on_what(self, written):
         report = json.loads((written / "report.json").read_text())
-        assert (report["dataset"], report["val_from"]) == ("digits", "held out from train")
+        assert report["dataset"] == "digits"
+        assert_names(report["val_from"], "train")
         assert (report["val_images"], report["test_images"]) == (100, 120)
-        assert report["weights"].endswith("of the last epoch")
+        assert re.search(r"\b[0-9a-f]{16}\b", report["weights"])
+        assert not re.search(r"\bjoint\b", report["weights"])  # the phase, of an unfinished run
         assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
-
-    def test_live_inference_agrees_with_the_record(self, written):
-        report = json.loads((written / "report.json").read_text())
-        assert report["live"]["images"] == 120
-        assert report["live"]["differing_beyond_rounding"] == 0
-        differing = report["live"]["differing"] / 120
-        assert abs(report["live"]["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
 
     def test_whole_batches_of_no_more_than_the_asked_images_are_timed(self, written):
         timing = json.loads((written / "report.json").read_text())["timing"]
@@ -933,7 +1018,7 @@ class TestFiles:
         quickly(copy, Goal(max_drop=0.0), name="mine")
         (copy / "eval" / "mine" / "stray").write_text("old")
         report, _ = quickly(copy, Goal(budget=0.9), name="mine")
-        assert report["chosen_by"] == "budget 90 % of MACs"
+        assert_names(report["chosen_by"], "budget", 90)
         assert not (copy / "eval" / "mine" / "stray").exists()
 
     def test_evaluations_of_other_names_are_left_alone(self, copy):
@@ -1026,9 +1111,11 @@ class TestRecords:
         with caplog.at_level(logging.WARNING):
             quickly(copy, Goal(max_drop=0.0))
         assert recorded == ["val"]
-        assert "recording anew" in "\n".join(caplog.messages)
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert_names(warning, copy / "records" / "val-off")
 
     def test_another_precision_has_records_of_its_own(self, copy, recorded):
+        require_precision("bf16")
         quickly(copy, Goal(max_drop=0.0), overrides={"run": {**CPU["run"], "amp": "bf16"}})
         assert sorted(recorded) == ["test", "val"]
         assert {path.name for path in (copy / "records").iterdir() if path.is_dir()} == {
@@ -1037,14 +1124,28 @@ class TestRecords:
 
     def test_two_evaluations_of_one_name_write_one_after_the_other(self, copy, monkeypatch):
         """And not each into what the other is about to move into place."""
-        original, busy = evaluation.to_json, []
+        original, inside = evaluation.to_json, threading.Lock()
+        both, intruding = threading.Event(), threading.Event()
+        arrived, lock = [], evaluation.locked
+
+        def asking(*arguments, **options):
+            arrived.append(1)
+            if len(arrived) == 2:
+                both.set()
+            return lock(*arguments, **options)
 
         def slowly(report):
-            busy.append(1)
-            time.sleep(0.3)
-            assert busy.pop() and not busy
-            return original(report)
+            if not inside.acquire(blocking=False):
+                intruding.set()
+                raise AssertionError("the other one is writing")
+            try:
+                assert both.wait(600)  # until the other one asks for its turn
+                assert not intruding.wait(0.3)  # and, where it need not wait for it, gets here
+                return original(report)
+            finally:
+                inside.release()
 
+        monkeypatch.setattr(evaluation, "locked", asking)
         monkeypatch.setattr(evaluation, "to_json", slowly)
         with ThreadPoolExecutor() as pool:
             jobs = [pool.submit(quickly, copy, Goal(max_drop=0.0), name="one") for _ in range(2)]
@@ -1073,5 +1174,6 @@ class TestUnfinished:
         shutil.copy(finished / checkpoint.PREVIOUS, directory / checkpoint.NAME)
         with caplog.at_level(logging.WARNING):
             report, _ = quickly(directory, Goal(max_drop=0.0))
-        assert report["weights"].endswith("of epoch 7 of 8, phase joint")
-        assert "this run is not finished" in caplog.text
+        assert_names(report["weights"], 7, 8, "joint")  # the epoch, of how many, and the phase
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert_names(warning, 7, 8, "joint")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import CPU, DOOR, few_digits, refusal, tiny_network, tiny_run
+from tolerance import assert_close, bound
 from torch import Tensor, nn
 
 from early_exit import checkpoint, criteria, heads
@@ -25,7 +27,7 @@ from early_exit.inference import infer
 from early_exit.losses import joint_loss
 from early_exit.network import MultiExitNetwork
 from early_exit.policy import Policy
-from early_exit.records import ExitRecord, replay, score_record
+from early_exit.records import ExitRecord, disagreements, replay, score_record
 from early_exit.tensors import ImageSet, cut
 from early_exit.training import adopt, default_run_dir, train
 
@@ -105,19 +107,19 @@ def with_units(backbone: nn.Module, head="linear", places=("stem",), **units) ->
 class TestNetwork:
     def test_a_unit_may_say_what_the_forward_does(self):
         net = Cut()
-        made = with_units(net, stem=net.stem, body=Sum(net.body), end=net.end).eval()
-        images = torch.rand(3, 3, 8, 8)
-        torch.testing.assert_close(made(images)[-1], net(images))
+        made = with_units(net, stem=net.stem, body=Sum(net.body), end=net.end).double().eval()
+        images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+        assert_close(made(images)[-1], net(images), terms=3 * 9 + 4 * 9 + 8 * 8 + 4 + 4)
 
     def test_a_step_that_no_unit_takes_is_noticed(self):
         net = Cut()
         said = refusal(with_units, net, stem=net.stem, body=net.body, end=net.end)
-        assert said.startswith("the units one after the other are not the backbone: with the")
+        assert "backbone" in said and "forward" in said
 
     def test_so_is_one_that_is_only_slightly_another(self):
         net = Cut(scale=1.1)
         said = refusal(with_units, net, stem=net.stem, body=Sum(net.body), end=net.end)
-        assert "are not the backbone" in said
+        assert "backbone" in said and "forward" in said
 
     @pytest.mark.parametrize("left_out", ["norm", "zero", "scale"])
     def test_so_is_what_changes_nothing_before_it_has_learned(self, left_out):
@@ -128,7 +130,7 @@ class TestNetwork:
         units = {**parts, "scale": net.scale}
         del units[left_out]
         said = refusal(with_units, net, **units)
-        assert said.startswith("the units one after the other ")
+        assert "backbone" in said and "forward" in said
 
     def test_what_is_not_a_number_is_not_the_backbone(self):
         net = Cut()
@@ -138,12 +140,12 @@ class TestNetwork:
                 return super().forward(features) * math.nan
 
         said = refusal(with_units, net, stem=net.stem, body=Broken(net.body), end=net.end)
-        assert "are not the backbone" in said
+        assert "backbone" in said and "forward" in said
 
     def test_a_flattening_that_is_forgotten_between_two_units(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
         said = refusal(with_units, net, stem=net[0], end=net[2])
-        assert said.startswith("the unit end does not take what comes before it ((1, 4, 6, 6)): ")
+        assert "unit end " in said and "(1, 4, 6, 6)" in said
 
     @pytest.mark.parametrize("tuples", [True, False])
     def test_units_that_give_no_tensor(self, tuples):
@@ -154,12 +156,12 @@ class TestNetwork:
         net = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(192, 5))
         said = refusal(with_units, net, stem=net[0], flat=net[1], end=net[2])
         kind = "tuple" if tuples else "NoneType"
-        assert said.startswith(f"the unit flat does not take what comes before it ({kind}): ")
+        assert "unit flat " in said and kind in said
 
     def test_another_number_of_classes_than_announced(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 7))
         said = refusal(with_units, net, stem=net[0], flat=net[1], end=net[2])
-        assert said == "the backbone makes (1, 7) of one image; logits (1, 5) are expected"
+        assert "backbone" in said and "(1, 7)" in said and "(1, 5)" in said
 
     def test_the_backbones_own_parameter_may_be_a_units(self):
         class Shift(nn.Module):
@@ -196,7 +198,8 @@ class TestNetwork:
             return nn.Sequential(norm(), conv) if where == "head" else conv
 
         said = refusal(with_units, net, head, stem=net[0], flat=net[1], end=net[2])
-        assert "normalises by the batch at hand (track_running_stats=False)" in said
+        assert "track_running_stats=False" in said
+        assert ("backbone.0" if where == "backbone" else "heads.stem") in said
 
     def test_building_moves_no_number_no_mode_and_no_chance(self):
         net = Cut().train()
@@ -214,10 +217,7 @@ class TestNetwork:
     def test_a_flattening_that_no_unit_does(self):
         net = Cut()
         said = refusal(with_units, net, stem=net.stem, body=Sum(net.body))
-        assert said == (
-            "the units one after the other give (1, 4, 8, 8), the backbone gives (1, 5);"
-            " every step of its forward must be in a unit"
-        )
+        assert "(1, 4, 8, 8)" in said and "(1, 5)" in said
 
     @pytest.mark.parametrize(
         "foreign", [nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Dropout(0.5), nn.Dropout2d(0.5)]
@@ -227,7 +227,7 @@ class TestNetwork:
         stem = nn.Sequential(net.stem, foreign)
         said = refusal(with_units, net, stem=stem, body=Sum(net.body), end=net.end)
         name = type(foreign).__name__
-        assert said.startswith(f"the unit stem has a {name} that is no part of the backbone")
+        assert "unit stem " in said and f" {name} " in said
 
     def test_what_keeps_nothing_may_be_anybodys(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
@@ -244,7 +244,7 @@ class TestNetwork:
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
         units = {"a.b": net[0], "a_b": net[1], "flat": net[2], "end": net[3]}
         said = refusal(with_units, net, places=("a.b", "a_b"), **units)
-        assert said == "an exit cannot be called 'a_b', which is taken; rename its unit"
+        assert "'a_b'" in said
 
 
 class TestHead:
@@ -278,15 +278,14 @@ class TestHead:
     def test_one_that_makes_no_logits(self, head, made):
         net = Cut()
         units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
-        assert refusal(with_units, net, head, **units) == (
-            f"the head of stem makes {made} of (1, 4, 8, 8); logits (1, 5) are expected"
-        )
+        said = refusal(with_units, net, head, **units)
+        assert "stem" in said and all(shape in said for shape in (made, "(1, 4, 8, 8)", "(1, 5)"))
 
     def test_one_that_does_not_take_the_features(self):
         net = Cut()
         units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
         said = refusal(with_units, net, lambda shape, classes: nn.Linear(9, classes), **units)
-        assert said.startswith("the unit head of stem does not take what comes before it ((1, 4")
+        assert "head" in said and "stem" in said and "(1, 4, 8, 8)" in said
 
     @pytest.mark.parametrize("count", [16, 17])
     def test_tokens_with_and_without_a_class_token(self, count):
@@ -302,10 +301,10 @@ class TestHead:
     def test_features_that_no_kind_is_made_for(self, shape):
         said = refusal(heads.build_head, "conv", torch.Size(shape), 5)
         assert str(shape) in said
-        assert "pass a function that makes a head for them" in said
 
     def test_a_kind_of_ones_own_by_name_from_training_to_classifying(self, monkeypatch, tmp_path):
-        assert "choose one of conv" in refusal(ModelConfig, head="means")
+        said = refusal(ModelConfig, head="means")
+        assert "means" in said and "conv" in said
         monkeypatch.setitem(heads.HEADS, "means", Means)
         run = tiny_run(tmp_path / "run", DOOR, head="means")
         quickly(run, name="mine")
@@ -363,19 +362,25 @@ class TestCriterion:
         policy = Policy(
             exit_names=stored.info.exit_names, thresholds=(0.5,) * 3, criterion="odd"
         )
-        assert refusal(replay, stored, policy).startswith("the criterion odd made an answer (")
+        said = refusal(replay, stored, policy)
+        answer, score, _ = made(torch.zeros(2048, 4), None)
+        assert "odd" in said and str(tuple(answer.shape)) in said
+        assert str(tuple(score.shape)) in said
 
     @pytest.mark.parametrize("criterion", ["logit_energy", "votes"])
-    def test_live_equals_replay(self, trained_net, images, stored, criterion):
-        policy = Policy(
-            exit_names=trained_net.exit_names, thresholds=(2.0, 2.0, 2.0), criterion=criterion
+    def test_live_equals_replay(self, exact_net, exact_images, exact_stored, criterion):
+        early = Policy(
+            exit_names=exact_net.exit_names, thresholds=(2.0, 2.0, 2.0), criterion=criterion
         )
-        answers, replayed = infer(trained_net, images, policy), replay(stored, policy)
+        scores = score_record(exact_stored, early).scores[:, :3]
+        if criterion == "logit_energy":
+            # halfway between two images: nobody lies within float32's rounding of it
+            low, high = np.sort(scores, axis=0)[300:302]
+            assert (high - low > 100 * torch.finfo(torch.float32).eps * high).all()
+            early = dataclasses.replace(early, thresholds=tuple(((low + high) / 2).tolist()))
+        answers, replayed = infer(exact_net, exact_images, early), replay(exact_stored, early)
         assert len({*replayed.exit_index}) > 1
-        near = abs(score_record(stored, policy).scores[:, :3] - 2.0).min(axis=1) < 1e-5
-        sure = ~near if criterion == "logit_energy" else np.ones(len(images), bool)
-        assert sure.mean() > 0.9
-        assert (answers.exit_index.numpy() == replayed.exit_index)[sure].all()
+        assert (answers.exit_index.numpy() == replayed.exit_index).all()
 
     @pytest.mark.parametrize("criterion", ["patience", "votes"])
     @pytest.mark.parametrize("goal", [{"budget": 0.8}, {"max_drop": 0.02}])
@@ -397,7 +402,8 @@ class TestCriterion:
         assert load(copy, "mine", door=DOOR, device="cpu").policy.criterion == "logit_energy"
 
     def test_a_goal_asks_for_one_that_is_known(self):
-        assert "no criterion is called 'vote'" in refusal(Goal, budget=0.5, criterion="vote")
+        said = refusal(Goal, budget=0.5, criterion="vote")
+        assert "'vote'" in said and "votes" in said
 
 
 def test_the_front_doors_module_may_bring_the_criterion(copy, monkeypatch, tmp_path):
@@ -421,7 +427,7 @@ def test_another_policys_exits_are_refused(stored):
     policy = Policy(exit_names=("a", "b", "c", "final"), thresholds=(0.5,) * 3)
     for call in (replay, score_record):
         said = refusal(call, stored, policy)
-        assert said.startswith("the policy is for exits a, b, c, final, the record has stem, ")
+        assert "a, b, c, final" in said and "stem, layer1, layer2, final" in said
 
 
 class TestData:
@@ -458,7 +464,8 @@ class TestData:
         stored = ExitRecord.load(str(copy / "records" / f"{split}-off")).logits
         quickly(copy, dataclasses.replace(DOOR, load_data=lambda settings: changed))
         now = ExitRecord.load(copy / "records" / f"{split}-off").logits
-        assert not np.isclose(stored, now).all(axis=(1, 2)).any()
+        # of one image no exit says the same: noise moves logits by more than rounding could
+        assert (abs(stored - now).max(axis=(1, 2)) > 1e-3 * abs(stored).max()).all()
 
     @pytest.mark.parametrize(
         ("images", "targets"),
@@ -469,13 +476,14 @@ class TestData:
         ],
     )
     def test_images_that_are_none(self, images, targets):
-        assert "images are (N, C, H, W) of uint8" in refusal(ImageSet, images, targets.long())
+        said = refusal(ImageSet, images, targets.long())
+        assert "uint8" in said and "(N, C, H, W)" in said
 
     @pytest.mark.parametrize("size", [0, 60, 61])
     def test_a_val_that_leaves_nothing(self, size):
         part = few_digits(0).splits["test"]
         said = refusal(cut, "some", part, part, list("0123456789"), val_size=size)
-        assert said == f"val_size is {size} of 60 images; leave some for training"
+        assert "val_size" in said and str(size) in said and "60" in said
 
 
 class TestLoss:
@@ -490,14 +498,16 @@ class TestLoss:
         run = tiny_run(tmp_path / "run", door)
         assert len(calls) == 2 * (6 + 1)  # steps, and val
         assert {(number, weights) for number, weights, _ in calls} == {(3, (1.0, 1.0, 1.0))}
-        # what no gradient reached is as it was drawn, but for the decay and BatchNorm's statistics
+        # what no gradient reached is as it was drawn, but for the decay, which scales it: each
+        # step multiplies every weight by the same number, with two roundings
         torch.manual_seed(0)
         drawn = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).state_dict()
         trained = checkpoint.load(run)["network"]
-        name = "heads.layer1.5.weight"
-        cosine = nn.functional.cosine_similarity(trained[name], drawn[name]).min()
-        assert cosine > 1 - 1e-6
-        assert not torch.equal(trained["backbone.linear.weight"], drawn["backbone.linear.weight"])
+        for name, scaled in (("heads.layer1.5.weight", True), ("backbone.linear.weight", False)):
+            before, after = drawn[name].double(), trained[name].double()
+            scale = (before * after).sum() / before.square().sum()
+            off = float((after - scale * before).abs().max() / after.abs().max())
+            assert (off < bound(torch.float32, 12 * 4)) is scaled
 
     def test_it_gets_the_settings_that_are_its_own(self, tmp_path):
         seen = set()
@@ -522,7 +532,7 @@ class TestLoss:
         run = train(config, door, runs=tmp_path, run_dir=tmp_path / "run")
         other = dataclasses.replace(config, extra=Extra(which="b"))
         said = refusal(train, other, door, runs=tmp_path, run_dir=run, resume="auto")
-        assert "was trained with extra.which = a, this run asks for b" in said
+        assert re.search(r"extra\.which.*\ba\b.*\bb\b", said)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -581,34 +591,38 @@ class TestAdopt:
         images = torch.cat([images for images, _ in data.eval_batches("test", 500)])
         with torch.no_grad():
             said = torch.stack(taught(images), dim=1)
-        torch.testing.assert_close(torch.from_numpy(record.logits), said, rtol=1e-4, atol=1e-4)
+        # eight layers, of at most 64 channels and 3x3 kernels
+        assert_close(torch.from_numpy(record.logits), said, terms=8 * 64 * 9)
         classify = load(run, "mine", door=DOOR, device="cpu")
         answers = classify.answer(data.splits["test"].images)
-        assert answers.classes.tolist() == replay(record, classify.policy).answers.tolist()
+        _, unexplained = disagreements(
+            record, classify.policy, answers.classes.numpy(), answers.exit_index.numpy()
+        )
+        assert not unexplained.any()
 
     def test_it_is_a_finished_run(self, taught, tmp_path, caplog):
         run = adopt(taught, DOOR, self.CONFIG, few_digits(0), tmp_path / "run")
         before = (run / checkpoint.NAME).read_bytes()
         with caplog.at_level("INFO"):
             train(self.CONFIG, DOOR, runs=tmp_path, run_dir=run, resume="auto")
-        assert f"{run} is trained already" in caplog.messages
+        assert [message for message in caplog.messages if str(run) in message]
         assert (run / checkpoint.NAME).read_bytes() == before
 
     def test_seen_val_is_not_fitted_on(self, taught, tmp_path):
         data = few_digits(0)
         run = adopt(taught, DOOR, self.CONFIG, data, tmp_path / "run", val_unseen=False)
-        assert "pass --val-from test" in refusal(quickly, run)
+        assert "--val-from test" in refusal(quickly, run)
         assert quickly(run, val_from="test")["val_images"] == 30
 
     def test_another_network_than_the_doors(self, taught, tmp_path):
         other = Config(model=ModelConfig(exits=("layer1",)))
         said = refusal(adopt, taught, DOOR, other, few_digits(0), tmp_path / "run")
-        assert said.startswith("the network holds 'heads.layer2")
+        assert "'heads.layer2" in said
         assert not (tmp_path / "run").exists()
 
     def test_a_directory_that_is_there(self, taught, finished):
         said = refusal(adopt, taught, DOOR, self.CONFIG, few_digits(0), finished)
-        assert said == f"{finished} exists; name another directory"
+        assert str(finished) in said
 
     def test_the_callers_chance_is_left_alone(self, taught, tmp_path):
         torch.manual_seed(5)
@@ -644,8 +658,8 @@ class TestPolicy:
         page = (directory / "report.md").read_text()
         assert directory.name == "given-policy-entropy"
         assert Policy.load(str(directory / "policy.yaml")).temperatures == (2.0, 1.5, 1.0)
-        assert "The policy was given, and nothing of it was fitted here; test (60 images)" in page
-        assert "criterion: entropy, with temperature scaling" in page
+        assert Policy.load(directory / "policy.yaml").thresholds == self.OWN.thresholds
+        assert "given" in page and "60 images" in page and "entropy" in page
 
     def test_numbers_of_numpy_are_numbers(self, tmp_path):
         policy = Policy(
@@ -662,13 +676,12 @@ class TestPolicy:
 
     def test_other_exits(self, copy):
         other = Policy(exit_names=("layer1", "final"), thresholds=(0.5,))
-        assert "the network has layer1, layer2, final" in refusal(
-            quickly, copy, goal=Goal(policy=other)
-        )
+        said = refusal(quickly, copy, goal=Goal(policy=other))
+        assert "layer1, final" in said and "layer1, layer2, final" in said
 
     def test_it_is_a_goal_like_the_others(self):
-        assert "choose one of" in refusal(Goal, policy=self.OWN, budget=0.5)
-        assert "--per-exit searches" in refusal(Goal, policy=self.OWN, per_exit=True)
+        assert "budget" in refusal(Goal, policy=self.OWN, budget=0.5)
+        assert "--per-exit" in refusal(Goal, policy=self.OWN, per_exit=True)
 
 
 def test_a_section_given_in_part_keeps_the_rest_of_its_default():

@@ -93,13 +93,14 @@ class TestWithConfidence:
         assert with_confidence(self.lost(1000, 0, 5, 0, 0), 0.01, 0.95) == 0
 
     def test_too_few_images_say_how_many_are_needed(self):
-        with pytest.raises(UserError, match="298 certifying images are too few .* takes 299 with"):
+        with pytest.raises(UserError, match=r"\b298\b.* 1 %.* 95 %.*\b299\b"):
             with_confidence(self.lost(298, 0), 0.01, 0.95)
         assert with_confidence(self.lost(299, 0), 0.01, 0.95) == 0
 
     def test_a_list_that_begins_with_a_loss_is_a_mistake_of_the_caller(self):
-        with pytest.raises(ValueError, match="must begin with one that loses nothing"):
+        with pytest.raises(ValueError) as caught:
             with_confidence(self.lost(299, 1), 0.01, 0.95)
+        assert not isinstance(caught.value, UserError)
 
 
 class TestOnAverage:
@@ -110,7 +111,7 @@ class TestOnAverage:
         assert on_average(lost, 0.03) == 3
 
     def test_too_few_images_say_how_many_are_needed(self):
-        with pytest.raises(UserError, match="98 certifying images are too few .* takes 99;"):
+        with pytest.raises(UserError, match=r"\b98\b.* 1 %.*\b99\b"):
             on_average(np.zeros((1, 98), bool), 0.01)
         assert on_average(np.zeros((1, 99), bool), 0.01) == 0
 
@@ -119,12 +120,10 @@ def test_a_guarantee_says_its_words():
     words = Guarantee(
         risk=0.01, confidence=0.95, loss="wrong", images=4000, losses=27, data="val 1a2b"
     )
-    assert str(words) == (
-        "the full network is right and the early answer is wrong for at most 1 % of images drawn"
-        " as the 4,000 certifying ones (val 1a2b), with probability 95 % over the draw of the"
-        " certifying images; void for images of another kind"
-    )
-    assert "on average over" in str(dataclasses.replace(words, confidence=None))
+    for part in ("right", "wrong", "1 %", "4,000", "val 1a2b", "95 %"):
+        assert part in str(words)
+    on_average = str(dataclasses.replace(words, confidence=None))
+    assert "average" in on_average and "95 %" not in on_average
 
 
 # The record is the population, and the risk of every policy on it is known; certifying images are
@@ -220,4 +219,4 @@ def test_labels_play_no_part_where_answers_must_not_differ(stored, per_exit):
 def test_two_images_certify_nothing(stored):
     few = stored.subset(np.arange(2), "val", "two")
     said = refusal(choose, few, Goal(risk=0.1), few.cost)
-    assert said.startswith("1 certifying images are too few for a risk of 10 %")
+    assert "1 certifying" in said and "10 %" in said

@@ -3,14 +3,15 @@
 import dataclasses
 import gc
 import os
+import re
 import signal
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from scripts import FOLDERS, make_folders
+from scripts import FOLDERS, make_folders, wait_for
 from torchvision.transforms import v2
 
 from early_exit.errors import UserError
@@ -19,6 +20,9 @@ from imagenet import data
 from imagenet.data import FolderConfig
 
 CPU = torch.device("cpu")
+# Rounding of a normalised pixel, computed either way in float32: a few operations on values that
+# are no larger than 1 / std. The next byte would be 1 / 255 / std away, ten thousand times as far.
+ROUNDING = 8 * torch.finfo(torch.float32).eps / min(data.STD)
 
 
 @pytest.fixture
@@ -46,6 +50,13 @@ def read(batches):
     """All batches, as two tensors."""
     images, targets = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(targets)
+
+
+def ignores(pid, signum):
+    """Whether a process ignores a signal, by the kernel's mask."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", status, re.MULTILINE)
+    return int(mask, 16) >> (signum - 1) & 1 == 1
 
 
 def names(loaded, split):
@@ -78,7 +89,7 @@ class TestCut:
 
     @pytest.mark.parametrize("asked", [24, 100, 0.01])
     def test_a_cut_that_leaves_nothing(self, folders, asked):
-        assert "of 24 images; leave some for training" in refusal(folders, val_size=asked)
+        assert re.search(r"\b24 images\b", refusal(folders, val_size=asked))
 
     def test_other_files_make_another_hash(self, folders):
         before = load(folders)
@@ -104,7 +115,7 @@ class TestImages:
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD),
         ])
         expected = [pipeline(Image.open(name).convert("RGB")) for name in names(loaded, "test")]
-        torch.testing.assert_close(images, torch.stack(expected), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(images, torch.stack(expected), atol=ROUNDING, rtol=0)
         assert targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -113,7 +124,7 @@ class TestImages:
         shown = torch.from_numpy(loaded.picture("test", 7)).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.MEAN, data.STD))
         images, _ = read(loaded.eval_batches("test", 12))
-        torch.testing.assert_close((shown - mean) / std, images[7])
+        torch.testing.assert_close((shown - mean) / std, images[7], atol=ROUNDING, rtol=0)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
     def test_grey_cmyk_and_alpha_load(self, folders, mode):
@@ -211,11 +222,14 @@ class TestWorkers:
         loaded = load(folders, workers=2)
         batches = loaded.train_batches(3, 0, 0)
         next(batches)
-        for worker in loaded.pool._loader._iterator._workers:
-            os.kill(worker.pid, signal.SIGTERM)
-            os.kill(worker.pid, signal.SIGINT)
-        time.sleep(0.2)
+        workers = loaded.pool._loader._iterator._workers
+        for worker in workers:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                # a signal that is ignored is gone once it was sent, there is nothing to wait for
+                wait_for(partial(ignores, worker.pid, signum), "a worker that ignores it")
+                os.kill(worker.pid, signum)
         assert len(list(batches)) == 5
+        assert all(worker.is_alive() for worker in workers)
 
 
 class TestBadFiles:
@@ -235,7 +249,7 @@ class TestBadFiles:
     def test_stops_the_run_with_one_line(self, bad, workers):
         loaded, path = bad
         loaded = dataclasses.replace(loaded, workers=workers)
-        with pytest.raises(UserError, match=f"{path} cannot be read.*none may be.*--bad-files 10"):
+        with pytest.raises(UserError, match=f"{path}.*--bad-files"):
             list(loaded.train_batches(6, 0, 0))
 
     def test_or_is_named_once_and_another_is_there_twice(self, bad, caplog):
@@ -244,13 +258,13 @@ class TestBadFiles:
         for epoch in range(2):
             images, _ = read(loaded.train_batches(6, 0, epoch))
             assert len(images) == 18
-        assert caplog.text.count(f"skipping {path}: ") == 1
+        assert sum(str(path) in message for message in caplog.messages) == 1
 
     def test_the_limit_is_one_of_files(self, bad):
         loaded, path = bad
         other = Path(names(loaded, "train")[7])
         other.write_bytes(b"")
-        with pytest.raises(UserError, match="1 were allowed"):
+        with pytest.raises(UserError, match=" 1 .*--bad-files"):
             list(dataclasses.replace(loaded, bad_files=1).train_batches(6, 0, 0))
         assert len(list(dataclasses.replace(loaded, bad_files=2).train_batches(6, 0, 0))) == 3
 
@@ -266,51 +280,52 @@ class TestBadFiles:
         for name in [*names(loaded, "test")[:2], names(loaded, "train")[0]]:
             Path(name).write_bytes(b"")
         assert len(read(loaded.eval_batches("test", 2))[0]) == 10
-        with pytest.raises(UserError, match="no file of a whole batch of 1 can be read"):
+        with pytest.raises(UserError, match=names(loaded, "train")[0]):
             list(loaded.train_batches(1, 0, 0))
 
 
 class TestLayout:
     def test_no_directory(self, tmp_path):
         said = refusal(tmp_path / "nothing")
-        assert f"there is no directory {tmp_path / 'nothing'}" in said
+        assert str(tmp_path / "nothing") in said
         assert "train/CLASS" in said and "val/CLASS" in said and "--dummy" in said
 
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_a_missing_split(self, folders, split):
         (folders / split).rename(folders / "other")
-        assert f"there is no {folders / split}" in refusal(folders)
+        assert str(folders / split) in refusal(folders)
 
     def test_no_class_folders(self, tmp_path):
         (tmp_path / "train").mkdir()
-        assert f"{tmp_path / 'train'} holds no class folders" in refusal(tmp_path)
+        assert str(tmp_path / "train") in refusal(tmp_path)
 
     def test_an_empty_class_folder(self, folders):
         for path in (folders / "val" / "cat").iterdir():
             path.rename(path.with_suffix(".txt"))
-        assert f"{folders / 'val' / 'cat'} holds no image" in refusal(folders)
+        assert str(folders / "val" / "cat") in refusal(folders)
 
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_classes_that_differ(self, folders, split):
         (folders / split / "dog").mkdir()
         Image.new("RGB", (8, 8)).save(folders / split / "dog" / "0.png")
-        assert f"{folders}/{split} has 4 classes, among them dog" in refusal(folders)
+        said = refusal(folders)
+        assert f"{folders}/{split}" in said and "dog" in said
 
 
 class TestSettings:
     @pytest.mark.parametrize(
-        "settings, said",
+        "settings, named",
         [
-            ({"train_crop": 0}, "train_crop must be at least 1"),
-            ({"val_crop": 21}, "val_crop 21 does not fit into data.val_resize 20"),
-            ({"workers": -1}, "workers must not be negative"),
-            ({"val_size": 0}, "val_size must be positive"),
-            ({"val_size": float("nan")}, "val_size must be positive"),
-            ({"dummy": 7}, "dummy must be 100 images or more"),
+            ({"train_crop": 0}, r"data\.train_crop .*\b0\b"),
+            ({"val_crop": 21}, r"data\.val_crop .*\b21\b.*data\.val_resize .*\b20\b"),
+            ({"workers": -1}, r"data\.workers .*-1\b"),
+            ({"val_size": 0}, r"data\.val_size .*\b0\b"),
+            ({"val_size": float("nan")}, r"data\.val_size .*\bnan\b"),
+            ({"dummy": 7}, r"data\.dummy .*\b7\b"),
         ],
     )
-    def test_refused(self, settings, said):
-        with pytest.raises(UserError, match=said):
+    def test_refused(self, settings, named):
+        with pytest.raises(UserError, match=named):
             config("anywhere", **settings)
 
     def test_noise_needs_no_directory(self):

@@ -3,15 +3,15 @@
 import json
 import logging
 import os
+import re
 import signal
-import time
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import yaml
-from scripts import finish, make_folders, run_main, start
+from scripts import finish, make_folders, run_main, start, wait_for, wait_for_file
 from torchvision import models
 
 from early_exit import checkpoint, cli
@@ -95,7 +95,7 @@ class TestFlags:
         monkeypatch.setattr(data, "ROOT", tmp_path / "data" / "imagenet")
         code, _, err = main("--exits", "--check")
         assert code == 2
-        assert err.startswith(f"main.py: there is no directory {tmp_path}/data/imagenet; expected")
+        assert err.startswith("main.py: ") and f"{tmp_path}/data/imagenet" in err
 
     def test_a_directory_is_meant_from_where_one_is(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
@@ -104,7 +104,7 @@ class TestFlags:
     def test_a_directory_after_the_heads_is_told_from_them(self, main):
         code, _, err = main("--exits", "layer2", "--head", "conv", "/data/imagenet")
         assert code == 2
-        assert "--head took the directory /data/imagenet for a kind of head; put the direct" in err
+        assert "--head" in err and "/data/imagenet" in err
 
     def test_bare_dummy_is_as_large_as_imagenet(self):
         assert settings("--dummy").data.dummy == 1_281_167
@@ -120,37 +120,39 @@ class TestFlags:
     def test_exits_do_not_eat_the_directory(self, main, folders):
         code, _, err = main("--exits", folders)
         assert code == 2
-        assert f"--exits took the directory {folders} for a place; put the directory before" in err
+        assert "--exits" in err and str(folders) in err
         assert settings(folders, "--exits").data.root == str(folders)
         assert settings("--exits", "--", folders).data.root == str(folders)
 
     def test_one_gpu_that_is_not_there(self, main, folders):
         code, _, err = main(folders, "--gpu", 99)
-        assert code == 2 and "cuda:99 was asked for" in err
+        assert code == 2 and "cuda:99" in err
 
     def test_sync_bn_on_a_cpu(self, main, folders, tmp_path):
         code, _, err = main(folders, *QUICK, "--sync-bn", "--save-dir", tmp_path / "run")
-        assert code == 2 and "--sync-bn is for GPUs" in err
+        assert code == 2 and "--sync-bn" in err
         assert not (tmp_path / "run").exists()
 
     def test_a_vit_takes_images_of_one_size(self, main, folders):
         code, _, err = main(folders, "--arch", "vit_b_32", "--train-crop", 192, "--check")
-        assert code == 2 and "--train-crop is 192, --val-crop 224; give both the same" in err
+        assert code == 2
+        assert all(word in err for word in ("vit_b_32", "--train-crop", "192", "--val-crop", "224"))
 
     def test_list_archs(self, main, monkeypatch):
         monkeypatch.setattr(networks, "list_archs", lambda: ["resnet18", "mobilenet_v3_small"])
         code, out, _ = main("--list-archs")
         assert code == 0
-        assert "resnet18 (default layer1.0 layer2.0)" in out
         assert "layer1.0 19.3%, layer1 32.0%" in out.replace("\n", " ")
+        title = next(line for line in out.splitlines() if line.startswith("resnet18"))
+        assert "layer1.0 layer2.0" in title  # the default places
 
     @pytest.mark.parametrize(
-        "flags, said", [(("--arch", "resnet19"), "did you mean resnet1"),
-                        (("--exits", "layer9"), "did you mean layer")],
+        "flags, nearest", [(("--arch", "resnet19"), r"\bresnet1[08]\b"),
+                           (("--exits", "layer9"), r"\blayer[1-4]\b")],
     )
-    def test_the_nearest_network_or_place_is_named(self, main, folders, flags, said):
+    def test_the_nearest_network_or_place_is_named(self, main, folders, flags, nearest):
         code, _, err = main(folders, *flags, "--check")
-        assert code == 2 and said in err
+        assert code == 2 and flags[1] in err and re.search(nearest, err)
 
 
 class TestCheck:
@@ -160,25 +162,26 @@ class TestCheck:
         assert code == 0
         printed = yaml.safe_load(caplog.messages[0])
         assert printed["optim"]["batch_size"] == 6 and printed["model"]["exits"] is None
-        assert "train 18, val 6, test 12 images of 3 classes" in caplog.text
-        assert "exit layer2.0" in caplog.text
+        sizes = r"train\D* 18\b.*val\D* 6\b.*test\D* 12\b"
+        assert re.search(sizes, caplog.text)
+        assert re.search(r"layer2\.0 .*%", caplog.text)  # what an exit there costs
         assert list(tmp_path.iterdir()) == []
 
     def test_data_that_is_not_there(self, main, tmp_path):
         code, _, err = main(tmp_path / "none", "--check")
-        assert code == 2 and err.count("\n") == 1 and "there is no directory" in err
+        assert code == 2 and err.count("\n") == 1 and str(tmp_path / "none") in err
 
     def test_steps_that_cannot_be_shared(self, main, folders):
         code, _, err = main(folders, *QUICK, "--accumulate", 4, "--check")
-        assert code == 2 and "a step of 6 images cannot be cut into 4 equal parts" in err
+        assert code == 2 and re.search(r"\b6 images\b.*\b4\b", err) and "--accumulate" in err
 
     def test_a_step_of_more_images_than_there_are(self, main, folders):
         code, _, err = main(folders, *SMALL, "-b", 64, "--check")
-        assert code == 2 and "a step of 64 images is more than the 22 there are" in err
+        assert code == 2 and re.search(r"\b64 images\b.*\b22\b", err) and "--batch-size" in err
 
     def test_goes_with_training_alone(self, main, folders):
         code, _, err = main(folders, *QUICK, "--check", "-e", "--resume", "x")
-        assert code == 2 and "-e only scores" in err
+        assert code == 2 and "--check" in err and "-e" in err
 
 
 class TestTraining:
@@ -203,10 +206,11 @@ class TestTraining:
             "--timing-images", 2, "-j", 1, "--threads", 1, "--device", "cpu",
         )
         assert code == 0, err
-        assert "live inference on 12 test images" in out and "0 unlike the record" in out
+        assert str(next(trained.glob("eval/*/report.md"))) in out
         report = json.loads(next(trained.glob("eval/*/report.json")).read_text())
-        assert report["test_images"] == 12 and report["top5"] is None
-        assert report["weights"].endswith("of the last epoch, running average")
+        assert report["test_images"] == report["live"]["images"] == 12
+        assert report["top5"] is None
+        assert "average" in report["weights"]
         assert report["dataset"] == "set"
         assert next(trained.glob("eval/*/gallery.png")).exists()
 
@@ -234,7 +238,7 @@ class TestTraining:
             (more / split / "ape").rename(more / split / "ant")
         code, _, err = main(more, *QUICK, "--exits", "layer1", "--resume", trained)
         assert code == 2
-        assert "answers 3 classes (ape, bee, cat), the data has 3 (ant, bee, cat)" in err
+        assert "ape, bee, cat" in err and "ant, bee, cat" in err
 
     def test_an_unreadable_file_stops_it_and_loses_nothing(self, main, tmp_path, caplog):
         folders, run = make_folders(tmp_path / "set"), tmp_path / "run"
@@ -242,9 +246,9 @@ class TestTraining:
         bad = folders / "train" / "bee" / "3.JPEG"
         bad.write_bytes(b"")
         code, _, err = main(*flags, "--val-size", 3)
-        assert code == 2 and f"{bad} cannot be read as an image" in err and err.count("\n") == 1
+        assert code == 2 and str(bad) in err and "--bad-files" in err and err.count("\n") == 1
         code, _, _ = main(*flags, "--val-size", 3, "--bad-files", 1)
-        assert code == 0 and f"skipping {bad}" in caplog.text
+        assert code == 0 and str(bad) in caplog.text
 
     def test_noise(self, main, tmp_path, monkeypatch, caplog):
         caplog.set_level(logging.INFO)
@@ -255,7 +259,7 @@ class TestTraining:
         assert code == 0, err
         (line,) = journal(tmp_path / "dummy-resnet18-layer1-joint-seed0")
         assert set(line["val_top5"]) == {"layer1", "final"}  # of a thousand classes
-        assert "; top 5 layer1" in caplog.text
+        assert re.search(r"top.?5.* layer1 ", caplog.text)
 
 
 class TestWeights:
@@ -274,15 +278,16 @@ class TestWeights:
         flags = (folders, *QUICK, "--exits", "--regime", "frozen")
         code, _, err = main(*flags, "--pretrained", "IMAGENET1K_V9")
         assert code == 2
-        assert "no weights IMAGENET1K_V9 for resnet18" in err and "IMAGENET1K_V1" in err
+        assert all(word in err for word in ("IMAGENET1K_V9", "resnet18", "IMAGENET1K_V1"))
 
     def test_a_joint_run_has_no_use_for_them(self, main, folders):
         code, _, err = main(folders, *QUICK, "--pretrained")
-        assert code == 2 and "add --regime frozen or --regime mixed and exits, or -e" in err
+        assert code == 2 and "--pretrained" in err
+        assert all(way in err for way in ("--regime frozen", "--regime mixed", "-e"))
 
     def test_they_are_one_of_two_sources(self, main, folders):
         code, _, err = main(folders, *QUICK, "--pretrained", "--backbone", "x.pth")
-        assert code == 2 and "drop one" in err
+        assert code == 2 and "--pretrained" in err and "--backbone" in err
 
     def test_are_fetched_once_and_freeze(self, folders, monkeypatch, tmp_path):
         monkeypatch.setattr(front, "WEIGHTS", tmp_path)
@@ -300,7 +305,7 @@ class TestWeights:
 
     def test_a_vits_must_fit_its_images(self, tmp_path):
         config = settings("-a", "vit_l_16", "--val-crop", 384, "--val-resize", 400)
-        with pytest.raises(UserError, match="no weights IMAGENET1K_V1 for vit_l_16 at 384"):
+        with pytest.raises(UserError, match="(?s)(?=.*IMAGENET1K_V1)(?=.*vit_l_16)(?=.*384)"):
             front.download(config, "IMAGENET1K_V1")
 
     def test_of_a_thousand_classes_do_not_fit_three(self, main, folders, tmp_path):
@@ -310,8 +315,7 @@ class TestWeights:
             folders, *QUICK, "--backbone", path, "--exits", "--regime", "frozen",
             "--save-dir", tmp_path / "run",
         )
-        assert code == 2 and "'fc.weight' of shape (1000, 512)" in err
-        assert "another number of classes" in err
+        assert code == 2 and "fc.weight" in err and "(1000, 512)" in err and "classes" in err
 
     def test_they_have_seen_train_so_val_comes_from_test(
         self, main, folders, tmp_path, monkeypatch, capsys
@@ -345,21 +349,18 @@ def test_a_signal_to_the_whole_group_saves_and_leaves(folders, tmp_path, workers
         "--accumulate", 1, "--save-dir", run, "--resume", "auto",
     )
     process = start("imagenet/main.py", *flags, cwd=tmp_path, alone=True)
-    began = time.monotonic()
-    while not (run / checkpoint.NAME).exists():
-        assert time.monotonic() - began < 120 and process.poll() is None
-        time.sleep(0.05)
+    wait_for_file(run / checkpoint.NAME, process)
     os.killpg(process.pid, signal.SIGTERM)
-    asked = time.monotonic()
     done = finish(process)
-    assert done.returncode == 143 and time.monotonic() - asked < 20
-    assert done.stderr.count("\n") == 1 and "stopped by signal 15 and saved" in done.stderr
-    before = checkpoint.load(run)["position"]
+    assert done.returncode == 143, done.stderr  # not 0, after a hundred epochs
+    assert done.stderr.count("\n") == 1 and str(run) in done.stderr
+    before, epochs = checkpoint.load(run)["position"], len(journal(run))
+    assert before["phase"] == 0
     process = start("imagenet/main.py", *flags, cwd=tmp_path, alone=True)
-    time.sleep(12)
+    wait_for(lambda: len(journal(run)) > epochs or process.poll() is not None, "another epoch")
     os.killpg(process.pid, signal.SIGINT)
     done = finish(process)
     assert done.returncode == 130, done.stderr
-    assert "going on from" in done.stdout
+    assert str(run / checkpoint.NAME) in done.stdout  # what it began with
     after = checkpoint.load(run)["position"]
     assert (after["epoch"], after["step"]) > (before["epoch"], before["step"])

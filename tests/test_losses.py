@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import assert_close, bound
 
 from early_exit.errors import UserError
 from early_exit.losses import joint_loss, resolve_weights, weights_at
@@ -13,6 +14,9 @@ from early_exit.losses import joint_loss, resolve_weights, weights_at
 EVEN = [[0.0, 0.0]]  # probabilities 1/2, 1/2
 LEANING = [[math.log(3), 0.0]]  # probabilities 3/4, 1/4
 FIRST = torch.tensor([0])
+# Two or three sums of two classes' exponentials and logarithms in float32, and a difference of two
+# losses that is a sixth of them.
+ROUNDED = bound(torch.float32, 6 * 24)
 
 
 def test_no_weights_weigh_every_exit_alike():
@@ -61,14 +65,14 @@ def test_early_weights_either_sum_to_one_with_the_rest_or_are_refused(early):
 @pytest.mark.parametrize(
     "weights, match",
     [
-        ([1], "got 1 loss weights for 3 exits; give 3, or 2"),
-        ([1, 1, 1, 1], "got 4 loss weights for 3 exits"),
-        ([0.5, -0.1], "not negative, got 0.5 -0.1"),
-        ([0.5, math.nan, 1], "finite"),
-        ([0.5, math.inf, 1], "finite"),
-        ([0.5, 0.5], "which is 0"),
-        ([0.9, 0.6], "which is -0.5"),
-        ([0, 0, 0], "nothing would be trained"),
+        ([1], r"\b1\b.*\b3\b"),
+        ([1, 1, 1, 1], r"\b4\b.*\b3\b"),
+        ([0.5, -0.1], "0.5 -0.1"),
+        ([0.5, math.nan, 1], "nan"),
+        ([0.5, math.inf, 1], "inf"),
+        ([0.5, 0.5], r"\b0\b"),
+        ([0.9, 0.6], r"-0\.5\b"),
+        ([0, 0, 0], r"\b0\b"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused_in_one_line(weights, match):
@@ -86,25 +90,27 @@ def test_early_weights_that_sum_to_one_are_refused_whatever_their_rounding():
 def test_joint_loss_is_the_weighted_sum_of_cross_entropies():
     loss = joint_loss([torch.tensor(EVEN), torch.tensor(LEANING)], FIRST, (1.0, 2.0))
     # ln 2 of the even exit, twice ln 4/3 of the leaning one
-    assert loss.item() == pytest.approx(math.log(2) + 2 * math.log(4 / 3))
+    assert loss.item() == pytest.approx(math.log(2) + 2 * math.log(4 / 3), rel=ROUNDED)
 
 
 def test_joint_loss_with_early_weights_alone():
     weights = resolve_weights([0.25], 2)  # 0.25 and 0.75
     loss = joint_loss([torch.tensor(EVEN), torch.tensor(LEANING)], FIRST, weights)
-    assert loss.item() == pytest.approx(0.25 * math.log(2) + 0.75 * math.log(4 / 3))
+    expected = 0.25 * math.log(2) + 0.75 * math.log(4 / 3)
+    assert loss.item() == pytest.approx(expected, rel=ROUNDED)
 
 
 def test_joint_loss_is_the_mean_over_the_batch():
     logits = torch.tensor(LEANING * 2)
     loss = joint_loss([logits], torch.tensor([0, 1]), (1.0,))
-    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2, rel=ROUNDED)
 
 
 def test_label_smoothing_moves_mass_to_all_classes():
     # 0.2 of the mass over two classes: 0.9 on the target, 0.1 on the other
     loss = joint_loss([torch.tensor(LEANING)], FIRST, (1.0,), label_smoothing=0.2)
-    assert loss.item() == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
+    expected = 0.9 * math.log(4 / 3) + 0.1 * math.log(4)
+    assert loss.item() == pytest.approx(expected, rel=ROUNDED)
 
 
 def test_an_exit_of_weight_zero_gets_no_gradient():
@@ -131,7 +137,7 @@ def test_distillation_by_hand():
     taught = joint_loss(logits, FIRST, (0.5, 1.0), distill=2.0, distill_temperature=1.0)
     # KL(teacher || student) = 3/4 ln (3/4 / 1/2) + 1/4 ln (1/4 / 1/2), times weight 0.5 times 2
     distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert (taught - plain).item() == pytest.approx(distance, rel=1e-5)
+    assert (taught - plain).item() == pytest.approx(distance, rel=ROUNDED)
 
 
 def test_distillation_softens_both_sides_and_keeps_the_gradients_size():
@@ -140,7 +146,7 @@ def test_distillation_softens_both_sides_and_keeps_the_gradients_size():
     plain = joint_loss([student, teacher], FIRST, (1.0, 1.0))
     taught = joint_loss([student, teacher], FIRST, (1.0, 1.0), distill=1.0, distill_temperature=2.0)
     # KL = 3/4 ln 3 + 1/4 ln 1/3 = 1/2 ln 3, times the temperature squared
-    assert (taught - plain).item() == pytest.approx(4 * 0.5 * math.log(3), rel=1e-5)
+    assert (taught - plain).item() == pytest.approx(4 * 0.5 * math.log(3), rel=ROUNDED)
 
 
 def test_distillation_is_the_mean_over_the_batch():
@@ -148,7 +154,8 @@ def test_distillation_is_the_mean_over_the_batch():
     three = [logits.repeat(3, 1) for logits in one]
     alone = joint_loss(one, FIRST, (1.0, 1.0), distill=1.0)
     together = joint_loss(three, FIRST.repeat(3), (1.0, 1.0), distill=1.0)
-    torch.testing.assert_close(together, alone)
+    # three rows instead of one; logarithms and exponentials of two classes
+    assert_close(together, alone, terms=64)
 
 
 def test_distillation_gives_the_teacher_no_gradient():
@@ -167,4 +174,4 @@ def test_distillation_from_a_teacher_of_weight_zero_still_teaches():
     logits = [torch.tensor(EVEN), torch.tensor(LEANING)]
     taught = joint_loss(logits, FIRST, (1.0, 0.0), distill=1.0, distill_temperature=1.0)
     distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert taught.item() == pytest.approx(math.log(2) + distance, rel=1e-5)
+    assert taught.item() == pytest.approx(math.log(2) + distance, rel=ROUNDED)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from claims import assert_names
 from scripts import CPU, DOOR, few_digits, refusal, tiny_run
 
 from cifar10.resnet import ResNet
@@ -140,12 +141,11 @@ class TestInABrowser:
                 shown = text(opened, f"ms{pace['batch_size']}-{split}")
                 assert float(shown.removesuffix(" ms")) == pytest.approx(1000 * seconds, rel=0.01)
         threshold = point["threshold"]
-        assert text(opened, "at") == (
-            "none: nobody leaves early" if threshold is None else f"{threshold:.4f}"
-        )
+        shown = text(opened, "at")
+        assert not re.search(r"\d", shown) if threshold is None else shown == f"{threshold:.4f}"
         # the circles in the figures, and the bars
         ring, bars = opened.execute_script(
-            "return [document.getElementById('macs').data.find((t) => t.name == 'slider, val'),"
+            "return [document.getElementById('macs').data.find((t) => /slider.*val/.test(t.name)),"
             " document.getElementById('shares').data.map((t) => t.x)]"
         )
         assert ring["x"] == pytest.approx([100 * point["val"]["macs_share"]], abs=1e-3)
@@ -159,7 +159,7 @@ class TestInABrowser:
         move(opened, 1)
         slider.send_keys("\ue014")  # arrow right
         assert slider.get_attribute("value") == "2"
-        assert "right at" in slider.get_attribute("aria-valuetext")
+        assert re.search(r"\d+\.\d+ ?%", slider.get_attribute("aria-valuetext"))
         opened.find_element("id", "back").click()
         assert slider.get_attribute("value") == begun
 
@@ -189,7 +189,7 @@ class TestInABrowser:
     def test_every_picture_has_words(self, opened):
         images = opened.find_elements("css selector", ".gallery img")
         assert len(images) > 5
-        assert all(re.search(r"score|final:", image.get_attribute("alt")) for image in images)
+        assert all(re.search("layer1|layer2|final", one.get_attribute("alt")) for one in images)
         assert all(image.get_property("naturalWidth") == 16 for image in images)
 
 
@@ -218,12 +218,13 @@ class TestOtherReports:
         shown(browser, alone, tmp_path / "report.html")
         assert browser.find_elements("id", "threshold") == []
         key = browser.find_element("css selector", ".key").text
-        assert "static networks" in key and "slider" not in key and "at random" not in key
+        assert "static" in key and "slider" not in key and "random" not in key
 
     def test_without_a_clock_nothing_is_said_of_time(self, browser, evaluated, tmp_path):
         report = dataclasses.replace(evaluated[0], pace=(), timing=())
         shown(browser, report, tmp_path / "report.html")
-        assert "measured" not in browser.find_element("css selector", ".key").text
+        key = browser.find_element("css selector", ".key").text
+        assert not re.search(r"measured|seconds|\bms\b", key)
         move(browser, 0)
         assert text(browser, "share0-val") == "0.0 %"
 
@@ -239,7 +240,6 @@ class TestOtherReports:
         assert text(browser, "at") == "0.1235"
         assert text(browser, "accuracy-test") == percent(report.test.accuracy, 2)
         assert text(browser, "macs-test") == percent(report.test.macs_share, 1)
-        assert "not on the slider" not in browser.page_source
         squares = browser.execute_script(
             "return document.getElementById('macs').data.find((t) => t.marker &&"
             " t.marker.symbol == 'square').text"
@@ -279,19 +279,20 @@ class TestTheFile:
         report = dataclasses.replace(evaluated[0], pace=(), timing=())
         page.write(report, {}, tmp_path / "report.html")
         written = (tmp_path / "report.html").read_text()
-        assert "Nothing was timed" in written
         assert 'id="ms1"' not in written
+        page.write(evaluated[0], {}, tmp_path / "timed.html")
+        assert 'id="ms1"' in (tmp_path / "timed.html").read_text()
 
-    @pytest.mark.parametrize(("first", "off"), [(0.25, True), (0.75, False)])
-    def test_thresholds_of_each_exit_are_not_on_the_slider(self, evaluated, tmp_path, first, off):
-        one, two, final = (
-            dataclasses.replace(row, threshold=threshold, on=True)
-            for row, threshold in zip(evaluated[0].exits, (first, 0.75, None), strict=True)
-        )
-        report = dataclasses.replace(evaluated[0], exits=(one, two, final))
-        page.write(report, {}, tmp_path / "report.html")
-        written = (tmp_path / "report.html").read_text()
-        assert ("is not on the slider" in written) == off
+    def test_thresholds_of_each_exit_are_not_on_the_slider(self, evaluated, tmp_path):
+        def paragraphs(first: float) -> int:
+            rows = tuple(
+                dataclasses.replace(row, threshold=threshold, on=True)
+                for row, threshold in zip(evaluated[0].exits, (first, 0.75, None), strict=True)
+            )
+            page.write(dataclasses.replace(evaluated[0], exits=rows), {}, tmp_path / "report.html")
+            return (tmp_path / "report.html").read_text().count("<p>")
+
+        assert paragraphs(0.25) == paragraphs(0.75) + 1  # one says so
 
     def test_many_large_pictures_are_made_small(self):
         rng = np.random.default_rng(0)
@@ -309,4 +310,4 @@ class TestTheFile:
     def test_what_is_missing_is_named_before_anything_is_done(self, tmp_path, monkeypatch, name):
         monkeypatch.setitem(sys.modules, "plotly.offline" if name == "plotly" else name, None)
         said = refusal(evaluate, tmp_path / "none", STRANGE, Goal(max_drop=0.1), overrides=CPU)
-        assert said.startswith(f"the page needs {name}")
+        assert_names(said, name)

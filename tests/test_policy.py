@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import bound
 
 from early_exit.criteria import CRITERIA
 from early_exit.errors import UserError
@@ -85,13 +86,14 @@ def test_a_row_leaves_at_its_threshold_but_not_below():
 def test_every_exit_is_divided_by_its_own_temperature():
     policy = make(temperatures=(2.0, 0.5, 1.0))
     logits = torch.tensor([[2 * math.log(3), 0.0]])
+    rounded = bound(torch.float32, 32)  # a quotient and a softmax of two classes
     answer, score, _ = policy.score(0, logits)
-    assert answer[0, 0].item() == pytest.approx(math.log(3))
-    assert score.item() == pytest.approx(3 / 4)  # odds 3 : 1
+    assert answer[0, 0].item() == pytest.approx(math.log(3), rel=rounded)
+    assert score.item() == pytest.approx(3 / 4, rel=rounded)  # odds 3 : 1
     _, score, _ = policy.score(1, logits)
-    assert score.item() == pytest.approx(81 / 82)  # odds 3 ** 4 : 1
+    assert score.item() == pytest.approx(81 / 82, rel=rounded)  # odds 3 ** 4 : 1
     _, score, _ = policy.score(2, logits)
-    assert score.item() == pytest.approx(9 / 10)
+    assert score.item() == pytest.approx(9 / 10, rel=rounded)
 
 
 def test_scores_are_float32_whatever_the_network_ran_in():
@@ -102,17 +104,17 @@ def test_scores_are_float32_whatever_the_network_ran_in():
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"thresholds": (0.9,)}, "3 exits needs 2 thresholds, got 1"),
-        ({"thresholds": ()}, "2 thresholds, got 0"),
-        ({"temperatures": (1.0, 1.0)}, "3 temperatures, got 2"),
-        ({"enabled": (True,)}, "2 enabled, got 1"),
-        ({"thresholds": (0.9, math.nan)}, "not a number"),
-        ({"temperatures": (1.0, 0.0, 1.0)}, "temperatures must be positive"),
-        ({"temperatures": (1.0, -1.0, 1.0)}, "temperatures must be positive"),
-        ({"temperatures": (1.0, math.nan, 1.0)}, "temperatures must be positive"),
-        ({"temperatures": (1.0, math.inf, 1.0)}, "temperatures must be positive"),
+        ({"thresholds": (0.9,)}, r"\b3\b.*\b2 thresholds\b.*\b1\b"),
+        ({"thresholds": ()}, r"\b2 thresholds\b.*\b0\b"),
+        ({"temperatures": (1.0, 1.0)}, r"\b3 temperatures\b.*\b2\b"),
+        ({"enabled": (True,)}, r"\b2 enabled\b.*\b1\b"),
+        ({"thresholds": (0.9, math.nan)}, "threshold"),
+        ({"temperatures": (1.0, 0.0, 1.0)}, r"temperatures.*1\.0, 0\.0, 1\.0"),
+        ({"temperatures": (1.0, -1.0, 1.0)}, r"temperatures.*1\.0, -1\.0, 1\.0"),
+        ({"temperatures": (1.0, math.nan, 1.0)}, r"temperatures.*1\.0, nan, 1\.0"),
+        ({"temperatures": (1.0, math.inf, 1.0)}, r"temperatures.*1\.0, inf, 1\.0"),
         ({"criterion": "oracle"}, "'oracle'"),
-        ({"criterion": "patience", "enabled": (True, False)}, "needs two of them.* has 1"),
+        ({"criterion": "patience", "enabled": (True, False)}, r"patience.*\b1\b"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused_in_one_line(changes, match):
@@ -122,7 +124,7 @@ def test_a_policy_that_makes_no_sense_is_refused_in_one_line(changes, match):
 
 
 def test_patience_is_refused_for_a_single_early_exit():
-    with pytest.raises(UserError, match="needs two of them"):
+    with pytest.raises(UserError, match="patience"):
         Policy(exit_names=("layer1", "final"), thresholds=(1.0,), criterion="patience")
 
 
@@ -132,7 +134,7 @@ def test_a_policy_cannot_be_changed():
 
 
 def test_a_missing_policy_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="there is no policy at .*policy.yaml"):
+    with pytest.raises(UserError, match="policy.yaml"):
         Policy.load(tmp_path / "policy.yaml")
 
 
@@ -154,20 +156,20 @@ def test_a_missing_policy_is_told_in_one_line(tmp_path):
 def test_a_file_that_is_no_policy_is_told_in_one_line(content, tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is not a policy that eval.py wrote") as error:
+    with pytest.raises(UserError, match=str(path)) as error:
         Policy.load(path)
     assert "\n" not in str(error.value)
 
 
 def test_a_directory_in_the_policys_place_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=str(tmp_path)):
         Policy.load(tmp_path)
 
 
 def test_a_policy_whose_values_are_wrong_says_which(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("exit_names: [a, final]\nthresholds: [0.5, 0.6]\n")
-    with pytest.raises(UserError, match="2 exits needs 1 thresholds, got 2"):
+    with pytest.raises(UserError, match=r"\b1 thresholds\b.*\b2\b"):
         Policy.load(path)
 
 
@@ -180,7 +182,7 @@ def test_one_threshold_each_is_taken_as_given():
 
 
 def test_any_other_number_of_thresholds_is_refused():
-    with pytest.raises(UserError, match="got 2 thresholds for 3 early exits"):
+    with pytest.raises(UserError, match=r"\b2 thresholds\b.*\b3\b"):
         as_thresholds([0.5, 0.6], 4)
 
 

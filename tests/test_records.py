@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import refusal
+from tolerance import assert_close
 
 from early_exit import records
 from early_exit.cost import Cost
 from early_exit.criteria import CRITERIA
-from early_exit.errors import Unavailable, UserError
+from early_exit.errors import Unavailable
 from early_exit.choosing import Goal, choose
 from early_exit.policy import NEVER, Policy
 from early_exit.records import ExitRecord, disagreements, record, replay, score_record
@@ -118,7 +120,9 @@ def test_scoring_in_chunks_changes_nothing(stored, criterion, monkeypatch):
     monkeypatch.setattr(records, "CHUNK_BYTES", 300 * stored.logits[0].nbytes)
     assert [rows.stop - rows.start for rows, _ in stored.chunks()] == [300] * 6 + [248]
     chunked = score_record(stored, policy)
-    assert np.array_equal(chunked.scores, whole.scores)
+    # a softmax of four classes; a kernel may take the last rows of a chunk another way
+    scores = torch.from_numpy(chunked.scores), torch.from_numpy(whole.scores)
+    assert_close(*scores, terms=64)
     assert np.array_equal(chunked.answers, whole.answers)
 
 
@@ -156,7 +160,7 @@ def test_a_save_that_fails_leaves_the_earlier_record(hand, make_record, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "write_text", full_disk)  # the last of its three files
-    with pytest.raises(Unavailable, match="cannot be written: No space left"):
+    with pytest.raises(Unavailable, match=f"{tmp_path / 'val'}.*No space left"):
         make_record([[sure(0.5), sure(0.5)]], [1]).save(tmp_path / "val")
     assert len(ExitRecord.load(tmp_path / "val")) == 4
 
@@ -170,9 +174,7 @@ def half(path):
 def test_a_torn_record_is_told_in_one_line(hand, tmp_path, name, damage):
     hand.save(tmp_path / "val")
     damage(tmp_path / "val" / name)
-    with pytest.raises(UserError, match="is not a whole exit record") as error:
-        ExitRecord.load(tmp_path / "val")
-    assert "\n" not in str(error.value)
+    assert str(tmp_path / "val") in refusal(ExitRecord.load, tmp_path / "val")
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -186,8 +188,7 @@ def test_a_torn_record_of_any_length_is_told(hand, tmp_path, monkeypatch, keep, 
     path = tmp_path / "val" / "logits.npy"
     path.write_bytes(path.read_bytes()[:keep])
     monkeypatch.setattr(records, "MAPPED_BYTES", -1 if mapped else 1 << 30)
-    with pytest.raises(UserError, match="is not a whole exit record"):
-        ExitRecord.load(tmp_path / "val")
+    assert str(tmp_path / "val") in refusal(ExitRecord.load, tmp_path / "val")
 
 
 @pytest.mark.parametrize(
@@ -197,21 +198,18 @@ def test_a_torn_record_of_any_length_is_told(hand, tmp_path, monkeypatch, keep, 
 def test_a_record_whose_description_is_another_is_told(hand, tmp_path, content):
     hand.save(tmp_path / "val")
     (tmp_path / "val" / "info.json").write_text(content)
-    with pytest.raises(UserError, match="is not a whole exit record"):
-        ExitRecord.load(tmp_path / "val")
+    assert str(tmp_path / "val") in refusal(ExitRecord.load, tmp_path / "val")
 
 
 def test_a_missing_record_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="is not a whole exit record"):
-        ExitRecord.load(tmp_path / "val")
+    assert str(tmp_path / "val") in refusal(ExitRecord.load, tmp_path / "val")
 
 
 def test_a_record_of_other_code_is_told(hand, tmp_path):
     hand.save(tmp_path / "val")
     info = json.loads((tmp_path / "val" / "info.json").read_text())
     (tmp_path / "val" / "info.json").write_text(json.dumps({**info, "colour": "red"}))
-    with pytest.raises(UserError, match="is not a whole exit record"):
-        ExitRecord.load(tmp_path / "val")
+    assert str(tmp_path / "val") in refusal(ExitRecord.load, tmp_path / "val")
 
 
 def test_a_subset_is_another_split_of_the_same_network(hand):
@@ -241,11 +239,10 @@ def test_a_record_holds_what_every_exit_says(tiny_net, images, targets, hand):
         tiny_net, batches_of(images[:10], targets[:10], 4), 10, hand.info, CPU, torch.no_grad
     )
     with torch.no_grad():
-        said = torch.stack(
-            [torch.stack(tiny_net(some), dim=1) for some in images[:10].split(4)[:2]]
-        ).flatten(0, 1)
+        said = torch.stack(tiny_net(images[:10]), dim=1)
     assert made.logits.shape == (10, 4, 4)
-    assert np.array_equal(made.logits[:8], said.numpy())
+    # eight layers, of at most 64 channels and 3x3 kernels
+    assert_close(torch.from_numpy(made.logits), said, terms=8 * 64 * 9)
     assert np.array_equal(made.targets, targets[:10].numpy())
 
 
@@ -276,11 +273,11 @@ def test_a_record_may_be_written_as_it_comes(
 
 def test_recording_that_fails_leaves_the_earlier_record(tiny_net, images, targets, hand, tmp_path):
     hand.save(tmp_path / "val")
-    with pytest.raises(UserError, match="1 of 9 images of val could not be read"):
-        record(
-            tiny_net, batches_of(images[:8], targets[:8], 4), 9, hand.info, CPU, torch.no_grad,
-            tmp_path / "val",
-        )
+    said = refusal(
+        record, tiny_net, batches_of(images[:8], targets[:8], 4), 9, hand.info, CPU, torch.no_grad,
+        tmp_path / "val",
+    )
+    assert "1 of 9 images of val" in said
     assert np.array_equal(ExitRecord.load(tmp_path / "val").logits, hand.logits)
 
 
@@ -294,7 +291,8 @@ def test_a_part_of_a_mapped_record_is_not_copied(stored, tmp_path, monkeypatch):
     assert some.logits is mapped.logits
     policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.6,) * 3)
     expected = stored.subset(rows, "test", "some")
-    assert np.array_equal(score_record(some, policy).scores, score_record(expected, policy).scores)
+    scores = [torch.from_numpy(score_record(part, policy).scores) for part in (some, expected)]
+    assert_close(*scores, terms=64)
     assert torch.equal(some.exit_logits(1), expected.exit_logits(1))
     fewer = some.subset(np.array([5, 600, 7]), "test", "three")
     assert torch.equal(fewer.exit_logits(0), torch.from_numpy(stored.logits[again, 0]))
@@ -354,7 +352,7 @@ def test_with_many_classes_the_best_five_are_looked_at(make_record):
 
 
 def test_more_images_than_announced_are_refused(tiny_net, images, targets, hand):
-    with pytest.raises(RuntimeError, match="the split gave 8 images, 7 were announced"):
+    with pytest.raises(RuntimeError, match=r"\b8\b.*\b7\b"):
         record(
             tiny_net, batches_of(images[:8], targets[:8], 4), 7, hand.info, CPU, torch.no_grad
         )
@@ -431,9 +429,6 @@ def test_logits_that_are_no_numbers_are_refused(tiny_net, images, targets, hand,
         list(tiny_net.heads["layer1"].parameters())[-1].fill_(bad)
     batches = batches_of(images[:60], targets[:60], 20)
     info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
-    with pytest.raises(UserError) as caught:
-        record(tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
-    assert str(caught.value) == (
-        "the exit layer1 says something that is not finite about 20 of 20 images of val"
-        " (amp float32): the weights have diverged, or the precision is too small; try --amp off"
-    )
+    said = refusal(record, tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
+    for part in ("layer1", "not finite", "20 of 20", "val", "float32", "--amp off"):
+        assert part in said

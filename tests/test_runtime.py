@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 
@@ -28,23 +29,22 @@ class TestDevice:
         monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("LOCAL_RANK", "2")
         assert runtime.choose_device("auto") == torch.device("cuda", 2)
-        assert "one, torchrun's processes each" in refusal(runtime.choose_device, "cuda:1")
+        assert "cuda:1" in refusal(runtime.choose_device, "cuda:1")
         monkeypatch.setenv("LOCAL_RANK", "4")
-        assert "cuda:4 was asked for, torch sees 4" in refusal(runtime.choose_device, "cuda")
+        assert re.search(r"cuda:4\b.*\b4 GPUs", refusal(runtime.choose_device, "cuda"))
 
     def test_cpu(self):
         assert runtime.choose_device("cpu") == CPU
 
     def test_no_such_device(self):
-        assert refusal(runtime.choose_device, "gpu") == (
-            "there is no device 'gpu'; try cpu, cuda or cuda:1"
-        )
+        message = refusal(runtime.choose_device, "gpu")
+        assert "'gpu'" in message and "cpu" in message and "cuda" in message
 
     @pytest.mark.parametrize(("name", "count"), [("cuda", 0), ("cuda:1", 1), ("cuda:5", 2)])
     def test_a_gpu_that_is_not_there(self, monkeypatch, name, count):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         message = refusal(runtime.choose_device, name)
-        assert message.startswith(f"device {name} was asked for, torch sees {count} GPUs here")
+        assert re.search(rf"{name}\b.*\b{count} GPUs?\b", message)
 
     def test_a_gpu_that_is_there(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -117,10 +117,9 @@ class TestVersions:
     @pytest.mark.parametrize("need", ["torch==2.14.1", "torch>=2.16", "torch (==2.9.0)"])
     def test_a_pair_that_does_not_fit_is_one_sentence(self, installed, need):
         installed("2.15.0", ["numpy", need])
-        assert refusal(runtime.check_torchvision) == (
-            f"torch 2.15.0 and torchvision 0.29.2 do not belong together (it asks for {need});"
-            " install both anew: pip install --force-reinstall torch torchvision"
-        )
+        said = refusal(runtime.check_torchvision)
+        assert all(word in said for word in ("torch 2.15.0", "torchvision 0.29.2", need))
+        assert "pip install" in said
 
     def test_a_torchvision_that_cannot_be_imported_is_one_sentence(self, installed, monkeypatch):
         installed("2.15.0", ["torch==2.15.0"])
@@ -129,7 +128,8 @@ class TestVersions:
             raise RuntimeError("operator torchvision::nms does not exist\nmore lines")
 
         monkeypatch.setattr(importlib, "import_module", broken)
-        assert "do not belong together" in refusal(runtime.check_torchvision)
+        said = refusal(runtime.check_torchvision)
+        assert "torch 2.15.0" in said and "torchvision 0.29.2" in said
 
     def test_no_torchvision_is_one_sentence(self, monkeypatch):
         version = importlib.metadata.version
@@ -140,7 +140,8 @@ class TestVersions:
             return version(name)
 
         monkeypatch.setattr(importlib.metadata, "version", absent)
-        assert refusal(runtime.check_torchvision).startswith("torchvision is not installed; run: ")
+        said = refusal(runtime.check_torchvision)
+        assert "torchvision" in said and "pip install" in said
 
     def test_the_installed_pair_fits(self):
         runtime.check_torchvision()
@@ -165,7 +166,7 @@ class TestLeaving:
         before = signal.getsignal(signal.SIGTERM)
         try:
             runtime.leave_on_sigterm()
-            with pytest.raises(runtime.Stopped, match="stopped by signal 15; there was") as stopped:
+            with pytest.raises(runtime.Stopped, match=r"\b15\b") as stopped:
                 os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
             assert stopped.value.code == 143

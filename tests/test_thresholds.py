@@ -107,7 +107,7 @@ def test_budget_finds_the_most_accurate_of_all_thresholds(case, budget):
     curve, outcomes = shared_curve(*case), try_all(*case).values()
     kept = [(accuracy, -macs) for accuracy, macs in outcomes if macs <= budget]
     if not kept:
-        with pytest.raises(UserError, match="cannot be kept"):
+        with pytest.raises(UserError, match="budget"):
             for_budget(curve, budget)
     else:
         accuracy, macs = try_threshold(*case, for_budget(curve, budget))
@@ -149,7 +149,8 @@ def test_a_latency_is_kept_by_the_most_accurate_that_can(case, budget):
     seconds = curve.macs**1.5  # not in proportion to the shares
     kept = [(a, -s) for a, s in zip(curve.accuracy, seconds, strict=True) if s <= budget]
     if not kept:
-        with pytest.raises(UserError, match="ms cannot be kept: the least"):
+        least = f"{1000 * seconds.min():.2f} ms"
+        with pytest.raises(UserError, match=f"{1000 * budget:.2f} ms.*{least}"):
             for_latency(curve, seconds, budget)
     else:
         here = np.flatnonzero(curve.thresholds == for_latency(curve, seconds, budget))[0]
@@ -175,7 +176,7 @@ def test_all_exits_off_leave_one_outcome():
 def test_an_unreachable_budget_names_the_least_there_is_in_one_line():
     scored = Scores(np.zeros((2, 2), np.float32), np.zeros((2, 2)), np.zeros(2))
     curve = shared_curve(scored, (True,), (40_000_000, 100_000_000))
-    with pytest.raises(UserError, match=r"budget of 30.00 M .* cost is 40.00 M") as error:
+    with pytest.raises(UserError, match=r"\b30\.00 M .*\b40\.00 M") as error:
         for_budget(curve, 30e6)
     assert "\n" not in str(error.value)
 

@@ -8,12 +8,12 @@ ratio is searched for the budget. The run must have been evaluated (its records 
 Thresholds come from val and are shown on test, over ten cuts as in criteria.py. Prints a table.
 """
 
-import argparse
 import dataclasses
 
 import numpy as np
 from criteria import over_cuts, record_parser, records
 
+from early_exit import flags
 from early_exit.choosing import Goal, choose, outcome
 from early_exit.cost import Cost
 from early_exit.policy import Policy
@@ -23,9 +23,9 @@ from early_exit.thresholds import geometric
 RATIOS = np.geomspace(1e-3, 1e3, 601)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = record_parser(__doc__)
+    parser = record_parser("budgets.py", __doc__)
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[50, 65, 80],
         help="percent of the plain network (default 50 65 80)",

@@ -7,7 +7,6 @@ Runs the evaluation's policy, exits taken, on test images of CIFAR-10 that were 
 whole network on the same ones. Prints a table; noise is seeded.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cifar10.trainer import DOOR
+from early_exit import flags
 from early_exit.trained import load_run
 from early_exit.inference import infer
 from early_exit.policy import NEVER, Policy
@@ -51,11 +51,13 @@ CHANGES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("evaluation", help="name of an evaluation of it")
+    parser = flags.build_parser(
+        "corruptions.py", "python docs-src/figures/corruptions.py RUN EVALUATION [flags]", __doc__
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("evaluation", metavar="EVALUATION", help="name of an evaluation of it")
     return parser
 
 

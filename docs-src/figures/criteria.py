@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from early_exit import flags
 from early_exit.choosing import Goal, choose, outcome
 from early_exit.metrics import mean_std
 from early_exit.policy import Policy
@@ -27,18 +28,21 @@ CRITERIA = ("max_prob", "entropy", "margin")  # patience has whole numbers for t
 CUTS = 10
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = record_parser(__doc__)
+    parser = record_parser("criteria.py", __doc__)
     parser.add_argument("--max-drop", type=float, default=0.5, help="points (default 0.5)")
     return parser
 
 
-def record_parser(docstring: str, several: bool = True) -> argparse.ArgumentParser:
+def record_parser(script: str, docstring: str | None, several: bool = True) -> flags.Parser:
     """The flags that name records, of one run or several."""
-    parser = argparse.ArgumentParser(description=docstring.partition("\n")[0])
+    runs = "RUN ..." if several else "RUN"
+    parser = flags.build_parser(
+        script, f"python docs-src/figures/{script} {runs} [flags]", docstring
+    )
     parser.add_argument(
-        "runs", type=Path, nargs="+" if several else 1, metavar="run",
+        "runs", type=Path, nargs="+" if several else 1, metavar="RUN",
         help="run directory that was evaluated",
     )
     parser.add_argument(

@@ -6,7 +6,6 @@ straight line, its final exit any curve. The threshold is chosen on val; test is
     python docs-src/figures/decision_boundary.py
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
+from early_exit import flags
 from early_exit.cost import count_macs
 from early_exit.losses import joint_loss
 from early_exit.network import FINAL
@@ -227,9 +227,11 @@ def legend_handles() -> list[Line2D | Patch]:
     return handles
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The figure's flags."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = flags.build_parser(
+        "decision_boundary.py", "python docs-src/figures/decision_boundary.py [flags]", __doc__
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="the PNG (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     return parser

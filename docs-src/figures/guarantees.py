@@ -8,13 +8,13 @@ list of policies; each draw takes certifying images from test with replacement, 
 has a risk that is known, since test is all there is. Draws docs-src/docs/imgs/guarantees.png.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from early_exit import flags
 from early_exit.disk import written_whole
 from early_exit.choosing import Goal, fit_and_certify, ladder
 from early_exit.guarantees import losses_of, on_average, with_confidence
@@ -29,10 +29,14 @@ def naive(lost: np.ndarray, risk: float) -> int:
     return int((np.maximum.accumulate(lost.mean(axis=1)) <= risk).sum()) - 1
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path)
+    parser = flags.build_parser(
+        "guarantees.py", "python docs-src/figures/guarantees.py RUN [flags]", __doc__
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="run directory that was evaluated"
+    )
     parser.add_argument("--risk", type=float, default=1.0, help="points (default 1)")
     parser.add_argument("--confidence", type=float, default=95.0, help="percent (default 95)")
     parser.add_argument("--images", type=int, default=4000, help="certifying (default 4000)")

@@ -9,7 +9,6 @@ accurate by is made up. The oracle leaves at the first exit that is right. The r
 evaluated (its records are read). Prints a table and draws docs-src/docs/imgs/oracle.png.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from criteria import record_parser, records
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
+from early_exit import flags
 from early_exit.disk import written_whole
 from early_exit.choosing import Goal, choose, ladder, outcome
 from early_exit.plots import BLUE, GREY, ORANGE, STYLE
@@ -28,9 +28,9 @@ from early_exit.records import ExitRecord, score_record
 IMAGE = Path(__file__).resolve().parent.parent / "docs" / "imgs" / "oracle.png"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    return record_parser(__doc__, several=False)
+    return record_parser("oracle.py", __doc__, several=False)
 
 
 def by_label(surprise: np.ndarray, counts: np.ndarray) -> np.ndarray:

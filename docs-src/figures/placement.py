@@ -9,7 +9,6 @@ must have been evaluated (its records are read). Means and deviations over ten c
 criteria.py. Prints tables and draws docs-src/docs/imgs/placement.png.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import numpy as np
 from criteria import CUTS, cut, record_parser, records
 from matplotlib.figure import Figure
 
+from early_exit import flags
 from early_exit.choosing import Goal, choose, outcome
 from early_exit.cost import Cost
 from early_exit.disk import written_whole
@@ -35,9 +35,9 @@ DROP = 0.005
 MOST = 8  # exits that are added
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags."""
-    return record_parser(__doc__, several=False)
+    return record_parser("placement.py", __doc__, several=False)
 
 
 def alone_on(policy: Policy, scored: Scores, on: Sequence[int], cost: Cost) -> tuple[Policy, float]:
