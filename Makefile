@@ -1,9 +1,9 @@
-# The README's commands. PYTHON chooses the interpreter that makes .venv.
+# The README's commands. PYTHON is the interpreter that creates .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-cpus docs
+.PHONY: demo test test-all test-cpus lint format docs
 
 $(VENV)/.installed: requirements.txt setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
@@ -21,10 +21,19 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -m "slow or not slow"
 
-# the quick tests as older and newer processors would run them; takes eleven times as long as test
+# the quick tests as several processors would run them; hours of one core, run it once before a release
 test-cpus: $(VENV)/.installed
 	$(PY) tests/cpus.py
 
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
 docs: $(VENV)/.installed
 	$(PY) -m zensical build --strict -f docs-src/mkdocs.yml
-	@echo "built: docs-src/site/index.html; with its search: $(PY) -m http.server -d docs-src/site"
+	@echo "built: docs-src/site/index.html; to use its search: $(PY) -m http.server -d docs-src/site"

@@ -1,12 +1,12 @@
-"""Speed of the image loader against torchvision's reference pipeline, in one run.
+"""Compares the speed of the image loader with torchvision's reference pipeline, in one run.
 
-    python benchmarks/loading.py           JPEGs of 500x375 pixels, made for the occasion
+    python benchmarks/loading.py           generated JPEGs of 500x375 pixels
     python benchmarks/loading.py DIR       DIR/train/CLASS/*
 
-The reference pipeline is that of torchvision's classification training: an ImageFolder, a random
-resized crop and a flip of PIL's image, a float tensor, normalised, by workers. Ours sends bytes
-from the workers and normalises a whole batch. The loops take turns, each in a process of its own
-with as many workers; the ratio printed is the median over turns.
+The reference is the pipeline of torchvision's classification training: in the workers, an
+ImageFolder, a random resized crop and a flip of PIL's image, then a normalised float tensor. Ours
+sends bytes from the workers and normalises a whole batch at once. The loops take turns, each in a
+process of its own with the same number of workers; the printed ratio is the median over turns.
 """
 
 import argparse
@@ -21,19 +21,20 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from turns import add_turns_flags, compare, show
+from turns import add_turns_flags, print_speeds, time_in_turns
 
-from early_exit import cli, flags, runtime
+from early_exit.cli import flags, program
+from early_exit.data import folders
 from early_exit.errors import UserError
-from imagenet import data
+from early_exit.system.device import choose_device, describe_device, keep_freed_memory
 
-IMAGES = 600
+IMAGES = 600  # generated
 
 
 def reference(args: argparse.Namespace) -> Iterator:
-    """torchvision's batches."""
-    device = runtime.choose_device(args.device)
-    folder = ImageFolder(
+    """Batches of torchvision's pipeline."""
+    device = choose_device(args.device)
+    image_folder = ImageFolder(
         Path(args.dir) / "train",
         transforms.Compose(
             [
@@ -41,13 +42,18 @@ def reference(args: argparse.Namespace) -> Iterator:
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
                 transforms.ConvertImageDtype(torch.float),
-                transforms.Normalize(data.MEAN, data.STD),
+                transforms.Normalize(folders.MEAN, folders.STD),
             ]
         ),
     )
     loader = DataLoader(
-        folder, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True,
-        persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
+        image_folder,
+        args.batch_size,
+        shuffle=True,
+        num_workers=args.workers,
+        drop_last=True,
+        persistent_workers=args.workers > 0,
+        pin_memory=device.type == "cuda",
     )
     while True:
         for images, target in loader:
@@ -55,20 +61,18 @@ def reference(args: argparse.Namespace) -> Iterator:
 
 
 def ours(args: argparse.Namespace) -> Iterator:
-    """The trainer's batches."""
-    device = runtime.choose_device(args.device)
+    """Batches of this repository's trainer."""
+    device = choose_device(args.device)
     if device.type == "cpu":
-        runtime.keep_freed_memory()  # as the trainer does
-    config = data.FolderConfig(
-        root=args.dir, workers=args.workers, train_crop=args.crop, val_size=1
-    )
-    source = data.load(config).to(device, torch.channels_last)
+        keep_freed_memory()  # as the trainer does
+    config = folders.FolderConfig(workers=args.workers, train_crop=args.crop, val_size=1)
+    source = folders.load(config, Path(args.dir)).to(device, torch.channels_last)
     for epoch in itertools.count():
         yield from source.train_batches(args.batch_size, 0, epoch)
 
 
 def make_images(root: Path) -> None:
-    """Two classes of smooth noise, about as large as ImageNet's files."""
+    """Writes two classes of smooth noise, about as large as ImageNet's files."""
     rng = np.random.default_rng(0)
     for split, count in (("train", IMAGES), ("val", 2)):
         for number in range(count):
@@ -82,39 +86,52 @@ def make_images(root: Path) -> None:
 def parser() -> flags.Parser:
     """The benchmark's flags."""
     parser = flags.build_parser("loading.py", "python benchmarks/loading.py [DIR] [flags]", __doc__)
-    parser.add_argument("dir", nargs="?", metavar="DIR", help="directory with train/ and val/")
     parser.add_argument(
-        "-j", "--workers", type=int, default=data.processors(), metavar="N",
-        help="processes that decode (default: one per processor)",
+        "dir",
+        nargs="?",
+        metavar="DIR",
+        help="directory with train/ and val/ (default: generated images)",
     )
-    parser.add_argument("-b", "--batch-size", type=int, default=64, help="default 64")
-    parser.add_argument("--crop", type=int, default=224, help="side of the crops (default 224)")
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=folders.processors(),
+        metavar="N",
+        help="processes that decode images (default: one per processor)",
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=64, help="images per batch (default 64)"
+    )
+    parser.add_argument(
+        "--crop", type=int, default=224, help="side of the crops in pixels (default 224)"
+    )
     add_turns_flags(parser, 30, "batches")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measures and prints the speeds."""
     args = parser().parse_args(argv)
-    device = runtime.choose_device(args.device)
+    device = choose_device(args.device)
     print(
-        f"{runtime.describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
+        f"{describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
         f" {args.workers} workers, crops of {args.crop}"
     )
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as generated:
         if args.dir is None:
-            args.dir = made
-            make_images(Path(made))
+            args.dir = generated
+            make_images(Path(generated))
         elif not (Path(args.dir) / "train").is_dir():
             raise UserError(f"there is no {args.dir}/train; give a directory of class folders")
-        images = sum(1 for _ in Path(args.dir).glob("train/*/*")) - 1  # one is val
+        images = sum(1 for _ in Path(args.dir).glob("train/*/*")) - 1  # one is held out as val
         if images < args.batch_size:
-            raise UserError(f"{args.dir} holds {images} images, fewer than a batch; lower -b")
+            raise UserError(f"{args.dir} holds {images} images, fewer than one batch; lower -b")
         loops = {"torchvision's pipeline": reference, "ours": ours}
-        show(compare(loops, args, args.steps), args.steps * args.batch_size)
+        print_speeds(time_in_turns(loops, args, args.steps), args.steps * args.batch_size)
 
 
 if __name__ == "__main__":
-    cli.run(main, "loading.py")
+    program.run(main, "loading.py")

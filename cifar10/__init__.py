@@ -1,1 +1,1 @@
-"""Early exits on CIFAR-10: networks, data, trainer and evaluation."""
+"""Early exits on small images: CIFAR-10, MNIST and digits."""

@@ -1,7 +1,7 @@
 """AlexNet for 32x32 images, with the widths of BranchyNet's public code (arXiv:1709.01686).
 
-Places for exits are `conv1` .. `conv5` (what a convolution gives) and `pool1`, `pool2` (after ReLU
-and pooling).
+The places for exits are `conv1` .. `conv5`, directly after a convolution, and `pool1` and `pool2`,
+after ReLU and pooling.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 class AlexNet(nn.Module):
     """Five convolutions and three linear layers, the first two with dropout.
 
-    Without the local response normalisation of the original: at the strength used there (5e-5) it
-    is nearly a constant factor. Maps images (B, C, H, W) of 32x32 or 28x28 to logits (B, K).
+    It omits the original's local response normalisation, which at the strength used there (5e-5) is
+    nearly a constant factor. Maps images (B, C, H, W) of 32x32 or 28x28 pixels to logits (B, K).
+
+    shape: of an image, (C, H, W).
     """
 
     default_exits = ("conv2", "conv3")
@@ -28,8 +30,12 @@ class AlexNet(nn.Module):
         self.pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
         self.classifier = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, 256), nn.ReLU(), nn.Dropout(0.5),
-            nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(64 * 4 * 4, 256),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
             nn.Linear(128, num_classes),
         )
         for module in self.modules():
@@ -43,7 +49,7 @@ class AlexNet(nn.Module):
         return self.classifier(self.pool(self.conv5(features)))
 
     def units(self) -> dict[str, nn.Module]:
-        """The blocks in order, by name; one after the other they are `forward`."""
+        """The blocks in order, by name. Applied one after the other they equal `forward`."""
         return {
             "conv1": self.conv1,
             "pool1": self.pool,

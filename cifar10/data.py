@@ -1,4 +1,4 @@
-"""CIFAR-10, MNIST and digits as tensors (`early_exit.tensors`)."""
+"""CIFAR-10, MNIST and digits, held in memory (`early_exit.data.in_memory`)."""
 
 import http.client
 import logging
@@ -9,30 +9,43 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from early_exit.disk import locked
+from early_exit.data.in_memory import Data, ImageSet, cut
+from early_exit.data.splits import stratified
 from early_exit.errors import UserError
-from early_exit.splits import stratified
-from early_exit.tensors import Data, ImageSet, cut
+from early_exit.system.files import locked
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent / "data"
 SPLITS = ("train", "val", "test")
-# ImageNet's statistics, as in akamaster's script, so that its public checkpoints need no flag.
+# ImageNet's statistics, as in akamaster's script, so that its public checkpoints fit as they are.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of its train images
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of the train images
+# What torchvision raises for missing and damaged files.
+READ_ERRORS = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
 SHAPES = {"cifar10": (3, 32, 32), "digits": (3, 32, 32), "mnist": (1, 28, 28)}
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
-    """The data set called `dataset`: cifar10 or mnist (downloaded where absent), or digits."""
+    """The data set called `dataset`: cifar10 or mnist, downloaded if necessary, or digits.
+
+    root: where the files are; default: data/ in the repository. Raises UserError for an unknown
+    data set, and if a download fails.
+    """
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
     return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
 
 
 def _cifar10(root: Path, split_seed: int) -> Data:
-    """45,000 / 5,000 / 10,000."""
+    """CIFAR-10: 45,000 train, 5,000 val and 10,000 test images."""
     from torchvision.datasets import CIFAR10
 
     sets = _downloaded(CIFAR10, root, "CIFAR-10", "cifar-10-batches-py folder", CIFAR10.url)
@@ -44,51 +57,69 @@ def _cifar10(root: Path, split_seed: int) -> Data:
         for part in sets
     )
     return cut(
-        "cifar10", train, test, sets[0].classes, val_size=5000, split_seed=split_seed, mean=MEAN,
-        std=STD, flip=True,
+        "cifar10",
+        train,
+        test,
+        sets[0].classes,
+        val_size=5000,
+        split_seed=split_seed,
+        mean=MEAN,
+        std=STD,
+        flip=True,
     )
 
 
 def _mnist(root: Path, split_seed: int) -> Data:
-    """55,000 / 5,000 / 10,000, 28x28 grey. Moved by up to 2 pixels in training, never flipped."""
+    """MNIST, 28x28 grey: 55,000 train, 5,000 val and 10,000 test images.
+
+    The augmentation is a random crop with 2 pixels of padding, without flips.
+    """
     from torchvision.datasets import MNIST
 
     sets = _downloaded(MNIST, root, "MNIST", "MNIST/raw folder", MNIST.mirrors[0])
     train, test = (ImageSet(part.data[:, None], part.targets) for part in sets)
-    names = tuple(str(digit) for digit in range(10))
+    classes = tuple(str(digit) for digit in range(10))
     return cut(
-        "mnist", train, test, names, val_size=5000, split_seed=split_seed, mean=MNIST_MEAN,
-        std=MNIST_STD, pad=2,
+        "mnist",
+        train,
+        test,
+        classes,
+        val_size=5000,
+        split_seed=split_seed,
+        mean=MNIST_MEAN,
+        std=MNIST_STD,
+        pad=2,
     )
 
 
 def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> list:
-    """Train and test of one of torchvision's data sets, downloaded where it is not whole."""
+    """Train and test of one of torchvision's data sets, downloaded if files are missing or damaged.
+
+    name, folder, url: for messages. Raises UserError if the download fails.
+    """
 
     def read(train: bool):
         return dataset(root, train=train, download=False)
 
-    damaged = (
-        RuntimeError, OSError, EOFError, ValueError, AssertionError, pickle.UnpicklingError
-    )
     try:
         return [read(True), read(False)]
-    except damaged:
-        log.info("%s is not whole under %s; downloading it", name, root)
+    except READ_ERRORS:
+        log.info("%s is missing or damaged in %s; downloading it", name, root)
         try:
-            with locked(root, wait=True):  # several runs on one volume
+            with locked(root, wait=True):  # several runs may share the directory
                 dataset(root, train=True, download=True)
             return [read(True), read(False)]
-        except (*damaged, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split()) or "what lies there is damaged; remove it"
+        except (*READ_ERRORS, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split()) or "the files there are damaged; remove them"
             raise UserError(
-                f"{name} is not under {root} and downloading {url} failed ({reason}); put the"
-                f" original {folder} there, or run with --dataset digits, which needs no network"
+                f"{name} is not in {root} and downloading {url} failed ({reason}); put the original"
+                f" {folder} there, or use --dataset digits, which needs no download"
             ) from None
 
 
 def _digits(_root: Path, split_seed: int) -> Data:
-    """scikit-learn's 1,797 scanned digits, 8x8 grey, brought to 3x32x32: 1,257 / 180 / 360."""
+    """scikit-learn's 1,797 scanned digits, 8x8 grey, resized to 3x32x32: 1,257 train, 180 val and
+    360 test images. They are not flipped in training: a flipped digit is not a digit."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -101,13 +132,17 @@ def _digits(_root: Path, split_seed: int) -> Data:
     images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     targets = torch.from_numpy(digits.target).long()
     whole = ImageSet(images, targets)
-    held_out = stratified(digits.target, 360, seed=0)  # the test set is the same for everybody
-    kept = np.setdiff1d(np.arange(len(whole)), held_out)
-    names = tuple(str(name) for name in digits.target_names)
-    # a mirrored digit is no digit
+    test = stratified(digits.target, 360, seed=0)  # the same test set for every split seed
+    rest = np.setdiff1d(np.arange(len(whole)), test)
     return cut(
-        "digits", whole.subset(kept), whole.subset(held_out), names, val_size=180,
-        split_seed=split_seed, mean=MEAN, std=STD,
+        "digits",
+        whole.subset(rest),
+        whole.subset(test),
+        tuple(str(name) for name in digits.target_names),
+        val_size=180,
+        split_seed=split_seed,
+        mean=MEAN,
+        std=STD,
     )
 
 

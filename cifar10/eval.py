@@ -1,27 +1,29 @@
-"""Choose exit thresholds on val, run test with exits taken, and report what was saved.
+"""Choose exit thresholds on val, run test with exits taken, and report accuracy and savings.
 
     python cifar10/eval.py RUN                       at most 0.5 points below the final exit
-    python cifar10/eval.py RUN --budget 50           within half of the plain network's MACs
+    python cifar10/eval.py RUN --budget 50           at most half of the plain network's MACs
     python cifar10/eval.py RUN --criterion entropy --thresholds -0.3
     python cifar10/eval.py RUN --delta 0.9           Conditional Deep Learning's choice of stages
-    python cifar10/eval.py RUN --val-from test       for backbones that have seen all of train
+    python cifar10/eval.py RUN --val-from test       for backbones trained on all of train
+
+The report is written to RUN/eval/NAME; thresholds are fitted on val and test is only reported.
 """
 
 from collections.abc import Sequence
 
-from cifar10.trainer import DOOR
-from early_exit import cli, flags
+from cifar10.trainer import TASK
+from early_exit.cli import evaluation_flags, flags, program
 
 
 def parser() -> flags.Parser:
-    """The evaluation's flags."""
-    return flags.evaluation_parser("cifar10", "trainer.py", __doc__)
+    """The flags."""
+    return evaluation_flags.evaluation_parser("cifar10", "trainer.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, evaluates and prints the table."""
-    cli.evaluate(parser().parse_args(argv), DOOR)
+    program.evaluate(parser().parse_args(argv), TASK)
 
 
 if __name__ == "__main__":
-    cli.run(main, "eval.py")
+    program.run(main, "eval.py")

@@ -1,7 +1,7 @@
-"""Small networks for MNIST: the LeNet of BranchyNet, and two as in Conditional Deep Learning.
+"""Small networks for MNIST: the LeNet of BranchyNet, and those of Conditional Deep Learning.
 
-Places for exits in LeNet are `conv1` (what a convolution gives), `pool1` (after pooling and ReLU),
-and so on.
+The places for exits in LeNet are `conv1`, directly after a convolution, `pool1`, after pooling and
+ReLU, and so on.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,9 @@ class LeNet(nn.Module):
     """Three 5x5 convolutions and two linear layers, with the widths of BranchyNet's public code
     (arXiv:1709.01686).
 
-    Maps images (B, C, H, W) of 28x28 or 32x32 to logits (B, K).
+    Maps images (B, C, H, W) of 28x28 or 32x32 pixels to logits (B, K).
+
+    shape: of an image, (C, H, W).
     """
 
     default_exits = ("conv1",)
@@ -35,7 +37,7 @@ class LeNet(nn.Module):
         return self.fc2(F.relu(self.fc1(features.flatten(1))))
 
     def units(self) -> dict[str, nn.Module]:
-        """The blocks in order, by name; one after the other they are `forward`."""
+        """The blocks in order, by name. Applied one after the other they equal `forward`."""
         units: dict[str, nn.Module] = {}
         for number, conv in enumerate((self.conv1, self.conv2, self.conv3), 1):
             units |= {f"conv{number}": conv, f"pool{number}": Pool()}
@@ -43,23 +45,26 @@ class LeNet(nn.Module):
 
 
 def pooled(features: Tensor) -> Tensor:
-    """The maxima of 2x2 pixels, and ReLU."""
+    """2x2 max pooling, then ReLU."""
     return F.relu(F.max_pool2d(features, 2, ceil_mode=True))
 
 
 class Pool(nn.Module):
-    """`pooled` as a block."""
+    """`pooled` as a module."""
 
     def forward(self, features: Tensor) -> Tensor:
         return pooled(features)
 
 
 class MnistCNN(nn.Module):
-    """Convolutions without padding, each with ReLU and pooling, and one linear layer, as the
-    networks of Conditional Deep Learning (arXiv:1509.08971).
+    """Convolutions without padding, each with pooling and ReLU, and one linear layer, as in
+    Conditional Deep Learning (arXiv:1509.08971).
 
-    maps, kernels: of each convolution; its place, `conv1` or so, is after the pooling. Maps images
-    (B, C, H, W) to logits (B, K).
+    Maps images (B, C, H, W) to logits (B, K). The places for exits, `conv1` and so on, are after
+    the pooling.
+
+    maps, kernels: output channels and kernel side of each convolution. shape: of an image, (C, H,
+    W).
     """
 
     default_exits = ("conv1",)
@@ -82,7 +87,7 @@ class MnistCNN(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the linear layer gets of images (B, C, H, W): (B, features)."""
+        """The input of the linear layer, (B, features), for images (B, C, H, W)."""
         for conv in self.convs:
             images = pooled(conv(images))
         return images.flatten(1)
@@ -91,7 +96,7 @@ class MnistCNN(nn.Module):
         return self.fc(self.features(images))
 
     def units(self) -> dict[str, nn.Module]:
-        """The blocks in order, by name; one after the other they are `forward`."""
+        """The blocks in order, by name. Applied one after the other they equal `forward`."""
         units: dict[str, nn.Module] = {
             f"conv{number}": nn.Sequential(conv, Pool())
             for number, conv in enumerate(self.convs, 1)

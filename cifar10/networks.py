@@ -1,4 +1,4 @@
-"""The networks for small images, by name, with exits."""
+"""The networks for small images by name, and the same with exits."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,9 +9,9 @@ from torch import nn
 from cifar10.alexnet import AlexNet
 from cifar10.lenet import LeNet, MnistCNN
 from cifar10.resnet import DEPTHS, ResNet
-from early_exit.cost import place_shares
 from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork
+from early_exit.model.cost import place_shares
+from early_exit.model.network import MultiExitNetwork
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
@@ -20,10 +20,14 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
     "mnist_3c": partial(MnistCNN, (8, 16, 32), (3, 3, 3)),
 }
-# On test, as their author states it; their best epochs were picked there.
+# Test accuracy of the public checkpoints as their author states it, of the best epoch on test.
 PUBLIC_ACCURACY = {
-    "resnet20": 0.9173, "resnet32": 0.9263, "resnet44": 0.9310, "resnet56": 0.9339,
-    "resnet110": 0.9368, "resnet1202": 0.9382,
+    "resnet20": 0.9173,
+    "resnet32": 0.9263,
+    "resnet44": 0.9310,
+    "resnet56": 0.9339,
+    "resnet110": 0.9368,
+    "resnet1202": 0.9382,
 }
 PUBLIC_SOURCE = "github.com/akamaster/pytorch_resnet_cifar10 (best epoch on test)"
 
@@ -31,14 +35,17 @@ PUBLIC_SOURCE = "github.com/akamaster/pytorch_resnet_cifar10 (best epoch on test
 def build_backbone(
     arch: str, num_classes: int = 10, shape: Sequence[int] = (3, 32, 32)
 ) -> nn.Module:
-    """The plain network called `arch`, for images of that shape (C, H, W)."""
+    """The plain network called `arch`, untrained.
+
+    shape: of an image, (C, H, W). Raises UserError for an unknown network.
+    """
     if arch not in BACKBONES:
         raise UserError(f"there is no network {arch!r}; choose one of {', '.join(BACKBONES)}")
     return BACKBONES[arch](num_classes, shape)
 
 
 def places(arch: str, shape: Sequence[int] = (3, 32, 32)) -> tuple[str, ...]:
-    """The places of `arch` where an exit saves something, if its head costs nothing."""
+    """The places of `arch` where an exit saves multiply-adds, if its head costs none."""
     with torch.random.fork_rng(devices=[]):
         units = build_backbone(arch, shape=shape).units()
     return tuple(place_shares(units, torch.empty(1, *shape)))
@@ -53,7 +60,8 @@ def build_network(
 ) -> MultiExitNetwork:
     """`arch` with exits after the named blocks; None: its default places; (): the plain network.
 
-    head: their kind, or one for each; shape: of an image (C, H, W).
+    head: the kind of head, one for all exits or one per exit. shape: of an image, (C, H, W). Raises
+    UserError for an unknown network, place or kind of head.
     """
     backbone = build_backbone(arch, num_classes, shape)
     return MultiExitNetwork(

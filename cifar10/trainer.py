@@ -1,10 +1,12 @@
 """Train a CIFAR ResNet, or another small network, with early exits.
 
     python cifar10/trainer.py                        CIFAR-10, ResNet-32, one exit after layer1
-    python cifar10/trainer.py --dataset digits       no network needed, a minute on a laptop
+    python cifar10/trainer.py --dataset digits       no download, about a minute on a laptop
     python cifar10/trainer.py --arch resnet56 --exits layer1 layer2 --regime mixed
     python cifar10/trainer.py --arch resnet20 --exits none --backbone FILE -e --split test
     python cifar10/trainer.py --config cifar10/configs/b-lenet.yaml
+
+Flags override the preset (--config), and the preset overrides the defaults.
 """
 
 import argparse
@@ -14,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import data, networks, resnet
-from early_exit import cli, experiment, flags
+from early_exit.cli import flags, program, settings, training_flags
 from early_exit.config import Config, DataConfig
-from early_exit.cost import with_every_exit
-from early_exit.network import MultiExitNetwork
+from early_exit.model.cost import with_every_exit
+from early_exit.model.network import MultiExitNetwork
+from early_exit.task import StaticNetwork, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 CIFAR10 = {"data": {"dataset": "cifar10"}}
-# What the digits differ in: 1,257 images are seen in a second, and a small network is enough.
+# An epoch of the digits' 1,257 images takes a second, and a small network is enough for them.
 DIGITS = {
     "model": {"arch": "resnet20", "exits": ["layer1", "layer2"]},
     "optim": {"epochs": 25, "batch_size": 64, "schedule": "cosine"},
@@ -37,72 +40,75 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     def build(exits: Sequence[str] | None) -> MultiExitNetwork:
         return networks.build_network(model.arch, exits, model.head, num_classes, shape)
 
-    if model.exits is None and config.run.regime == "cdl":  # every block is a candidate
+    if model.exits is None and config.run.regime == "cdl":
         return with_every_exit(build, networks.places(model.arch, shape))
     return build(model.exits)
 
 
-def load_data(settings: DataConfig) -> data.Data:
-    """The data set that `settings` describe."""
-    return data.load(settings.dataset, settings.root, settings.split_seed)
+def load_data(config: DataConfig) -> data.Data:
+    """The data set that the configuration describes."""
+    return data.load(config.dataset, config.root, config.split_seed)
 
 
-def statics(config: Config, _num_classes: int) -> list[experiment.StaticNetwork]:
-    """The CIFAR ResNets with a public checkpoint that are not deeper than the configuration's, if
-    that is one of them."""
+def static_networks(config: Config, _num_classes: int) -> list[StaticNetwork]:
+    """The CIFAR ResNets with a public checkpoint, up to the depth of the configuration's network;
+    none if that is another network or the data set is not CIFAR-10."""
     known, arch = networks.PUBLIC_ACCURACY, config.model.arch
     if config.data.dataset != "cifar10" or arch not in known:
         return []
     return [
-        experiment.StaticNetwork(
+        StaticNetwork(
             name, accuracy, networks.PUBLIC_SOURCE, partial(networks.build_backbone, name)
         )
-        for name, accuracy in known.items() if resnet.DEPTHS[name] <= resnet.DEPTHS[arch]
+        for name, accuracy in known.items()
+        if resnet.DEPTHS[name] <= resnet.DEPTHS[arch]
     ]
 
 
-DOOR = experiment.FrontDoor(build_network, load_data, name="cifar10.trainer:DOOR", statics=statics)
+TASK = Task(build_network, load_data, name="cifar10", static_networks=static_networks)
 
 
 def parser() -> flags.Parser:
-    """The trainer's flags."""
+    """The flags."""
     parser = flags.build_parser("trainer.py", "python cifar10/trainer.py [flags]", __doc__)
     group = parser.add_argument_group("data")
     flags.add_setting(
-        group, "--dataset", setting="data.dataset", metavar="NAME",
-        help="cifar10, mnist, or digits, which needs no network (default cifar10)",
+        group,
+        "--dataset",
+        setting="data.dataset",
+        metavar="NAME",
+        help="data set: cifar10, mnist, or digits, which needs no download (default: cifar10)",
     )
     flags.add_setting(
-        group, "--data", setting="data.root", type=flags.absolute, metavar="DIR",
-        help="where cifar-10-batches-py or MNIST lies, or is put (default: data/ in the"
-        " repository)",
+        group,
+        "--data",
+        setting="data.root",
+        type=flags.absolute,
+        metavar="DIR",
+        help="directory that holds cifar-10-batches-py or MNIST, or that they are downloaded to"
+        " (default: data/ in the repository)",
     )
-    flags.add_training_flags(parser, Config())
-    parser.add_argument(
-        "-j", "--workers", action=flags.Elsewhere,
-        hint="the whole data set lies in memory as a tensor, so there are no workers;"
-        " --threads N sets the CPU threads",
-    )
-    parser.add_argument(
-        "--half", action=flags.Elsewhere, hint="use --amp fp16, which keeps the weights in float32"
-    )
-    parser.add_argument(
-        "--pretrained", action=flags.Elsewhere, hint="use --backbone FILE for trained weights"
-    )
+    training_flags.add_training_flags(parser, Config())
+    parser.instead = {
+        "-j": "--threads N (the images are in memory, so there are no workers)",
+        "--workers": "--threads N (the images are in memory, so there are no workers)",
+        "--half": "--amp fp16",
+        "--pretrained": "--backbone FILE",
+    }
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    cli.train_or_score(args, DOOR, own_settings(args), RUNS, ROOT / "cifar10" / "eval.py")
+    program.train_or_score(args, TASK, script_defaults(args), RUNS, ROOT / "cifar10" / "eval.py")
 
 
-def own_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The defaults that go with the data set that the flags or their preset name."""
-    given = cli.resolve_config(args, None, CIFAR10)
-    return DIGITS if given.data.dataset == "digits" else CIFAR10
+def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """The default settings for the data set that the flags or their preset name."""
+    config = settings.resolve_config(args, None, CIFAR10)
+    return DIGITS if config.data.dataset == "digits" else CIFAR10
 
 
 if __name__ == "__main__":
-    cli.run(main, "trainer.py")
+    program.run(main, "trainer.py")

@@ -1,15 +1,57 @@
 """Early-exit inference for image classifiers.
 
-The modules, from tensors to whole runs; each imports only from those before it:
-
-    errors  disk  pixels
-    heads  losses  criteria  metrics  calibration  config
-    checkpoint  distributed  runtime  splits  tensors
-    network  policy  cost  energy
-    records  overthinking  thresholds  search  guarantees  cdl  inference
-    engine  journal  latency  choosing  report  wording  plots
-    experiment  resuming  epochs  training
-    trained  classifier  findings  charts  page  evaluation  recipes  labels
-    flags  cli
-    compare  predict  export
+`import early_exit` gives the names below and imports torch only when one that needs it is used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from early_exit.choosing.goals import Budget as Budget
+    from early_exit.choosing.goals import FixedPolicy as FixedPolicy
+    from early_exit.choosing.goals import Goal as Goal
+    from early_exit.choosing.goals import MaxDrop as MaxDrop
+    from early_exit.choosing.goals import Risk as Risk
+    from early_exit.choosing.goals import choose as choose
+    from early_exit.classifier import load as load
+    from early_exit.config import Config as Config
+    from early_exit.evaluation.evaluate import evaluate as evaluate
+    from early_exit.inference.infer import infer as infer
+    from early_exit.inference.policy import Policy as Policy
+    from early_exit.model.cost import network_cost as network_cost
+    from early_exit.model.network import MultiExitNetwork as MultiExitNetwork
+    from early_exit.task import Task as Task
+    from early_exit.training.train import adopt as adopt
+    from early_exit.training.train import train as train
+
+__version__ = "0.2.0"
+
+_MODULES = {
+    "Budget": "choosing.goals",
+    "Config": "config",
+    "FixedPolicy": "choosing.goals",
+    "Goal": "choosing.goals",
+    "MaxDrop": "choosing.goals",
+    "MultiExitNetwork": "model.network",
+    "Policy": "inference.policy",
+    "Risk": "choosing.goals",
+    "Task": "task",
+    "adopt": "training.train",
+    "choose": "choosing.goals",
+    "evaluate": "evaluation.evaluate",
+    "infer": "inference.infer",
+    "load": "classifier",
+    "network_cost": "model.cost",
+    "train": "training.train",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'early_exit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"early_exit.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

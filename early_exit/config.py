@@ -1,7 +1,8 @@
 """What a run is asked to do: frozen dataclasses, checked when built.
 
-Defaults < preset < flags. A preset is YAML with the same nesting; its values are converted by the
-field's type, because YAML reads `1e-4` as a string. An unknown key names the nearest known one.
+Flags win over the preset, which wins over the defaults. A preset is YAML with the same nesting; its
+values are converted to the fields' types, because YAML reads `1e-4` as a string. An unknown key is
+an error that names the nearest known one.
 """
 
 import dataclasses
@@ -13,31 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from early_exit.errors import UserError
-from early_exit.heads import HEADS
+from early_exit.model.heads import HEADS
 
 Schedule = Literal["step", "cosine"]
 Regime = Literal["joint", "mixed", "frozen", "cdl"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
+def _require(condition: bool, message: str) -> None:
+    if not condition:
         raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images."""
+    """The images."""
 
     dataset: str = ""
-    """Name of the data set, as the front door knows it."""
+    """Name of the data set, as the task knows it."""
     root: str | None = None
-    """Directory of the data set; absent: data/ under the repository root."""
+    """Directory of the data set. Default: data/ under the repository root."""
     split_seed: int = 0
-    """Seed of the cut of train into train and val, apart from the run's seed."""
+    """Seed of the split of train into train and val, independent of the run's seed."""
 
     def __post_init__(self) -> None:
         _require(
@@ -48,14 +50,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network, and where its exits go."""
+    """The network and its exits."""
 
     arch: str = "resnet32"
     """Name of the backbone."""
     exits: tuple[str, ...] | None = None
-    """Blocks followed by an exit; absent: the arch's default; empty, or none: the plain network."""
+    """Blocks followed by an exit. Empty, or `none`: the plain network. Default: the arch's own
+    choice."""
     head: tuple[str, ...] = ("conv",)
-    """Kind of the early exits' heads (`early_exit.heads.HEADS`): one, or one for each."""
+    """Kind of head (`early_exit.model.heads.HEADS`), one for all early exits or one each."""
     backbone: str | None = None
     """Checkpoint with the backbone's weights."""
 
@@ -63,90 +66,97 @@ class ModelConfig:
         if isinstance(self.head, str):
             object.__setattr__(self, "head", (self.head,))
         for kind in self.head:
-            _require(
-                kind in HEADS, f"model.head is {kind!r}; choose one of {', '.join(HEADS)}"
-            )
+            _require(kind in HEADS, f"model.head is {kind!r}; choose one of {', '.join(HEADS)}")
         if self.exits and "none" in self.exits:
             _require(
-                self.exits == ("none",), "exits: none stands alone; it asks for the plain network"
+                self.exits == ("none",),
+                f"model.exits is {' '.join(self.exits)}; pass none alone for the plain network,"
+                " or leave it out",
             )
             object.__setattr__(self, "exits", ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How one phase of training goes."""
+    """One phase of training."""
 
     epochs: int = 200
     """Epochs of the phase."""
     batch_size: int = 128
-    """Images a step, over all processes."""
+    """Images per step, over all processes."""
     accumulate: int = 1
-    """Goes in which a process computes its images of a step; more go through less memory."""
+    """Micro-batches in which a process computes its images of a step; more need less memory."""
     lr: float = 0.1
     """Peak learning rate, for the batch size above."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's form of the momentum."""
+    """Whether the momentum is Nesterov's."""
     weight_decay: float = 1e-4
     """L2 penalty."""
     decay_norm: bool = True
-    """Whether BatchNorm's parameters and biases are decayed too."""
+    """Whether weight decay also applies to BatchNorm's parameters and to biases."""
     schedule: Schedule = "step"
-    """step: the rate falls tenfold at each milestone; cosine: it falls to 0 along half a cosine."""
+    """step: the rate is divided by 10 at each milestone; cosine: it falls to 0 along a cosine."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of the phase after which a step schedule divides the rate by 10."""
+    """Fractions of the phase at which the schedule `step` divides the rate by 10."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it."""
     label_smoothing: float = 0.0
-    """Mass moved from the target to all classes."""
+    """Probability moved from the target class to all classes, in [0, 1)."""
     ema: float = 0.0
-    """Decay a step of the running average of the weights, which is then what is reported; 0: no
-    average. It forgets faster in the first steps of a phase."""
+    """Decay per step of the moving average of the weights, which is then what is reported; 0: no
+    average. The decay is smaller in the first steps of a phase."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
-        _require(self.batch_size >= 2, f"optim.batch_size must be 2 or more: {self.batch_size}")
+        _require(
+            self.batch_size >= 2, f"optim.batch_size must be at least 2, got {self.batch_size}"
+        )
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
         _require(
-            self.momentum > 0 or not self.nesterov, "optim.nesterov needs a momentum, which is 0"
+            self.momentum > 0 or not self.nesterov,
+            f"optim.nesterov needs a positive optim.momentum, got {self.momentum}",
         )
         _require(
-            self.weight_decay >= 0, f"optim.weight_decay must not be negative: {self.weight_decay}"
+            self.weight_decay >= 0,
+            f"optim.weight_decay must be at least 0, got {self.weight_decay}",
         )
         _require(
             list(self.milestones) == sorted(self.milestones)
             and all(0 < milestone < 1 for milestone in self.milestones),
-            "optim.milestones are rising fractions of the phase, such as 0.5 0.75; got "
+            "optim.milestones must be rising fractions of the phase, such as 0.5 0.75; got "
             + " ".join(f"{milestone:g}" for milestone in self.milestones),
         )
         _require(
-            self.warmup_epochs >= 0, f"optim.warmup_epochs is not negative: {self.warmup_epochs}"
+            self.warmup_epochs >= 0,
+            f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}",
         )
         _require(
             0 <= self.label_smoothing < 1,
             f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",
         )
-        _require(self.accumulate >= 1, f"optim.accumulate must be at least 1: {self.accumulate}")
+        _require(
+            self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}"
+        )
         _require(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackbonePhaseConfig:
-    """What differs in the first phase of `mixed` and `frozen`, which trains the plain network."""
+    """What differs in the backbone phase, which comes first in every regime but `joint`."""
 
     epochs: int | None = None
-    """Epochs of the first phase; absent: as many as optim.epochs."""
+    """Epochs of the phase. Default: optim.epochs."""
     lr: float | None = None
-    """Its peak learning rate; absent: optim.lr."""
+    """Its peak learning rate. Default: optim.lr."""
 
     def __post_init__(self) -> None:
         _require(
             self.epochs is None or self.epochs >= 1,
-            f"backbone_phase.epochs must be at least 1, got {self.epochs}; "
-            "--backbone FILE skips the phase",
+            f"backbone_phase.epochs must be at least 1, got {self.epochs}; to skip the phase, pass"
+            " --backbone FILE",
         )
         _require(
             self.lr is None or self.lr > 0, f"backbone_phase.lr must be positive, got {self.lr}"
@@ -158,21 +168,22 @@ class LossConfig:
     """The joint loss."""
 
     weights: tuple[float, ...] | None = None
-    """One per exit, or one per early exit, the final then getting the rest to 1; absent: all 1."""
+    """One per exit, or one per early exit, and the final exit gets 1 minus their sum. Default: 1
+    each."""
     start: float | None = None
-    """Weight at which the early exits begin a phase; it rises towards theirs by the same step after
-    each of its epochs; absent: theirs all along."""
+    """Weight of the early exits in the first epoch of a phase; it rises towards their own by an
+    equal step after each epoch. Default: their own from the start."""
     distill: float = 0.0
-    """Weight of what the final exit teaches the early ones; 0: nothing."""
+    """Weight of the distillation from the final exit to the early exits; 0: none."""
     distill_temperature: float = 3.0
-    """Temperature that softens both sides of the distillation."""
+    """Temperature of both softmaxes in the distillation."""
 
     def __post_init__(self) -> None:
         _require(
             self.start is None or self.start > 0,
             f"loss.start must be positive, got {self.start}",
         )
-        _require(self.distill >= 0, f"loss.distill must not be negative, got {self.distill}")
+        _require(self.distill >= 0, f"loss.distill must be at least 0, got {self.distill}")
         _require(
             self.distill_temperature > 0,
             f"loss.distill_temperature must be positive, got {self.distill_temperature}",
@@ -181,33 +192,40 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How the program runs."""
+    """How the run trains, and how it uses the machine."""
 
     regime: Regime = "joint"
-    """joint: all from scratch; mixed: backbone first, then everything; frozen: heads alone; cdl:
-    linear heads alone, after every block unless `model.exits` names some."""
+    """joint: backbone and heads from scratch; mixed: the backbone first, then both; frozen: the
+    backbone first, then only the heads; cdl: as frozen, with linear heads, after every block unless
+    `model.exits` names some."""
     seed: int = 0
-    """Seed of weights, order and augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
     device: str = "auto"
-    """auto: the GPU where there is one; or cpu, cuda, cuda:1."""
+    """cpu, cuda, cuda:1 or auto: the GPU if there is one, else the CPU."""
     threads: int | None = None
-    """CPU threads; absent: torch's own choice."""
+    """CPU threads. Default: torch's choice."""
     amp: Amp = "auto"
-    """Mixed precision; auto: bfloat16 where the processor is made for it, else off."""
+    """Mixed precision; auto: bfloat16 if the processor supports it natively, else off."""
     channels_last: bool = True
-    """Whether images and weights lie channels last."""
+    """Whether images and weights are in the memory format channels_last."""
     compile: bool = False
     """Whether torch.compile is used."""
     sync_bn: bool = False
-    """Whether BatchNorm's statistics are those of all processes' images; for GPUs."""
+    """Whether BatchNorm's statistics are computed over all processes; needs GPUs."""
     deterministic: bool = False
     """Whether only deterministic algorithms are allowed."""
     save_every: int = 1
-    """Epochs between two checkpoints."""
+    """Epochs from one checkpoint to the next."""
     print_freq: int | None = None
-    """Steps between two readings of loss and accuracy; absent: 20 on a terminal, none elsewhere."""
+    """Steps from one report of loss and accuracy to the next. Default: 20 on a terminal, and no
+    reports elsewhere."""
     tensorboard: bool = False
     """Whether TensorBoard files are written."""
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"run.seed must be in 0 to 2**63 - 1, got {self.seed}")
@@ -235,7 +253,7 @@ class Config:
 
 
 def load_preset(path: Path) -> dict[str, Any]:
-    """The nested values of a YAML preset, as written there."""
+    """The nested values of a YAML preset, not converted. Raises UserError if it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -247,12 +265,12 @@ def load_preset(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, a preset is a mapping")
+        raise UserError(f"{path} holds a {type(values).__name__}; a preset must be a mapping")
     return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over` put in; neither is changed."""
+    """A copy of `base` in which the nested values of `over` replace its own."""
     merged = dict(base)
     for key, value in over.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -261,8 +279,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass of type `cls` from nested values, converted by its fields' types. A section that
-    is given in part keeps the rest of its default in `cls`."""
+    """A dataclass of type `cls` from nested values, converted to its fields' types.
+
+    What a section does not give keeps its default in `cls`. where: the dotted name of the section,
+    for messages. Raises UserError for an unknown key and for a value that cannot be converted.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where or 'the configuration'} must be a mapping, got {values!r}")
     hints, defaults = typing.get_type_hints(cls), _default_sections(cls)
@@ -278,13 +299,14 @@ def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
 
 
 def _default_sections(cls: type) -> dict[str, dict[str, Any]]:
-    """The values of the sections that a dataclass has where nothing is given."""
+    """The default values of a dataclass's sections."""
     defaults = {
         item.name: item.default_factory() if callable(item.default_factory) else item.default
         for item in dataclasses.fields(cls)
     }
     return {
-        name: to_dict(default) for name, default in defaults.items()
+        name: to_dict(default)
+        for name, default in defaults.items()
         if dataclasses.is_dataclass(default) and not isinstance(default, type)
     }
 
@@ -309,7 +331,7 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every setting that differs between two nested mappings: its dotted name, old and new."""
+    """The settings that differ between two nested mappings: dotted name, old and new value."""
     for key in {**old, **new}:
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -319,22 +341,23 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[
 
 
 def _nearest(key: str, where: str, hints: Mapping[str, Any]) -> str:
+    """A hint for an unknown key: the nearest known one, or all known ones."""
     prefix = f"{where}." if where else ""
     close = difflib.get_close_matches(key, hints, n=1, cutoff=0.6)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    if not where:  # perhaps a setting of a section, written without it
+    if not where:  # it may be a setting of a section, given without the section's name
         for section, hint in hints.items():
             known = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else ()
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             if close:
                 return f"did you mean {section}.{close[0]}?"
-    return f"known are {', '.join(prefix + name for name in hints)}"
+    return f"choose one of {', '.join(prefix + name for name in hints)}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`, or a UserError that names the setting."""
-    if dataclasses.is_dataclass(hint):
+    """`value` as the type `hint`. Raises UserError, naming the setting, if it cannot be."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, name)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -359,11 +382,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if hint is int and isinstance(value, float) and number != value:
             raise ValueError
         return number
-    except (ValueError, TypeError, OverflowError):  # a date; infinity as a whole number
+    except (ValueError, TypeError, OverflowError):  # such as a date, or infinity as a whole number
         raise UserError(f"{name} must be {_kind(hint)}, got {value!r}") from None
 
 
 def _as_bool(value: Any) -> bool:
+    """`value` as a bool. Raises ValueError if it is not one."""
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if isinstance(value, bool):
         return value
@@ -373,4 +397,5 @@ def _as_bool(value: Any) -> bool:
 
 
 def _kind(hint: type) -> str:
+    """A type in words."""
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")

@@ -1,20 +1,20 @@
-"""The errors that end a program in one line."""
+"""The errors that end a program with one line."""
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for or given, which the user can mend.
+    """An error the user can fix.
 
-    Its message is one line: what was found, what was expected, what to do. The command line
-    prints that line and leaves with exit code 2; from Python it is an ordinary ValueError.
+    Its message is one line: what was found, what was expected, what to do. A script prints that
+    line and exits with code 2; from Python it is an ordinary ValueError.
     """
 
     code = 2
 
 
 class Unavailable(UserError):
-    """What the machine does not give now: room on a disk, a directory that another process holds.
+    """Something is missing at the moment: space on a disk, or a directory another process uses.
 
-    Nothing is wrong in what was asked for, so the same command may succeed later: exit code 1.
+    The same command may succeed later, so a script exits with code 1.
     """
 
     code = 1

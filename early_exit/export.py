@@ -1,10 +1,10 @@
-"""Make a small copy of a trained run, to be given away: weights, policy, report and a card.
+"""Make a small copy of a trained run that can be shared: weights, policy, report and a card.
 
     python -m early_exit.export runs/mine models/mine
     python -m early_exit.predict models/mine photo.jpg
 
-What only training needs stays behind. The card (README.md) says what the network was trained on,
-how accurate it is, what it costs and under which licence it is given.
+The copy lacks what only training needs. The card (README.md) states the training data, accuracy,
+cost and licence of the network.
 """
 
 import json
@@ -16,32 +16,53 @@ from typing import Any
 
 import torch
 
-from early_exit import checkpoint, cli, flags
 from early_exit import config as configs
-from early_exit.classifier import Classifier, evaluation_directory, load, read_report
-from early_exit.disk import made_whole, write_text, written_whole
+from early_exit.classifier import Classifier, find_evaluation, load
+from early_exit.cli import flags, program
 from early_exit.errors import UserError
+from early_exit.evaluation.markdown import provenance
+from early_exit.evaluation.report import Choice, read_report
+from early_exit.system.files import atomic_directory, atomic_file, write_text
 from early_exit.trained import training_command
-from early_exit.wording import provenance
+from early_exit.training import checkpoint
 
 PROG = "early_exit.export"
-# Of a checkpoint: what is needed to build the network and to know what it was trained on.
-KEPT = ("format", "position", "config", "exit_names", "classes", "normalisation", "val_hash",
-        "unseen_val", "versions", "averaged")
+# The entries of a checkpoint that the copy has too, beside the weights.
+COPIED = (
+    "format",
+    "position",
+    "config",
+    "exit_names",
+    "classes",
+    "normalisation",
+    "val_hash",
+    "unseen_val",
+    "versions",
+    "averaged",
+)
+USAGE = """\
+    from early_exit import load
+    classify = load("DIRECTORY")
+    print(classify(["photo.jpg"]))"""
 
 
 def parser() -> flags.Parser:
     """The flags."""
     parser = flags.build_parser(PROG, "python -m early_exit.export RUN DIR [flags]", __doc__)
     flags.add_evaluated_run(parser)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the copy goes")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="new directory for the copy")
     parser.add_argument(
-        "--licence", default="not stated", metavar="TEXT",
-        help="under which licence the weights are given, for the card (default: not stated)",
+        "--licence",
+        default="not stated",
+        metavar="TEXT",
+        help="licence of the weights, for the card (default: not stated)",
     )
     parser.add_argument(
-        "--source", default="", metavar="TEXT",
-        help="where the training data come from and what is known of their licence, for the card",
+        "--source",
+        default="",
+        metavar="TEXT",
+        help="sentence about the source and the licence of the training data, for the card"
+        " (default: none)",
     )
     return parser
 
@@ -51,118 +72,135 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.directory.exists():
         raise UserError(f"{args.directory} exists; name a new directory, or remove it")
-    evaluation = evaluation_directory(args.run, args.eval)
-    classifier = load(evaluation, device="cpu")
+    evaluation = find_evaluation(args.run, args.eval)
+    classifier = load(evaluation, task=args.task, device="cpu")
     run = evaluation.parent.parent
-    _, state = checkpoint.newest(run)
-    with made_whole(args.directory) as partial:
-        with written_whole(partial / checkpoint.NAME) as file:
+    state = checkpoint.load(run)
+    with atomic_directory(args.directory) as partial:
+        with atomic_file(partial / checkpoint.NAME) as file:
             torch.save(slim(state), file)
         copy = partial / "eval" / evaluation.name
-        report = read_report(evaluation)
-        report["command"] = without_directories(shlex.split(report["command"]))
+        report = read_report(evaluation / "report.json")
+        environment = report["environment"]
+        environment["command"] = without_directories(shlex.split(environment["command"]))
         write_text(copy / "report.json", json.dumps(report) + "\n")
         classifier.policy.save(copy / "policy.yaml")
         try:
-            words = card(report, classifier, trained_by(run), args.licence, args.source)
+            text = card(report, classifier, training_sentence(run), args.licence, args.source)
         except (KeyError, TypeError):
             raise UserError(
                 f"{evaluation / 'report.json'} is of another version; evaluate the run again"
             ) from None
-        write_text(partial / "README.md", words)
+        write_text(partial / "README.md", text)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     print(f"exported: {args.directory}, {size / 1e6:.2f} MB")
 
 
 def slim(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's weights that are reported, and what is needed to use them."""
-    kept = {name: state[name] for name in KEPT if name in state}
+    """The reported weights of a checkpoint, and what is needed to use them."""
+    copied = {name: state[name] for name in COPIED if name in state}
     config = configs.without_paths(state["config"])
-    return {**kept, "config": config, "network": checkpoint.reported(state)}
+    return {**copied, "config": config, "network": checkpoint.reported(state)}
 
 
-def trained_by(run: Path) -> str:
-    """The command that trained the run, as far as that is known."""
+def training_sentence(run: Path) -> str:
+    """A sentence with the command that trained the run; empty if it is not known, as for a copy."""
     command = training_command(run)
-    if not command:  # an exported run does not say
+    if not command:
         return ""
-    return f" How it was trained: `{without_directories(['python', *command])}`."
+    return f"Training command: `{without_directories(['python', *command])}`."
 
 
 def without_directories(command: Sequence[str]) -> str:
-    """A command whose absolute paths are names alone: the others are somebody's own."""
+    """A command in which absolute paths are shortened to their last part, because the directories
+    are private."""
     return shlex.join(map(_without_directory, command))
 
 
 def _without_directory(word: str) -> str:
-    """A path, or the one behind a flag's or a setting's `=`."""
+    """A word of a command with its absolute path shortened; the path may follow `flag=`."""
     flag, equals, path = ("", "", word) if word.startswith("/") else word.partition("=")
     return f"{flag}{equals}{Path(path).name}" if path.startswith("/") else word
 
 
 def card(
-    report: dict[str, Any], classifier: Classifier, trained: str, licence: str, source: str
+    report: dict[str, Any], classifier: Classifier, training: str, licence: str, source: str
 ) -> str:
-    """What somebody must know who is given the network, in Markdown. trained: a sentence on how, or
-    nothing."""
-    cost, loaded = classifier.cost, classifier.loaded
-    parameters = cost.backbone_params + sum(cost.head_params)
-    rows = []
-    for row in report["exits"]:
-        macs = f"{100 * row['macs_share']:.1f} %" if row["on"] else "off"
-        rows.append(
-            f"| {row['name']} | {macs} | {100 * row['accuracy']:.2f} % | {100 * row['taken']:.1f} %"
-            " |"
-        )
-    channels, height, width = loaded.network.image_shape
-    plain = len(rows) == 1
-    names = ", ".join(loaded.classes[:20]) + (", ..." if len(loaded.classes) > 20 else "")
-    regime = "" if plain else f", regime {report['regime']}"
-    chosen = "" if plain else f" Who leaves where: {report['chosen_by']}."
-    fitted = provenance(
-        plain=plain,
-        cdl=report["cdl"] is not None,
-        calibrated=report["calibrated"],
-        policy_given=report.get("policy_given", False),
-        **{
-            name: report[name]
-            for name in ("thresholds_given", "val_images", "val_from", "test_images")
-        },
-    )
+    """What users of the network must know, in Markdown.
+
+    training, source: sentences on how it was trained and on its data; either may be empty.
+    """
+    run, choice, environment = report["run"], report["choice"], report["environment"]
+    plain = len(report["exits"]) == 1
+    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    regime = "" if plain else f", regime {run['regime']}"
+    sentences = [
+        f"Trained on {run['dataset']}{regime}; {run['weights']}.",
+        training,
+        "" if plain else f"The policy was chosen for: {choice['goal']}.",
+        provenance(Choice(**choice), plain=plain, cdl=report["cdl"] is not None),
+        source,
+    ]
     paragraphs = [
-        f"# {report['arch']}{'' if plain else ' with early exits'}, {report['dataset']}",
-        f"{len(loaded.classes)} classes ({names}); images of {width}x{height} pixels,"
-        f" {'grey' if channels == 1 else 'RGB'}. {parameters:,} parameters. It knows nothing else:"
-        " an image of something that is none of these gets one of these names too.",
-        f"On test ({report['test_images']:,} images) {100 * report['test']['accuracy']:.2f} % are"
-        f" right at {100 * report['test']['macs_share']:.1f} % of the plain network's"
-        f" {cost.plain_macs / 1e6:.2f} M multiply-adds; the final exit alone is right for"
-        f" {100 * report['final_accuracy']:.2f} %.",
-        "\n".join(
-            ["| exit | multiply-adds | alone, test | leave here |",
-             "| --- | ---: | ---: | ---: |", *rows]
-        ),
-        f"Trained on {report['dataset']}{regime}; {report['weights']}.{trained}{chosen}"
-        f" {fitted}" + (f" {source}" if source else ""),
+        f"# {run['arch']}{'' if plain else ' with early exits'}, {run['dataset']}",
+        _input_paragraph(classifier),
+        _accuracy_paragraph(report, classifier.cost.plain_macs),
+        exit_table(report),
+        " ".join(filter(None, sentences)),
         f"Licence of the weights: {licence}.",
-        f"How it was evaluated: `{report['command']}`, with"
-        f" {', '.join(f'{name} {value}' for name, value in report['versions'].items())}; all"
-        " settings and numbers are in `eval/*/report.json`.",
+        f"Evaluated with `{environment['command']}`, {versions}; all settings and numbers are in"
+        " `eval/*/report.json`.",
         "Use it: `python -m early_exit.predict DIRECTORY photo.jpg`, or from Python:",
+        USAGE,
     ]
-    code = (
-        "    from early_exit.classifier import load\n"
-        '    classify = load("DIRECTORY")\n'
-        '    print(classify(["photo.jpg"]))'
+    return "\n\n".join(map(_wrapped, paragraphs)) + "\n"
+
+
+def _input_paragraph(classifier: Classifier) -> str:
+    """Classes, image size and parameters."""
+    classes, cost = classifier.classes, classifier.cost
+    channels, height, width = classifier.loaded.network.image_shape
+    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    return (
+        f"{len(classes)} classes ({names}); images of {width}x{height} pixels,"
+        f" {'grey' if channels == 1 else 'RGB'}."
+        f" {cost.backbone_params + sum(cost.head_params):,} parameters. An image of anything else"
+        " is assigned to one of these classes too."
     )
-    wrapped = [
-        part if part.startswith(("|", "#")) else textwrap.fill(
-            part, 100, break_long_words=False, break_on_hyphens=False
-        )
-        for part in paragraphs
+
+
+def _accuracy_paragraph(report: dict[str, Any], plain_macs: int) -> str:
+    """Accuracy and cost of the policy on test."""
+    test = report["test"]
+    return (
+        f"Accuracy on test ({report['choice']['test_images']:,} images):"
+        f" {100 * test['accuracy']:.2f} % at {100 * test['macs_share']:.1f} % of the plain"
+        f" network's {plain_macs / 1e6:.2f} M multiply-adds; the final exit alone"
+        f" {100 * report['final_accuracy']:.2f} %."
+    )
+
+
+def exit_table(report: dict[str, Any]) -> str:
+    """Cost and accuracy of each exit, in Markdown."""
+    lines = [
+        "| exit | multiply-adds | accuracy of this exit | images that exit here |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    return "\n\n".join([*wrapped, code]) + "\n"
+    for row in report["exits"]:
+        macs = f"{100 * row['macs_share']:.1f} %" if row["enabled"] else "disabled"
+        lines.append(
+            f"| {row['name']} | {macs} | {100 * row['accuracy']:.2f} %"
+            f" | {100 * row['exited']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _wrapped(paragraph: str) -> str:
+    """A paragraph in lines of at most 100 characters; a heading, table or code stays as it is."""
+    if paragraph.startswith(("#", "|", "    ")):
+        return paragraph
+    return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
-    cli.run(main, PROG)
+    program.run(main, PROG)

@@ -1,4 +1,4 @@
-"""A trained run, loaded: its network, its data, and what every exit said about them."""
+"""A trained run read from its directory: its network, data, records and evaluations."""
 
 import hashlib
 import json
@@ -11,36 +11,45 @@ from pathlib import Path
 
 import torch
 
-from early_exit import checkpoint, runtime
 from early_exit import config as configs
+from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
-from early_exit.cost import Cost, network_cost
-from early_exit.disk import locked
+from early_exit.data.base import Data
 from early_exit.errors import UserError
-from early_exit.experiment import Data, FrontDoor, layout, plan_phases, setup
-from early_exit.network import MultiExitNetwork
-from early_exit.records import ExitRecord, RecordInfo, record
+from early_exit.model.cost import Cost, network_cost
+from early_exit.model.network import MultiExitNetwork
+from early_exit.system.device import (
+    autocast_context,
+    choose_device,
+    choose_precision,
+    describe_device,
+    set_up,
+)
+from early_exit.system.files import locked
+from early_exit.task import Task
+from early_exit.training import checkpoint
+from early_exit.training.phases import plan_phases
 
 log = logging.getLogger(__name__)
 
-# How a trained network uses the machine, whatever training did. Float32 unless asked: the
-# reference, and at batch 1 also the fastest on a CPU.
-EVALUATION = {"amp": "off", "compile": False, "device": "auto", "threads": None}
+# How evaluations use the machine, unless they are told otherwise, whatever training did.
+EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The network of a run in eval mode on the device, and what its checkpoint says of it."""
+    """A trained network, on its device, in eval mode."""
 
     run_dir: Path
     config: Config
     network: MultiExitNetwork
     classes: tuple[str, ...]
     normalisation: dict[str, list[float]]
+    """{"mean": [...], "std": [...]} of the images it was trained on."""
     device: torch.device
     precision: str
     weights: str
-    """Hash of the weights and which they are."""
+    """Hash of the weights, and which they are."""
     val_hash: str
     """Hash of the val images that training held out."""
     unseen_val: str | None
@@ -49,34 +58,46 @@ class Loaded:
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:
         """The context that the network runs in."""
-        return partial(runtime.autocast, self.precision, self.device)
+        return partial(autocast_context, self.precision, self.device)
 
 
 @dataclass(frozen=True)
 class Trained(Loaded):
-    """With its data, on the device."""
+    """A trained network with its data, on the device."""
 
     data: Data
     cost: Cost
 
 
-def refuse_missing(run_dir: Path) -> None:
-    """Raises UserError where there is no run directory."""
+@dataclass(frozen=True)
+class Splits:
+    """The records of val and test, and the data they index."""
+
+    val: ExitRecord
+    test: ExitRecord
+    data: Data
+    origin: str
+    """Where val came from, in words."""
+
+
+def check_run_directory(run_dir: Path) -> None:
+    """Raises UserError if there is no run directory."""
     if not run_dir.is_dir():
-        raise UserError(f"there is no run directory at {run_dir}; training prints the one it made")
+        raise UserError(f"there is no run directory at {run_dir}; training prints its path")
 
 
 def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
-    """That file of every evaluation of a run which has it, by the evaluation's name, in order. A
-    name that begins with a dot is one that was never finished."""
+    """The paths of `file` in a run's evaluations that have it, by the name of the evaluation, in
+    order. A name that begins with a dot was never finished."""
     return {
-        path.parent.name: path for path in sorted(run_dir.glob(f"eval/*/{file}"))
+        path.parent.name: path
+        for path in sorted(run_dir.glob(f"eval/*/{file}"))
         if not path.parent.name.startswith(".")
     }
 
 
 def training_command(run_dir: Path) -> list[str]:
-    """The script that trained a run and its flags; empty where the run does not say."""
+    """The script that trained a run and its flags; empty if the run does not say."""
     try:
         command = json.loads((run_dir / "versions.json").read_text())["command"]
         return [str(word) for word in command]
@@ -84,30 +105,23 @@ def training_command(run_dir: Path) -> list[str]:
         return []
 
 
-def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
-    """The network of a run directory's newest checkpoint, which uses the machine as evaluations do
-    (`EVALUATION`), its settings changed by `overrides`."""
-    refuse_missing(run_dir)
+def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
+    """The network of a run's newest checkpoint, using the machine as `EVALUATION` says.
+
+    overrides: settings of the run that are changed, nested as in a preset.
+    """
+    check_run_directory(run_dir)
     path, state = checkpoint.newest(run_dir)
-    if state is None:
+    if path is None or state is None:
         raise UserError(f"{run_dir} holds no checkpoint; train it first")
     settings = configs.merge(state["config"], {"run": EVALUATION})
-    config = configs.build(door.config, configs.merge(settings, overrides))
-    device = runtime.choose_device(config.run.device)
-    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
-        network = door.build_network(config, len(state["classes"]))
+    config = configs.build(task.config, configs.merge(settings, overrides))
+    device = choose_device(config.run.device)
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
+        network = task.build_network(config, len(state["classes"]))
     checkpoint.load_into(network, checkpoint.reported(state), path)
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    position, phases = state["position"], plan_phases(config, network.num_exits)
-    where = "the last epoch"
-    if position["phase"] < len(phases):
-        phase = phases[position["phase"]]
-        where = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
-        log.warning("this run is not finished: its weights are those of %s", where)
-    where += ", running average" if state.get("averaged") else ""
-    network.to(device, memory_format=layout(config)).eval()
+    weights = f"weights {_weights_hash(network)} of {_describe_weights(config, network, state)}"
+    network.to(device).to(memory_format=config.run.memory_format).eval()
     return Loaded(
         run_dir=run_dir,
         config=config,
@@ -115,19 +129,39 @@ def load_network(run_dir: Path, door: FrontDoor, overrides: dict) -> Loaded:
         classes=tuple(state["classes"]),
         normalisation=state["normalisation"],
         device=device,
-        precision=runtime.choose_precision(config.run.amp, device),
-        weights=f"weights {digest.hexdigest()[:16]} of {where}",
+        precision=choose_precision(config.run.amp, device),
+        weights=weights,
         val_hash=state["val_hash"],
         unseen_val=state["unseen_val"],
     )
 
 
-def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
-    """The network of a run directory and its data, with seeds and threads set; raises UserError
-    where they do not belong together."""
-    loaded = load_network(run_dir, door, overrides)
-    setup(loaded.config)
-    data = door.load_data(loaded.config.data).normalised_by(loaded.normalisation)
+def _weights_hash(network: MultiExitNetwork) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _describe_weights(config: Config, network: MultiExitNetwork, state: dict) -> str:
+    """Which weights a checkpoint holds; warns if the run is not finished."""
+    position, phases = state["position"], plan_phases(config, network.num_exits)
+    words = "the last epoch"
+    if position["phase"] < len(phases):
+        phase = phases[position["phase"]]
+        words = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
+        log.warning("this run is not finished: its weights are those of %s", words)
+    return words + (", running average" if state.get("averaged") else "")
+
+
+def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
+    """The network of a run directory and its data, with seeds and threads set.
+
+    Raises UserError if the data are not those that the run held out its val images from.
+    """
+    loaded = load_network(run_dir, task, overrides)
+    set_up(loaded.config.run)
+    data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
     if data.val_hash != loaded.val_hash:
         raise UserError(
             f"{run_dir} held out other val images ({loaded.val_hash}) than this data set gives"
@@ -135,13 +169,13 @@ def load_run(run_dir: Path, door: FrontDoor, overrides: dict) -> Trained:
         )
     return Trained(
         **vars(loaded),
-        data=data.to(loaded.device, layout(loaded.config)),
+        data=data.to(loaded.device, loaded.config.run.memory_format),
         cost=network_cost(loaded.network),
     )
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
-    """The record of a split of the run's own data, from the run directory where it is there."""
+    """The record of a split of the run's own data, from the run directory if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
     info = RecordInfo(
         split=split,
@@ -151,7 +185,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         head_macs=cost.head_macs,
         precision=trained.precision,
         weights=trained.weights,
-        device=runtime.describe_device(trained.device),
+        device=describe_device(trained.device),
     )
     directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
     with locked(directory.parent, wait=True):  # another evaluation may be making it
@@ -159,7 +193,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
             try:
                 stored = ExitRecord.load(directory)
             except UserError as error:
-                log.warning("%s; recording anew", error)
+                log.warning("%s; recording it again", error)
             else:
                 if stored.info == info:
                     return stored
@@ -175,12 +209,11 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         )
 
 
-def val_and_test(
-    trained: Trained, val_from: str, cut_seed: int
-) -> tuple[ExitRecord, ExitRecord, Data, str]:
-    """The records of val and test, the data they index, and where val came from, in words.
+def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
+    """The records of val and test.
 
-    Raises UserError where the weights may have seen the images of val.
+    val_from: `train`, or `test` to cut the official test set in two by `cut_seed`. Raises UserError
+    if the weights may have seen the images of val.
     """
     if val_from == "train" and trained.unseen_val != trained.data.val_hash:
         raise UserError(
@@ -190,8 +223,8 @@ def val_and_test(
         )
     test = get_record(trained, "test")
     if val_from == "train":
-        return get_record(trained, "val"), test, trained.data, "held out from train"
-    return (
+        return Splits(get_record(trained, "val"), test, trained.data, "held out from train")
+    return Splits(
         *cut_record(test, trained.data, cut_seed),
         trained.data.cut_test(cut_seed),
         f"half of the official test set, cut by seed {cut_seed}",
@@ -199,10 +232,10 @@ def val_and_test(
 
 
 def cut_record(test: ExitRecord, data: Data, seed: int) -> tuple[ExitRecord, ExitRecord]:
-    """The record of all of test, cut into val and test."""
-    chosen, rest = data.test_halves(seed)
+    """The record of the official test set, cut into val and test."""
+    val_half, test_half = data.test_halves(seed)
     name = f"{data.name} test, cut {seed}"
     return (
-        test.subset(chosen, "val", f"{name}, val half"),
-        test.subset(rest, "test", f"{name}, test half"),
+        test.subset(val_half, "val", f"{name}, val half"),
+        test.subset(test_half, "test", f"{name}, test half"),
     )

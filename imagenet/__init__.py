@@ -1,1 +1,1 @@
-"""Early exits on ImageNet."""
+"""Early exits on ImageNet and other images in class folders."""

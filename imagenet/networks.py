@@ -1,7 +1,7 @@
 """torchvision's classification networks with exits.
 
-One small function per family lists a network's blocks in order, by name; whatever a network does
-between two blocks belongs to the block before. Parameter names stay torchvision's.
+One small function per family lists the blocks of a network in order, by name. Operations between
+two blocks are part of the block before. Parameters keep torchvision's names.
 """
 
 import difflib
@@ -16,14 +16,14 @@ from torchvision import models
 from torchvision.models.convnext import CNBlock
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
-from early_exit import cost
 from early_exit.errors import UserError
-from early_exit.network import MultiExitNetwork
+from early_exit.model import cost
+from early_exit.model.network import MultiExitNetwork
 
 Units = dict[str, nn.Module]
 
 DEFAULT_HEAD = "separable"
-DEFAULT_SHARES = (0.19, 0.44)  # of the MACs: where ResNet-50 ends its layer1 and layer2
+DEFAULT_SHARES = (0.19, 0.44)  # of the MACs, as after layer1 and layer2 of ResNet-50
 
 
 def resnet_units(net: models.ResNet) -> Units:
@@ -35,8 +35,8 @@ def resnet_units(net: models.ResNet) -> Units:
 
 
 def vgg_units(net: models.VGG) -> Units:
-    """`block1.0` .. `block5.3`: a convolution each, the last of a block with its pooling."""
-    groups: list[list[nn.Module]] = []
+    """`block1.0` .. `block5.3`: one convolution each, and the pooling after the last of a block."""
+    groups: list[list[nn.Module]] = []  # each begins with a convolution
     for module in net.features:
         if isinstance(module, nn.Conv2d):
             groups.append([])
@@ -51,14 +51,14 @@ def vgg_units(net: models.VGG) -> Units:
 
 
 def features_units(net: nn.Module) -> Units:
-    """MobileNet, EfficientNet and ConvNeXt: `features.1`, or `features.1.0` where the part is a
-    stage of several blocks."""
+    """MobileNet, EfficientNet and ConvNeXt: `features.1`, or `features.1.0` if the part consists of
+    several blocks."""
     units: Units = {}
     for name, part in net.features.named_children():
         blocks = all(isinstance(block, MBConv | FusedMBConv | CNBlock) for block in part.children())
         units |= _children(f"features.{name}", part) if blocks else {f"features.{name}": part}
     pool = getattr(net, "avgpool", nn.AdaptiveAvgPool2d(1))  # MobileNetV2 pools in its forward
-    # ConvNeXt's classifier normalises maps and flattens by itself
+    # ConvNeXt's classifier normalises the features and flattens them itself
     flatten = [] if isinstance(net, models.ConvNeXt) else [nn.Flatten()]
     return units | {"classifier": nn.Sequential(pool, *flatten, net.classifier)}
 
@@ -70,7 +70,7 @@ def densenet_units(net: models.DenseNet) -> Units:
     for name, part in parts.named_children():
         if name.startswith("denseblock"):
             for index, layer in enumerate(part.children()):
-                units[f"{name}.{index}"] = Grow(layer)
+                units[f"{name}.{index}"] = DenseLayer(layer)
         elif name.startswith("transition"):
             units[name] = part
     pool = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -91,12 +91,12 @@ def vit_units(net: models.VisionTransformer) -> Units:
     return units | {"classifier": nn.Sequential(net.encoder.ln, ClassToken(), net.heads)}
 
 
-def _children(prefix: str, stage: nn.Module) -> Units:
-    return {f"{prefix}.{index}": block for index, block in enumerate(stage.children())}
+def _children(prefix: str, blocks: nn.Module) -> Units:
+    return {f"{prefix}.{index}": block for index, block in enumerate(blocks.children())}
 
 
-class Grow(nn.Module):
-    """A layer of a dense block: its features are appended to all before."""
+class DenseLayer(nn.Module):
+    """A layer of a dense block: its output is appended to its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -107,23 +107,23 @@ class Grow(nn.Module):
 
 
 class Tokens(nn.Module):
-    """What a ViT makes of images (B, 3, H, W) before its encoder: tokens (B, 1 + patches, C)."""
+    """The part of a ViT before its encoder: images (B, 3, H, W) to tokens (B, 1 + patches, C)."""
 
     def __init__(self, vit: models.VisionTransformer) -> None:
         super().__init__()
         self.conv_proj = vit.conv_proj
-        self.whole = (vit,)  # in a tuple: its other blocks are not this one's
+        self.vit = (vit,)  # in a tuple, so that its other blocks are not registered here
 
     def forward(self, images: Tensor) -> Tensor:
-        (vit,) = self.whole
+        (vit,) = self.vit
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        first = vit.class_token.expand(len(images), -1, -1)
-        tokens = torch.cat([first, patches], dim=1)
+        class_token = vit.class_token.expand(len(images), -1, -1)
+        tokens = torch.cat([class_token, patches], dim=1)
         return vit.encoder.dropout(tokens + vit.encoder.pos_embedding)
 
 
 class ClassToken(nn.Module):
-    """Tokens (B, T, C) to the first of them (B, C)."""
+    """Selects the first token: (B, T, C) to (B, C)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]
@@ -142,48 +142,55 @@ FAMILIES: dict[str, Callable[[nn.Module], Units]] = {
 def list_archs() -> list[str]:
     """Names of all supported networks."""
     names = models.list_models(module=models)
-    return [name for name in names if any(re.fullmatch(family, name) for family in FAMILIES)]
+    return [name for name in names if _family_of(name)]
+
+
+def _family_of(arch: str) -> str | None:
+    """The key of `FAMILIES` that matches a network's name."""
+    return next((pattern for pattern in FAMILIES if re.fullmatch(pattern, arch)), None)
 
 
 def units_of(arch: str, net: nn.Module) -> Units:
-    """The blocks of torchvision's `arch` in order; one after the other they are its forward."""
-    family = next(pattern for pattern in FAMILIES if re.fullmatch(pattern, arch))
-    return FAMILIES[family](net)
+    """The blocks of torchvision's `arch` in order. Applied one after the other they equal its
+    forward."""
+    return FAMILIES[_family_of(arch)](net)
 
 
 def public_accuracy(arch: str) -> dict[str, float]:
-    """The networks of the family of `arch` that are hardly dearer, and what torchvision states of
-    their first weights on ImageNet's val at 224 pixels."""
-    family = next(pattern for pattern in FAMILIES if re.fullmatch(pattern, arch))
-    weights = {
+    """The accuracy on ImageNet's val at 224 pixels that torchvision states for the first weights of
+    the networks in the family of `arch` that need at most 1.5 times its operations."""
+    family = _family_of(arch)
+    first_weights = {
         name: next(iter(models.get_model_weights(name)))
-        for name in list_archs() if re.fullmatch(family, name)
+        for name in list_archs()
+        if _family_of(name) == family
     }
+    limit = 1.5 * first_weights[arch].meta["_ops"]
     return {
-        name: found.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
-        for name, found in weights.items()
-        if found.transforms().crop_size == [224]
-        and found.meta["_ops"] <= 1.5 * weights[arch].meta["_ops"]
+        name: weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
+        for name, weights in first_weights.items()
+        if weights.transforms().crop_size == [224] and weights.meta["_ops"] <= limit
     }
 
 
 def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) -> nn.Module:
     """torchvision's network called `arch`, untrained.
 
-    Raises UserError for a network that is not supported.
+    image_size: side of the images in pixels, which only a ViT depends on. Raises UserError for a
+    network that is not supported.
     """
-    refuse_unknown(arch)
-    own = {"image_size": image_size} if arch.startswith("vit_") else {}
-    return models.get_model(arch, weights=None, num_classes=num_classes, **own)
+    check_arch(arch)
+    options = {"image_size": image_size} if arch.startswith("vit_") else {}
+    return models.get_model(arch, weights=None, num_classes=num_classes, **options)
 
 
-def refuse_unknown(arch: str) -> None:
+def check_arch(arch: str) -> None:
     """Raises UserError for a network that is not supported."""
     known = list_archs()
     if arch not in known:
         close = difflib.get_close_matches(arch, known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"there is no network {arch!r} here; {hint}--list-archs shows all")
+        raise UserError(f"there is no network {arch!r}; {hint}--list-archs lists all")
 
 
 def build_network(
@@ -195,7 +202,9 @@ def build_network(
 ) -> MultiExitNetwork:
     """`arch` with exits after the named blocks; None: its default places; (): the plain network.
 
-    image_size: side of the images that costs are stated for; a ViT takes no others.
+    head: the kind of head, one for all exits or one per exit. image_size: side, in pixels, of the
+    images that costs are counted for; a ViT takes no other size. Raises UserError for an unknown
+    network, place or kind of head.
     """
     backbone = build_backbone(arch, num_classes, image_size)
     return MultiExitNetwork(
@@ -208,8 +217,13 @@ def build_network(
     )
 
 
+def places(arch: str) -> tuple[str, ...]:
+    """The places of `arch` where an exit saves multiply-adds, if its head costs none."""
+    return tuple(place_shares(arch))
+
+
 def default_places(arch: str) -> tuple[str, ...]:
-    """The two places whose shares of the MACs are nearest to 19 and 44 %."""
+    """The two places whose shares of the MACs are nearest to 19 and 44 %; one if they coincide."""
     shares = place_shares(arch)
     nearest = [min(shares, key=lambda place: abs(shares[place] - at)) for at in DEFAULT_SHARES]
     return tuple(dict.fromkeys(nearest))
@@ -217,10 +231,10 @@ def default_places(arch: str) -> tuple[str, ...]:
 
 @functools.cache
 def place_shares(arch: str) -> dict[str, float]:
-    """Every place of an exit, in order, and the share of MACs that lies before it, for images of
-    224x224 (`early_exit.cost.place_shares`)."""
+    """The share of the MACs before each place, in order, for images of 224x224 pixels
+    (`early_exit.model.cost.place_shares`)."""
     try:
-        with torch.device("meta"):  # no weights are made or moved
+        with torch.device("meta"):  # no weights are allocated
             net = build_backbone(arch)
     except NotImplementedError:  # RegNet computes its widths with tensors
         net = build_backbone(arch).to("meta")
@@ -228,9 +242,9 @@ def place_shares(arch: str) -> dict[str, float]:
 
 
 def describe_archs() -> Iterator[str]:
-    """Lines that tell every network's places, their shares of the MACs, and which are default."""
+    """Lines with the places of every network, their shares of the MACs, and the default places."""
     for arch in list_archs():
         shares, default = place_shares(arch), default_places(arch)
-        yield f"{arch} (default {' '.join(default)})"
+        yield f"{arch} (default: {' '.join(default)})"
         listed = ", ".join(f"{place} {share:.1%}" for place, share in shares.items())
         yield textwrap.fill(listed, 98, initial_indent="    ", subsequent_indent="    ")

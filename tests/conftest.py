@@ -8,38 +8,45 @@ import contextlib
 import copy
 import gc
 import os
+import shutil
 
+import helpers
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from helpers import TASK, tiny_run
 from perturbation import perturbed, wanted
+from PIL import Image
 from torch import nn
 
 from cifar10.resnet import ResNet
-from early_exit.network import MultiExitNetwork
-from early_exit.records import ExitRecord, RecordInfo, record
+from early_exit.choosing.goals import FixedThresholds, MaxDrop
+from early_exit.choosing.record import ExitRecord, RecordInfo, record
+from early_exit.config import DataConfig
+from early_exit.evaluation.evaluate import evaluate
+from early_exit.model.network import MultiExitNetwork
 
-# The same examples every time, and nothing kept between runs.
+# The same examples every time; nothing is stored between runs.
 hypothesis.settings.register_profile("early_exit", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("early_exit")
 
 PLACES = ("stem", "layer1", "layer2")
 CLASSES = 4
 SIDE = 16
-# What the fitted exits of `trained_net` aim at, as logits for the right class.
+# The logits of the target that the exits of `trained_net` are fitted to.
 SCALES = (4.0, 5.0, 5.0, 6.0)
 CPU = torch.device("cpu")
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the collections of garbage that every training ends with need
-    not look through it again."""
+    """Objects that exist by now are not collected: the garbage collections at the end of every
+    training need not go through them again."""
     gc.freeze()
 
 
 def pytest_unconfigure():
-    """So that the end finds everything."""
+    """So that everything is freed at the end."""
     gc.unfreeze()
 
 
@@ -52,7 +59,7 @@ def threads():
 
 @pytest.fixture(scope="session", autouse=True)
 def perturbation():
-    """Another processor's rounding, if the environment asks for it."""
+    """The rounding of another processor, if the environment asks for it."""
     with perturbed(wanted()) if wanted() else contextlib.nullcontext():
         yield
 
@@ -77,7 +84,7 @@ def make_net():
 
 
 def _draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with one of four wallpapers in it, from invisible to plain, and which one it is.
+    """Noise with one of four patterns in it, from invisible to clear, and which one it is.
 
     numpy draws them: torch's normal numbers differ in the last bit from processor to processor.
     """
@@ -122,11 +129,11 @@ def _fit(linear: nn.Linear, inputs: torch.Tensor, target: torch.Tensor, scale: f
 
 @pytest.fixture(scope="session")
 def trained_net(make_net):
-    """A net of three early exits whose scores are really spread. Shared by all tests, so not to be
-    changed.
+    """A net of three early exits whose scores differ widely between images. Shared by all tests, so
+    not to be changed.
 
-    Its weights are the same on every processor, which those that SGD leaves are not: the filters
-    are drawn by numpy, BatchNorm's statistics and the classifiers are computed from a sample, in
+    Its weights are the same on every processor, unlike those that SGD gives: the filters are drawn
+    by numpy, BatchNorm's statistics and the classifiers are computed from a sample, in
     float64. Each value is rounded to float32 once, at the end.
     """
     net, rng = make_net().double(), np.random.default_rng(0)
@@ -217,6 +224,37 @@ def record_of(make_record):
 
 @pytest.fixture(scope="session")
 def stored(exact_net, images, targets, record_of):
-    """What every exit of `exact_net` says about `images`, rounded to float32: the same record on
-    every processor, but for a last digit here and there."""
+    """The record of `exact_net` on `images`, rounded to float32: the same on every processor, but
+    for a last digit here and there."""
     return record_of(exact_net, images.double(), targets)
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tmp_path_factory):
+    """A run of two epochs with two evaluations; in one of them, `mine`, about half of the first
+    images of test exit at once. Not to be changed."""
+    directory = tiny_run(tmp_path_factory.mktemp("evaluated") / "run", TASK)
+    evaluate(directory, TASK, MaxDrop(0.005), overrides=helpers.CPU, live=False, draw=False)
+    record = ExitRecord.load(directory / "records" / "test-off")
+    scores = torch.from_numpy(record.logits[:7, 0]).softmax(dim=-1).amax(dim=-1).sort().values
+    widest = int(scores.diff()[1:5].argmax()) + 1  # a gap that rounding does not cross
+    halfway = FixedThresholds((float(scores[widest : widest + 2].mean()),), calibrate=False)
+    evaluate(directory, TASK, halfway, overrides=helpers.CPU, live=False, draw=False, name="mine")
+    return directory
+
+
+@pytest.fixture
+def evaluated_copy(evaluated_run, tmp_path):
+    """A copy of `evaluated_run`, to be changed."""
+    return shutil.copytree(evaluated_run, tmp_path / "copy")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with the first seven images of test as files, in two folders below."""
+    data = TASK.load_data(DataConfig(dataset="digits"))
+    for index in range(7):
+        path = tmp_path / "photos" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.picture("test", index)).save(path)
+    return tmp_path / "photos"

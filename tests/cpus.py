@@ -1,13 +1,13 @@
 """The quick tests as other processors would run them: a Markdown table, exit code 1 for a failure.
 
     python tests/cpus.py                                   every level, with 1 and 2 threads
-    python tests/cpus.py --levels AVX2,machine --threads 1 tests/test_cost.py -x
+    python tests/cpus.py --levels AVX2,machine --threads 1 tests/model -x
     python tests/cpus.py --levels perturbed --perturb 16
 
 A level is the newest instructions that oneDNN may use (ONEDNN_MAX_CPU_ISA). `machine` sets nothing,
 `default` takes torch's own kernels without vector instructions (ATEN_CPU_CAPABILITY), and
 `perturbed` is the machine with every convolution and linear layer a little off
-(tests/perturbation.py). What is not a flag of this script goes to pytest.
+(tests/perturbation.py). Other arguments are passed to pytest.
 """
 
 import argparse
@@ -43,19 +43,30 @@ def known_levels(text: str) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = argparse.ArgumentParser(
-        prog="tests/cpus.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="tests/cpus.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--levels", type=known_levels, default=list(LEVELS), metavar="NAME,...",
+        "--levels",
+        type=known_levels,
+        default=list(LEVELS),
+        metavar="NAME,...",
         help=f"some of {', '.join(LEVELS)} (default all)",
     )
     parser.add_argument(
-        "--threads", type=lambda text: [int(count) for count in text.split(",")], default=[1, 2],
-        metavar="N,...", help="default 1,2",
+        "--threads",
+        type=lambda text: [int(count) for count in text.split(",")],
+        default=[1, 2],
+        metavar="N,...",
+        help="default 1,2",
     )
     parser.add_argument(
-        "--perturb", type=float, default=4, metavar="EPSILONS",
+        "--perturb",
+        type=float,
+        default=4,
+        metavar="EPSILONS",
         help="how far the level `perturbed` is off, in epsilon of the dtype (default 4)",
     )
     return parser
@@ -68,13 +79,17 @@ def plan(levels: list[str], threads: list[int]) -> list[tuple[str, int]]:
 
 
 def environment(level: str, threads: int, epsilons: float) -> dict[str, str]:
-    """What a run's processes find set."""
-    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    """The environment of a run."""
+    variables = {name: value for name, value in os.environ.items() if name not in OURS}
     count = str(threads)
-    kept |= {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "EARLY_EXIT_TEST_THREADS": count}
+    variables |= {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "EARLY_EXIT_TEST_THREADS": count,
+    }
     if level == PERTURBED:
-        kept["EARLY_EXIT_PERTURB"] = str(epsilons)
-    return kept | LEVELS[level]
+        variables["EARLY_EXIT_PERTURB"] = str(epsilons)
+    return variables | LEVELS[level]
 
 
 def row(level: str, threads: int, results: Path, code: int) -> str:
@@ -83,7 +98,8 @@ def row(level: str, threads: int, results: Path, code: int) -> str:
         return f"| {level} | {threads} | | | | pytest ended with code {code} |"
     cases = list(ET.parse(results).iter("testcase"))
     failed = [
-        f"{case.get('classname')}::{case.get('name')}" for case in cases
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
         if case.find("failure") is not None or case.find("error") is not None
     ]
     skipped = sum(case.find("skipped") is not None for case in cases)
@@ -105,7 +121,9 @@ def main() -> int:
             results = Path(directory) / "results.xml"
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", f"--junit-xml={results}", *rest],
-                cwd=ROOT, env=environment(level, threads, args.perturb), check=False,
+                cwd=ROOT,
+                env=environment(level, threads, args.perturb),
+                check=False,
             )
             shown = f"{PERTURBED} ({args.perturb:g})" if level == PERTURBED else level
             table.append(row(shown, threads, results, done.returncode))

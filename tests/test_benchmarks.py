@@ -1,15 +1,24 @@
-"""The benchmarks run, say what they measured, and refuse in one line."""
+"""The benchmarks run, print what they measured, and refuse mistakes in one line."""
 
 import re
 
 import pytest
-from scripts import finish, make_folders, run_main, start
+from helpers import finish, make_folders, run_main, start
 
 from benchmarks import inference
 
 TINY = (
-    "--arch", "resnet20", "--images", "64", "--batch-sizes", "1", "32", "--seconds", "0.2",
-    "--device", "cpu",
+    "--arch",
+    "resnet20",
+    "--images",
+    "64",
+    "--batch-sizes",
+    "1",
+    "32",
+    "--seconds",
+    "0.2",
+    "--device",
+    "cpu",
 )
 
 
@@ -37,7 +46,7 @@ def test_shares_of_few_images_are_rounded(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["entropy", "margin"])
-def test_the_wanted_shares_leave_by_any_criterion(run, criterion):
+def test_the_wanted_shares_exit_by_any_criterion(run, criterion):
     _, out, _ = run(*TINY, "--criterion", criterion, "--leave", "0.25", "0.5")
     assert_shares(out, (0.25, 0.5, 0.25))
 
@@ -51,19 +60,22 @@ def assert_shares(out, expected):
         assert abs(int(share) / 100 - wanted) <= 2 / 64 + 0.005
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--leave", "0.5"), ["--leave", "2"]),
-    (("--leave", "0.6", "0.6"), ["--leave", "2"]),
-    (("--images", "100", "--batch-sizes", "256"), ["--batch-sizes", "--images", "100"]),
-    (("--amp", "half"), ["--amp", "half"]),
-    (("--criterion", "patience"), ["--criterion", "patience"]),
-    (("--exits", "layr1", "layer2"), ["layr1", "layer1"]),
-])
-def test_mistakes_end_in_one_line(run, flags, said):
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--leave", "0.5"), ["--leave", "2"]),
+        (("--leave", "0.6", "0.6"), ["--leave", "2"]),
+        (("--images", "100", "--batch-sizes", "256"), ["--batch-sizes", "--images", "100"]),
+        (("--amp", "half"), ["--amp", "half"]),
+        (("--criterion", "patience"), ["--criterion", "patience"]),
+        (("--exits", "layr1", "layer2"), ["layr1", "layer1"]),
+    ],
+)
+def test_mistakes_end_in_one_line(run, flags, named):
     code, _, err = run(*flags)
     assert code == 2
     assert err.startswith("inference.py: ") and err.count("\n") == 1
-    assert all(part in err for part in said)
+    assert all(part in err for part in named)
 
 
 @pytest.mark.slow
@@ -76,7 +88,7 @@ def test_training_compares_the_loops(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_says_where_the_time_goes(tmp_path):
+def test_training_shows_where_the_time_goes(tmp_path):
     flags = ("--profile", "--steps", "1", "--device", "cpu")
     done = finish(start("benchmarks/training.py", *flags, cwd=tmp_path))
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import ROOT, TINY, children, finish, start, wait_for, wait_for_file
+from helpers import ROOT, TINY, children, finish, start, wait_for, wait_for_file
 
-from early_exit import checkpoint, disk
+from early_exit.system import files
+from early_exit.training import checkpoint
 
 SPACES = ("unshare", "--map-root-user", "--pid", "--mount", "--fork", "--kill-child")
 LEAST = ("--exits", "layer1")
@@ -35,10 +36,19 @@ def spaces() -> tuple[str, ...]:
 
 def train(directory: Path, *flags: object, signals=("none", 0), **options):
     """The tiny trainer into `directory`, to its end."""
-    return finish(start(
-        "tests/scripts.py", *signals, *TINY, *LEAST, "--save-dir", directory, *flags,
-        cwd=directory.parent, **options,
-    ))
+    return finish(
+        start(
+            "tests/helpers.py",
+            *signals,
+            *TINY,
+            *LEAST,
+            "--save-dir",
+            directory,
+            *flags,
+            cwd=directory.parent,
+            **options,
+        )
+    )
 
 
 def position(directory: Path) -> dict[str, int]:
@@ -48,17 +58,17 @@ def position(directory: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """A run that was not interrupted."""
     directory = tmp_path_factory.mktemp("cluster") / "run"
     assert train(directory).returncode == 0
     return directory
 
 
 class TestFirstProcess:
-    """Python as process 1 does not hear SIGTERM unless somebody listens."""
+    """Python as process 1 ignores SIGTERM unless it has a handler."""
 
     @pytest.mark.slow
-    def test_training_saves_and_the_next_one_goes_on(self, spaces, tmp_path):
+    def test_training_saves_and_the_next_one_resumes(self, spaces, tmp_path):
         directory = tmp_path / "run"
         done = train(directory, "--resume", "auto", signals=("SIGTERM", 8), inside=spaces)
         assert done.returncode == 143
@@ -73,33 +83,33 @@ class TestFirstProcess:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("batch", [0, 1, 3], ids=["val", "test", "later"])
-    def test_an_evaluation_leaves_and_can_be_made_again(self, spaces, run, tmp_path, batch):
+    def test_an_evaluation_stops_and_can_be_made_again(self, spaces, run, tmp_path, batch):
         flags = ("eval", run, "--no-plots", "--timing-images", "8", "--batch-sizes", "1")
         name = ("--name", f"stopped-{batch}")
-        done = finish(start(
-            "tests/scripts.py", "SIGTERM", batch, *flags, *name, cwd=tmp_path, inside=spaces
-        ))
+        done = finish(
+            start("tests/helpers.py", "SIGTERM", batch, *flags, *name, cwd=tmp_path, inside=spaces)
+        )
         assert done.returncode == 143
         assert done.stderr.startswith("eval.py: ") and done.stderr.count("\n") == 1
         assert "15" in done.stderr
         assert not (run / "eval" / name[1]).exists()
         assert not list(run.rglob("*.partial"))
 
-    def test_the_shell_of_the_interactive_pod_ends_when_it_is_told(self, spaces):
+    def test_the_shell_of_the_interactive_pod_ends_on_sigterm(self, spaces):
         (pod,) = yaml.safe_load_all((ROOT / "docker" / "interactive_pod.yaml").read_text())
         process = subprocess.Popen([*spaces, *pod["spec"]["containers"][0]["command"]])
         try:
             (shell,) = wait_for(lambda: children(process.pid), "the shell")
-            wait_for(lambda: children(shell), "what the shell starts once it listens")
+            wait_for(lambda: children(shell), "what the shell starts after its handler")
             os.kill(shell, signal.SIGTERM)
             process.wait(timeout=120)  # it would sleep for ever
         finally:
             process.kill()
 
-    def test_a_python_that_does_not_listen_would_go_on(self, spaces):
+    def test_a_python_without_a_handler_would_continue(self, spaces):
         # what the tests above would not notice otherwise
-        deaf = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('still here')"
-        out = subprocess.check_output([*spaces, sys.executable, "-c", deaf], text=True)
+        ignoring = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+        out = subprocess.check_output([*spaces, sys.executable, "-c", ignoring], text=True)
         assert out == "still here\n"
 
     @pytest.mark.slow
@@ -117,8 +127,18 @@ class TestFirstProcess:
         if split == "train":
             held.touch()
         process = start(
-            "tests/scripts.py", "none", 0, *TINY, *LEAST, "--save-dir", tmp_path / "run",
-            "--compile", "-p", "1", cwd=tmp_path, CXX=str(compiler),
+            "tests/helpers.py",
+            "none",
+            0,
+            *TINY,
+            *LEAST,
+            "--save-dir",
+            tmp_path / "run",
+            "--compile",
+            "-p",
+            "1",
+            cwd=tmp_path,
+            CXX=str(compiler),
             TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
         )
         try:
@@ -143,7 +163,7 @@ class TestFirstProcess:
 
 
 class TestExitCodes:
-    """0 done, 2 a mistake, 143 and 130 stopped and saved (test_resume.py), 1 anything else."""
+    """0 done, 2 a user error, 143 and 130 stopped and saved (test_kills.py), 1 anything else."""
 
     @pytest.mark.slow
     def test_done(self, run):
@@ -158,7 +178,7 @@ class TestExitCodes:
             (("--backbone", "none.pt", "--regime", "frozen"), "none.pt"),
         ],
     )
-    def test_a_mistake(self, tmp_path, flags, named):
+    def test_a_user_error(self, tmp_path, flags, named):
         done = train(tmp_path / "run", *flags)
         assert done.returncode == 2
         assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1
@@ -166,15 +186,15 @@ class TestExitCodes:
 
     @pytest.mark.slow
     def test_a_directory_in_use(self, run):
-        with disk.locked(run):
+        with files.locked(run):
             done = train(run, "--resume", "auto")
         assert done.returncode == 1
         assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1
         assert str(run) in done.stderr and "--save-dir" in done.stderr
 
     @pytest.mark.slow
-    def test_what_nobody_thought_of(self, tmp_path):
-        broken = "import early_exit.cli as c; c.run(lambda _: 1 / 0, 'trainer.py')"
+    def test_an_unexpected_error(self, tmp_path):
+        broken = "from early_exit.cli import program; program.run(lambda _: 1 / 0, 'trainer.py')"
         done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
         assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
@@ -192,15 +212,25 @@ class TestDisk:
             mounted = tmp_path / "mounted"
             mounted.mkdir()
             command = [
-                sys.executable, str(ROOT / "tests/scripts.py"), "none", "0", *TINY, *LEAST,
-                "--save-dir", str(mounted / "run"), *flags,
+                sys.executable,
+                str(ROOT / "tests/helpers.py"),
+                "none",
+                "0",
+                *TINY,
+                *LEAST,
+                "--save-dir",
+                str(mounted / "run"),
+                *flags,
             ]
             script = (
                 f"mount -t tmpfs -o {options} none {shlex.quote(str(mounted))} &&"
                 f" {shlex.join(command)}; code=$?; {then}; exit $code"
             )
             done = subprocess.run(
-                [*spaces, "bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                [*spaces, "bash", "-c", script],
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             return done, done.stdout.splitlines()[-1:]
@@ -210,7 +240,7 @@ class TestDisk:
     def test_a_full_one_is_one_line_and_the_last_good_checkpoint_stays(self, on_a_disk, run):
         room = int(1.8 * (run / checkpoint.NAME).stat().st_size)  # for one, and most of a second
         load = (
-            "from pathlib import Path; from early_exit import checkpoint;"
+            "from pathlib import Path; from early_exit.training import checkpoint;"
             " print(checkpoint.load(Path('mounted/run'))['position'])"
         )
         done, last = on_a_disk(f"size={room}", shlex.join([sys.executable, "-c", load]))

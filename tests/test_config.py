@@ -1,5 +1,6 @@
 """Configuration: defaults < preset < flags, converted by type, checked when built."""
 
+import argparse
 import dataclasses
 import inspect
 import re
@@ -7,14 +8,12 @@ import typing
 
 import pytest
 import yaml
-from claims import assert_names
+from helpers import assert_names, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripts import refusal
 
-from cifar10 import trainer
-from early_exit import cli
 from early_exit import config as configs
+from early_exit.cli.settings import settings_of
 from early_exit.config import (
     BackbonePhaseConfig,
     Config,
@@ -31,12 +30,6 @@ def from_yaml(text: str) -> Config:
     return configs.build(Config, yaml.safe_load(text))
 
 
-def from_flags(*flags: object, saved: dict | None = None, own: dict | None = None) -> Config:
-    """The configuration that the trainer's flags give."""
-    args = trainer.parser().parse_args([str(flag) for flag in flags])
-    return cli.resolve_config(args, saved, own)
-
-
 @pytest.fixture
 def preset(tmp_path):
     """A function that writes a preset and gives its path."""
@@ -49,47 +42,10 @@ def preset(tmp_path):
     return write
 
 
-class TestPrecedence:
-    def test_without_preset_and_flags_all_is_default(self):
-        assert from_flags() == Config()
-
-    def test_preset_wins_over_defaults(self, preset):
-        config = from_flags("--config", preset("optim: {lr: 0.3}"))
-        assert config.optim == OptimConfig(lr=0.3)
-
-    def test_flags_win_over_the_preset(self, preset):
-        path = preset("optim: {lr: 0.3, momentum: 0.5}")
-        config = from_flags("--config", path, "--lr", "0.7")
-        assert (config.optim.lr, config.optim.momentum) == (0.7, 0.5)
-
-    def test_preset_wins_over_a_resumed_run(self, preset):
-        saved = {"optim": {"lr": 0.2, "epochs": 7}}
-        config = from_flags("--config", preset("optim: {lr: 0.3}"), saved=saved)
-        assert (config.optim.lr, config.optim.epochs) == (0.3, 7)
-
-    def test_a_resumed_run_wins_over_the_scripts_own_values(self):
-        config = from_flags(saved={"optim": {"lr": 0.2}}, own={"optim": {"lr": 0.4, "epochs": 3}})
-        assert (config.optim.lr, config.optim.epochs) == (0.2, 3)
-
-    def test_exits_without_names_undo_the_presets(self, preset):
-        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits")
-        assert config.model.exits is None
-
-    def test_exits_none_is_the_plain_network(self, preset):
-        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits", "none")
-        assert config.model.exits == ()
-
-    def test_exits_replace_the_presets_and_are_not_added(self, preset):
-        config = from_flags("--config", preset("model: {exits: [layer2]}"), "--exits", "layer1")
-        assert config.model.exits == ("layer1",)
-
-    def test_merging_changes_neither_side(self):
-        base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
-        assert configs.merge(base, over) == {"a": {"b": 1, "c": 2}}
-        assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
-
-    def test_an_empty_preset_is_no_preset(self, preset):
-        assert from_flags("--config", preset("# nothing yet\n")) == Config()
+def test_merging_changes_neither_side():
+    base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert configs.merge(base, over) == {"a": {"b": 1, "c": 2}}
+    assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
 
 
 class TestConversion:
@@ -114,7 +70,7 @@ class TestConversion:
     def test_words_for_true_and_false(self, word, value):
         assert from_yaml(f"optim: {{nesterov: {word}}}").optim.nesterov is value
 
-    def test_null_leaves_an_optional_setting_absent(self):
+    def test_null_is_an_absent_optional_setting(self):
         assert from_yaml("run: {threads: null}").run.threads is None
 
     def test_list_becomes_a_tuple_of_the_right_type(self):
@@ -211,10 +167,6 @@ class TestPresetFile:
         path = preset("- optim\n- run\n")
         assert_names(refusal(configs.load_preset, path), path, "list")
 
-    def test_a_mistake_is_found_though_a_flag_would_hide_it(self, preset):
-        path = preset("optim: {lr: -1}")
-        assert_names(refusal(from_flags, "--config", path, "--lr", "0.1"), "optim.lr", "-1")
-
 
 class TestChecks:
     @pytest.mark.parametrize(
@@ -256,7 +208,7 @@ class TestChecks:
 
     def test_nesterov_needs_a_momentum(self):
         message = refusal(OptimConfig, nesterov=True, momentum=0.0)
-        assert_names(message, "optim.nesterov", "momentum")
+        assert_names(message, "optim.nesterov", "optim.momentum")
 
     @pytest.mark.parametrize(
         "milestones", [(0.75, 0.5), (100.0, 150.0), (0.0, 0.5), (0.5, 1.0), (float("nan"),)]
@@ -264,67 +216,21 @@ class TestChecks:
     def test_milestones_are_rising_fractions(self, milestones):
         assert_names(refusal(OptimConfig, milestones=milestones), "optim.milestones")
 
-    @pytest.mark.parametrize(
-        "flags", [("--seed", "-1"), ("--split-seed", "-1"), ("--seed", str(2**70))]
-    )
-    def test_a_seed_no_generator_takes_is_refused(self, flags):
-        assert "seed" in refusal(from_flags, *flags)
+    @pytest.mark.parametrize("seed", [-1, 2**70])
+    def test_a_seed_no_generator_takes_is_refused(self, seed):
+        assert_names(refusal(RunConfig, seed=seed), "run.seed", seed)
+        assert_names(refusal(DataConfig, split_seed=seed), "data.split_seed", seed)
 
     def test_nothing_can_be_changed_afterwards(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
             OptimConfig().lr = 1.0
 
-    def test_every_setting_says_what_it_is(self):
+    def test_every_setting_has_a_docstring(self):
         source = inspect.getsource(configs)
         for section in dataclasses.fields(Config):
             for item in dataclasses.fields(typing.get_type_hints(Config)[section.name]):
-                said = rf'^    {item.name}: .*\n    """[^"]+"""$'
-                assert re.search(said, source, re.MULTILINE), f"{section.name}.{item.name}"
-
-
-class TestSet:
-    @pytest.mark.parametrize(
-        ("pair", "section", "name", "value"),
-        [
-            ("optim.nesterov=true", "optim", "nesterov", True),
-            ("optim.label_smoothing=1e-1", "optim", "label_smoothing", 0.1),
-            ("optim.milestones=0.3,0.6", "optim", "milestones", (0.3, 0.6)),
-            ("run.channels_last=off", "run", "channels_last", False),
-            ("model.exits=layer1,layer2", "model", "exits", ("layer1", "layer2")),
-            ("model.exits=none", "model", "exits", ()),
-            ("data.root=/a=b", "data", "root", "/a=b"),
-        ],
-    )
-    def test_sets_any_setting(self, pair, section, name, value):
-        assert getattr(getattr(from_flags("--set", pair), section), name) == value
-
-    def test_several_after_one_flag(self):
-        config = from_flags("--set", "optim.nesterov=true", "optim.momentum=0.8")
-        assert (config.optim.nesterov, config.optim.momentum) == (True, 0.8)
-
-    def test_several_flags_add_up(self):
-        config = from_flags("--set", "optim.nesterov=true", "--set", "optim.momentum=0.8")
-        assert (config.optim.nesterov, config.optim.momentum) == (True, 0.8)
-
-    def test_wins_over_the_preset(self, preset):
-        path = preset("optim: {warmup_epochs: 3}")
-        config = from_flags("--config", path, "--set", "optim.warmup_epochs=0")
-        assert config.optim.warmup_epochs == 0.0
-
-    @pytest.mark.parametrize("pair", ["optim.lr", "lr=0.1", "optim.lr:0.1"])
-    def test_what_is_no_pair(self, pair):
-        assert_names(refusal(from_flags, "--set", pair), "--set", "SECTION.NAME=VALUE", repr(pair))
-
-    def test_unknown_setting(self):
-        message = refusal(from_flags, "--set", "optim.momentun=0.9")
-        assert_names(message, "optim.momentun", "optim.momentum")
-
-    def test_unknown_section(self):
-        assert_names(refusal(from_flags, "--set", "optm.lr=0.9"), "optm", "optim")
-
-    def test_wrong_kind(self):
-        message = refusal(from_flags, "--set", "optim.nesterov=maybe")
-        assert_names(message, "optim.nesterov", "maybe")
+                described = rf'^    {item.name}: .*\n    """[^"]+"""$'
+                assert re.search(described, source, re.MULTILINE), f"{section.name}.{item.name}"
 
 
 unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
@@ -355,7 +261,8 @@ whole_configs = st.builds(
         exits=st.none() | st.lists(names, max_size=3).map(tuple),
         head=st.lists(
             st.sampled_from(["conv", "separable", "linear", "mixed_pool", "branch2"]),
-            min_size=1, max_size=3,
+            min_size=1,
+            max_size=3,
         ).map(tuple),
         backbone=st.none() | names,
     ),
@@ -417,7 +324,8 @@ class TestRoundTrips:
                     continue
                 value = ",".join(map(repr, value))
             pairs.append(f"optim.{name}={value}")
-        config = from_flags("--set", *pairs)
+        given = settings_of(argparse.Namespace(settings={}, set=pairs))
+        config = configs.build(Config, given)
         if len(optim.milestones) < 2:
             optim = dataclasses.replace(optim, milestones=OptimConfig().milestones)
         assert config.optim == optim

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from scripts import ROOT
+from helpers import ROOT
 
 SOURCE = ROOT / "docs-src"
 DOCS = SOURCE / "docs"
@@ -24,13 +24,13 @@ DRAWS = re.compile(
 )
 
 
-def leaves(nav: object) -> Iterator[str]:
+def pages_of(nav: object) -> Iterator[str]:
     """The pages of a `nav` of mkdocs.yml."""
     if isinstance(nav, str):
         yield nav
     else:
         for item in nav.values() if isinstance(nav, dict) else nav:
-            yield from leaves(item)
+            yield from pages_of(item)
 
 
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -52,32 +52,33 @@ def anchors(page: Path) -> set[str]:
 
 
 def dead_anchors(page: Path) -> list[str]:
-    """Links of a page whose anchor the target has not."""
+    """Links of a page to anchors that the target does not have."""
     links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", prose(page))
     return [
-        f"{target}#{anchor}" for target, anchor in links
-        if "://" not in target
-        and anchor not in anchors(page.parent / target if target else page)
+        f"{target}#{anchor}"
+        for target, anchor in links
+        if "://" not in target and anchor not in anchors(page.parent / target if target else page)
     ]
 
 
 def sections(page: Path) -> list[str]:
-    """A page cut before each heading; comments in fenced blocks are none."""
+    """A page cut before each heading; comments in fenced blocks are not headings."""
     indented = FENCED.sub(lambda block: re.sub("^#", " #", block[0], flags=re.M), page.read_text())
     return re.split(r"^(?=#+ )", indented, flags=re.MULTILINE)
 
 
 def undrawn(page: Path) -> list[str]:
-    """Pictures in whose section no command stands that draws pictures."""
+    """Pictures whose section has no command that draws pictures."""
     return [
         picture
-        for section in sections(page) if not DRAWS.search(section)
+        for section in sections(page)
+        if not DRAWS.search(section)
         for picture in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", section)
     ]
 
 
 class Page(HTMLParser):
-    """What a built page links to, what it loads, and where one can jump to in it."""
+    """What a built page links to, what it loads, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ def is_elsewhere(address: str) -> bool:
 
 
 def dead_links(site: Path) -> list[str]:
-    """Links, and things to load, of a site's pages that lead nowhere within it."""
+    """Links of a site's pages, and files they load, that do not exist within it."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     dead = []
     for path, page in pages.items():
@@ -143,7 +144,9 @@ def loaded_from_elsewhere(site: Path) -> list[str]:
     loads |= {path: addresses(path.read_text()) for path in site.rglob("*.css")}
     return [
         f"{path.relative_to(site)}: {address}"
-        for path, some in loads.items() for address in some if is_elsewhere(address)
+        for path, some in loads.items()
+        for address in some
+        if is_elsewhere(address)
     ]
 
 
@@ -161,35 +164,48 @@ def site(tmp_path_factory):
 
 
 def test_the_navigation_holds_every_page_once():
-    listed = list(leaves(yaml.safe_load((SOURCE / "mkdocs.yml").read_text())["nav"]))
+    listed = list(pages_of(yaml.safe_load((SOURCE / "mkdocs.yml").read_text())["nav"]))
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
 def test_every_module_of_the_library_is_on_an_api_page():
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    paths = [path.relative_to(ROOT) for path in (ROOT / "early_exit").rglob("[!_]*.py")]
     missing = [
-        path.stem for path in (ROOT / "early_exit").glob("[!_]*.py")
-        if not re.search(rf"^::: early_exit\.{path.stem}$", pages, re.MULTILINE)
-        and f"`early_exit/{path.name}`" not in pages
+        str(path)
+        for path in paths
+        if f"`{path}`" not in pages
+        and not re.search(
+            rf"^::: {re.escape('.'.join(path.with_suffix('').parts))}$", pages, re.MULTILINE
+        )
     ]
-    assert missing == []
+    assert len(paths) > 60 and missing == []
+
+
+def test_every_module_on_an_api_page_exists():
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE):
+        pkgutil.resolve_name(name)
+    for path in re.findall(r"`(early_exit/\S+\.py)`", pages):
+        assert (ROOT / path).is_file(), path
 
 
 def test_every_picture_is_shown():
     shown = {
         (page.parent / target).resolve()
-        for page in SHOWN for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", page.read_text())
+        for page in SHOWN
+        for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", page.read_text())
     }
     assert {path for path in (DOCS / "imgs").iterdir() if path.resolve() not in shown} == set()
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_picture_stands_with_the_command_that_draws_it(page):
+def test_a_picture_is_shown_with_the_command_that_draws_it(page):
     assert undrawn(page) == []
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_anchors_that_are_linked_to_are_there(page):
+def test_linked_anchors_exist(page):
     assert dead_anchors(page) == []
 
 
@@ -248,7 +264,7 @@ def test_a_dead_link_of_a_site_is_found(tmp_path, planted, found):
         ("a.css", "div { background: url(data:image/svg+xml;charset=utf-8,x) }", False),
     ],
 )
-def test_what_comes_from_the_network_is_found(tmp_path, name, planted, found):
+def test_files_from_the_network_are_found(tmp_path, name, planted, found):
     (tmp_path / name).write_text(planted)
     assert bool(loaded_from_elsewhere(tmp_path)) == found
 
@@ -256,10 +272,10 @@ def test_what_comes_from_the_network_is_found(tmp_path, name, planted, found):
 @pytest.mark.parametrize(
     ("page", "name"),
     [
-        ("network", "network.MultiExitNetwork"),
-        ("network", "network.MultiExitNetwork.forward"),
-        ("policy", "policy.Policy"),
-        ("policy", "inference.infer"),
+        ("network", "model.network.MultiExitNetwork"),
+        ("network", "model.network.MultiExitNetwork.forward"),
+        ("policy", "inference.policy.Policy"),
+        ("policy", "inference.infer.infer"),
         ("training", "config.OptimConfig"),
     ],
 )
@@ -269,7 +285,7 @@ def test_docstrings_are_on_the_api_pages(site, page, name):
     text, _, _ = after.partition('class="doc doc-heading"')
     assert heading
     docstring = inspect.getdoc(pkgutil.resolve_name(f"early_exit.{name}"))
-    # the first words, up to what the page sets in another type
+    # the first words, up to what the page sets in another font
     plain = re.match(r"[\w ,]+", docstring)[0]
     assert len(plain) > 10 and plain in " ".join(text.split())
 
@@ -277,8 +293,8 @@ def test_docstrings_are_on_the_api_pages(site, page, name):
 @pytest.mark.parametrize(
     ("page", "name", "argument"),
     [
-        ("network", "network.MultiExitNetwork.forward", "images"),
-        ("policy", "policy.Policy", "temperatures"),
+        ("network", "model.network.MultiExitNetwork.forward", "images"),
+        ("policy", "inference.policy.Policy", "temperatures"),
     ],
 )
 def test_arguments_are_a_list_on_the_api_pages(site, page, name, argument):
@@ -289,14 +305,14 @@ def test_arguments_are_a_list_on_the_api_pages(site, page, name, argument):
 
 
 @pytest.mark.parametrize(
-    ("written", "shown"),
+    ("docstring", "shown"),
     [
-        ("Who leaves.", "Who leaves."),
+        ("Which rows exit.", "Which rows exit."),
         ("a: one; b: two,\n    in two lines.", "- `a`: one\n- `b`: two, in two lines."),
         ("a: one. Returns c: three.", "- `a`: one.\n\nReturns c: three."),
         ("joint: all at once; a: one", "joint: all at once; a: one"),
     ],
 )
-def test_what_a_docstring_explains_becomes_a_list(written, shown):
+def test_explained_arguments_become_a_list(docstring, shown):
     explained = runpy.run_path(str(SOURCE / "docstrings.py"))["explained"]
-    assert explained(written, {"a", "b"}) == shown
+    assert explained(docstring, {"a", "b"}) == shown

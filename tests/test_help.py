@@ -1,4 +1,4 @@
-"""What every script says of itself when it is asked for --help, also without docstrings."""
+"""Every script's --help, also under `python -OO`, which removes docstrings."""
 
 import ast
 import functools
@@ -7,15 +7,15 @@ import subprocess
 import sys
 
 import pytest
-from scripts import ROOT
+from helpers import ROOT
 
-from early_exit import flags
+from early_exit.cli import flags
 
 FOLDERS = ("cifar10", "imagenet", "benchmarks", "docs-src", "early_exit")
 
 
 def found() -> list[str]:
-    """Every script by its path, and a module that runs as `-m NAME` by that."""
+    """Every script by its path, or as `-m NAME` where it is a module of the library."""
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     names = [path.relative_to(ROOT) for path in paths if "__main__" in path.read_text()]
     return [
@@ -30,7 +30,7 @@ SCRIPTS = found()
 @functools.cache
 def helps(*mode: str) -> dict[str, tuple[int, str, str]]:
     """Exit code, stdout and stderr of every script's --help; `mode`: flags of the interpreter."""
-    command = [sys.executable, *mode, str(ROOT / "tests/scripts.py"), "help", *SCRIPTS]
+    command = [sys.executable, *mode, str(ROOT / "tests/helpers.py"), "help", *SCRIPTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -39,8 +39,11 @@ def helps(*mode: str) -> dict[str, tuple[int, str, str]]:
 
 def test_the_scripts_are_found():
     assert {
-        "cifar10/trainer.py", "imagenet/eval.py", "benchmarks/inference.py",
-        "docs-src/figures/oracle.py", "-m early_exit.predict",
+        "cifar10/trainer.py",
+        "imagenet/eval.py",
+        "benchmarks/inference.py",
+        "docs-src/figures/oracle.py",
+        "-m early_exit.predict",
     } <= set(SCRIPTS)
 
 
@@ -55,7 +58,7 @@ def test_help(script, mode):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_docstring_as_it_stands(script):
+def test_help_shows_the_docstring_unchanged(script):
     name = script.removeprefix("-m ")
     path = ROOT / (name if name == script else f"{name.replace('.', '/')}.py")
     summary, _, examples = ast.get_docstring(ast.parse(path.read_text()), clean=False).partition(
@@ -67,11 +70,11 @@ def test_help_shows_the_docstring_as_it_stands(script):
 
 
 def test_percent_signs_are_shown():
-    docstring = "Half.\n\n    python x.py 60   60 % leave, %(prog)s and %d mean nothing, 100%%\n"
+    docstring = "Half.\n\n    python x.py 60   60 % exit, %(prog)s and %d mean nothing, 100%%\n"
     shown = flags.build_parser("x.py", "python x.py [%]", docstring).format_help()
     assert shown.startswith(f"usage: python x.py [%]\n\n{docstring.partition(chr(10) * 2)[2]}")
 
 
-def test_without_a_docstring_the_usage_stands_alone():
+def test_without_a_docstring_there_is_the_usage_alone():
     shown = flags.build_parser("x.py", "python x.py [flags]", None).format_help()
     assert shown.startswith("usage: python x.py [flags]\n\noptions:\n")

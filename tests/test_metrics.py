@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import bound
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import bound
 
 from early_exit import metrics
 from early_exit.metrics import auroc, mean_std, reliability, top1
+
 # Logarithms of odds and their softmax of two classes, in float32.
 ROUNDED = bound(torch.float32, 32)
 
@@ -21,12 +22,12 @@ def expected_calibration_error(*arguments, **options):
 
 
 def confident(confidences):
-    """Logits (B, 2) that are this sure of class 0."""
+    """Logits (B, 2) that give class 0 these probabilities."""
     return torch.tensor([[math.log(c / (1 - c)), 0.0] for c in confidences])
 
 
-def test_top1_counts_right_answers_without_leaving_the_device():
-    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])  # says 1, 0, 1
+def test_top1_counts_correct_answers_on_the_device():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])  # answers 1, 0, 1
     count = top1(logits, torch.tensor([1, 1, 1]))
     assert isinstance(count, torch.Tensor)
     assert count.item() == 2
@@ -43,7 +44,7 @@ def test_one_value_has_no_deviation():
 
 
 def test_calibration_error_by_hand():
-    # ten bins, one image each: 0.55 right, 0.65 wrong, 0.95 right: gaps 0.45, 0.65 and 0.05
+    # ten bins, one image each: 0.55 correct, 0.65 wrong, 0.95 correct: gaps 0.45, 0.65 and 0.05
     error = expected_calibration_error(
         confident([0.55, 0.65, 0.95]), torch.tensor([0, 1, 0]), bins=10
     )
@@ -51,12 +52,12 @@ def test_calibration_error_by_hand():
 
 
 def test_gaps_within_a_bin_are_averaged_before_they_count():
-    # one bin: mean confidence 0.75, one of two right: a gap of 0.25, not (0.28 + 0.78) / 2
+    # one bin: mean confidence 0.75, one of two correct: a gap of 0.25, not (0.28 + 0.78) / 2
     error = expected_calibration_error(confident([0.72, 0.78]), torch.tensor([0, 1]), bins=5)
     assert error == pytest.approx(0.25, abs=ROUNDED)
 
 
-def test_calibration_error_of_certain_and_right_answers_is_zero():
+def test_calibration_error_of_certain_and_correct_answers_is_zero():
     logits = torch.tensor([[100.0, 0.0]] * 3)  # confidence 1 belongs to the last bin
     assert expected_calibration_error(logits, torch.tensor([0, 0, 0])) == 0
 
@@ -80,7 +81,8 @@ def test_calibration_error_equals_a_slow_sum_over_bins(cases):
     for confidence, (_, right) in zip(confidences, cases, strict=True):
         bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, right))
     slow = sum(
-        len(inside) / len(cases)
+        len(inside)
+        / len(cases)
         * abs(sum(c for c, _ in inside) / len(inside) - sum(r for _, r in inside) / len(inside))
         for inside in bins.values()
     )
@@ -94,9 +96,7 @@ def test_reliability_by_hand():
     assert [pytest.approx(row, abs=ROUNDED) for row in bins] == expected
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30)
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
 def test_auroc_equals_a_slow_count_of_pairs(cases):
     scores, positive = np.array([c[0] for c in cases], float), np.array([c[1] for c in cases])
     others = scores[~positive].tolist()

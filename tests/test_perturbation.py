@@ -1,4 +1,4 @@
-"""The simulated rounding is small, repeats itself and differs between batches."""
+"""The simulated rounding is small, deterministic, and different for other batches."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_every_output_is_off_by_a_few_epsilon(layer, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_call_is_off_by_the_same(dtype):
+def test_the_same_call_has_the_same_noise(dtype):
     layer, images = nn.Conv2d(3, 4, 3).to(dtype), torch.rand(4, 3, 8, 8, dtype=dtype)
     with perturbed(4):
         whole = layer(images)
@@ -37,7 +37,7 @@ def test_infinity_and_zero_stay():
         assert torch.equal(functional.linear(values, torch.ones(1, 1)), values)
 
 
-def test_it_ends_where_it_should():
+def test_it_ends_with_its_context():
     layer = functional.linear
     with pytest.raises(RuntimeError), perturbed(4):
         assert functional.linear is not layer

@@ -12,24 +12,26 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
-from scripts import ROOT
 
 from cifar10 import eval as evaluation_script
 from cifar10 import trainer
-from early_exit import cli, evaluation
 from early_exit import config as configs
-from early_exit.criteria import CRITERIA
-from early_exit.experiment import plan_phases
-from early_exit.heads import HEADS
+from early_exit.cli import settings
+from early_exit.data.folders import FolderRun
+from early_exit.evaluation import measure
+from early_exit.inference.criteria import CRITERIA
+from early_exit.model.heads import HEADS
+from early_exit.training.phases import plan_phases
 from imagenet import eval as imagenet_eval
 from imagenet import main, networks
-from imagenet.data import FolderRun
 
 PACKAGES = [name for name in ("early_exit", "cifar10", "imagenet") if (ROOT / name).is_dir()]
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 PAGES = sorted(
-    page for pattern in ("README.md", "docs-src/**/*.md", "docker/**/*.md")
+    page
+    for pattern in ("*.md", "docs-src/**/*.md", "docker/**/*.md")
     for page in ROOT.glob(pattern)
 )
 
@@ -44,16 +46,40 @@ def tracked() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip("this is no git checkout")
+        pytest.skip("this is not a git checkout")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_flake8_finds_nothing():
-    folders = [*PACKAGES, "tests", "benchmarks", "docs-src"]
-    present = [name for name in folders if (ROOT / name).exists()]
-    command = [sys.executable, "-m", "flake8", *present]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def run_module(*command: str) -> tuple[int, str]:
+    """Exit code and output of `python -m`, in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff_finds_nothing(command):
+    code, output = run_module("ruff", *command, "--quiet", ".")
+    assert (code, output) == (0, "")
+
+
+def test_mypy_finds_nothing():
+    code, output = run_module("mypy")
+    assert code == 0, output
+
+
+def test_make_lint_runs_the_same():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("ruff check .", "ruff format --check .", "mypy"):
+        assert f"$(PY) -m {command}\n" in makefile
+
+
+def test_files_of_tests_are_short_and_have_names_of_their_own():
+    files = [path for path in tracked() if ROOT / "tests" in path.parents and path.suffix == ".py"]
+    assert [relative(path) for path in files if len(path.read_text().splitlines()) >= 1000] == []
+    names = [path.name for path in files if path.name != "conftest.py"]
+    assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -73,8 +99,8 @@ def test_every_public_thing_has_a_docstring(path):
                 assert ast.get_docstring(method), f"{node.name}.{method.name}"
 
 
-def test_no_file_names_the_place_where_it_was_written():
-    """Paths of a private machine and talk of how the files came about mean nothing to a reader."""
+def test_no_file_names_the_machine_it_was_written_on():
+    """Private paths, and remarks on how a file was written, mean nothing to a reader."""
     words = ["/wo" + "rk/", "sub" + "agent", "this " + "session"]
     pattern = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
     found = []
@@ -90,8 +116,8 @@ def fenced(page: Path) -> list[tuple[str, str]]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every shown command that runs a script: in the pages' fenced blocks and lines, and in the
-    scripts' own docstrings, which explain it after two spaces. Each with where it stands."""
+    """Every shown command that runs a script, with the file that shows it: in the pages' fenced
+    blocks and lines, and in the scripts' own docstrings, which explain it after two spaces."""
     found = []
     for page in PAGES:
         for _, block in fenced(page):
@@ -113,15 +139,15 @@ def commands() -> list[tuple[str, str]]:
 COMMANDS = commands()
 
 
-def test_commands_are_found_where_they_are_shown():
-    places = {where for where, _ in COMMANDS}
-    assert {"README.md", "cifar10/trainer.py", "cifar10/eval.py"} <= places
+def test_commands_are_found():
+    files = {where for where, _ in COMMANDS}
+    assert {"README.md", "cifar10/trainer.py", "cifar10/eval.py"} <= files
 
 
 @pytest.mark.parametrize(
     ("where", "command"), COMMANDS, ids=[f"{where}: {command}" for where, command in COMMANDS]
 )
-def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypatch):
+def test_a_shown_command_is_accepted_by_its_script(where, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(networks, "describe_archs", lambda: ())  # half a minute; tested by itself
     words = shlex.split(command, comments=True)
@@ -139,24 +165,24 @@ def test_a_shown_command_is_one_that_its_script_accepts(where, command, monkeypa
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     try:
         args = module.parser().parse_args(flags)
-    except SystemExit as left:  # a flag that prints and leaves
-        assert left.code == 0
+    except SystemExit as ended:  # a flag that prints and ends
+        assert ended.code == 0
         return
     if module in (evaluation_script, imagenet_eval):
         if args.policy:  # a file of the reader's
             args.policy, args.thresholds = None, [0.5]
-        cli.goal_of(args)
-        cli.evaluation_options(args)
+        settings.goal_of(args)
+        settings.evaluation_options(args)
     elif module is trainer:
-        digits = cli.settings_of(args).get("data", {}).get("dataset") == "digits"
-        config = cli.resolve_config(args, None, trainer.DIGITS if digits else None)
+        digits = settings.settings_of(args).get("data", {}).get("dataset") == "digits"
+        config = settings.resolve_config(args, None, trainer.DIGITS if digits else None)
         with torch.device("meta"):
             network = trainer.build_network(config, 10)
         assert args.evaluate or plan_phases(config, network.num_exits)
     elif module is main:
         own = configs.merge(main.CLASSIC, {"model": {"backbone": args.pretrained}})
         # `main` would put a downloaded file there
-        config = cli.resolve_config(args, None, own, FolderRun)
+        config = settings.resolve_config(args, None, own, FolderRun)
         with torch.device("meta"):
             network = main.build_network(config, 1000)
         assert args.evaluate or plan_phases(config, network.num_exits)
@@ -168,16 +194,18 @@ def test_make_has_the_targets_that_are_shown():
         line.split()[1]
         for page in PAGES
         for _, block in fenced(page)
-        for line in block.splitlines() if line.startswith("make ")
+        for line in block.splitlines()
+        if line.startswith("make ")
     ]
     assert set(shown) <= set(targets)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_links_and_pictures_of_a_page_are_there(page):
+def test_links_and_pictures_of_a_page_exist(page):
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     broken = [
-        target for target in targets
+        target
+        for target in targets
         if not target.startswith(("http:", "https:", "mailto:"))
         and not (page.parent / target).exists()
     ]
@@ -185,9 +213,7 @@ def test_links_and_pictures_of_a_page_are_there(page):
 
 
 EXAMPLES = [
-    (page, block)
-    for page in PAGES
-    for language, block in fenced(page) if language == "python"
+    (page, block) for page in PAGES for language, block in fenced(page) if language == "python"
 ]
 
 
@@ -198,7 +224,7 @@ def test_a_shown_python_example_runs(page, example, capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").symlink_to(ROOT / "cifar10")
     Image.new("RGB", (64, 48), "blue").save("photo.jpg")
-    monkeypatch.setattr(evaluation, "_time", lambda *_: None)  # the clock takes half a minute
+    monkeypatch.setattr(measure, "time_batch", lambda *_: None)  # takes half a minute
     with patch.dict(CRITERIA), patch.dict(HEADS):
         exec(compile(example, relative(page), "exec"), {})
     assert capsys.readouterr().err == ""

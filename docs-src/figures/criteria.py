@@ -1,109 +1,93 @@
-"""Which criterion saves most at equal accuracy, with and without temperatures.
+"""Compares criteria at equal accuracy, with and without temperatures.
 
     python docs-src/figures/criteria.py runs/resnet20-mixed
     python docs-src/figures/criteria.py runs/resnet56-frozen6 --val-from test
     python docs-src/figures/criteria.py runs/b-lenet-0 runs/b-lenet-1 runs/b-lenet-2
 
-The runs must have been evaluated (their records are read). Thresholds are chosen on val and shown
-on test; ten cuts of each run, which may be seeds of one recipe, give mean and deviation.
---val-from train: ten random halves of val choose, all of test is shown; test: test is cut in two
-ten times. Prints a table.
+The runs must have been evaluated, because their records are read. Thresholds are chosen on val and
+reported on test. Means and deviations are over ten cuts of each run; the runs may be seeds of one
+recipe. With --val-from train, each cut chooses on a random half of val and reports on all of test;
+with --val-from test, each cut chooses on one half of test and reports on the other. Prints a table.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from run_records import CUTS, RunRecords, add_val_from
 
-from early_exit import flags
-from early_exit.choosing import Goal, choose, outcome
+from early_exit.choosing.goals import Goal, MaxDrop, choose
+from early_exit.choosing.outcome import apply_policy
+from early_exit.cli import flags, program
 from early_exit.metrics import mean_std
-from early_exit.policy import Policy
-from early_exit.records import ExitRecord, score_record
-from early_exit.splits import halves
 
-CRITERIA = ("max_prob", "entropy", "margin")  # patience has whole numbers for thresholds
-CUTS = 10
+CRITERIA = ("max_prob", "entropy", "margin")  # thresholds of patience are whole numbers
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the chosen policies reach on test, each as mean and deviation in percent."""
+
+    accuracy: str
+    lost: str
+    """Accuracy lost against the final exit, in points."""
+    macs_share: str
+
+
+def over_cuts(runs: Sequence[RunRecords], goal: Goal) -> Summary:
+    """Chooses for `goal` on each of ten cuts of every run."""
+    accuracies, lost, macs_shares = [], [], []
+    for records in runs:
+        cost = records.test.cost
+        for seed in range(CUTS):
+            val, test = records.cut(seed)
+            outcome = apply_policy(choose(val, goal, cost), test, cost)
+            accuracies.append(outcome.point.accuracy)
+            lost.append(outcome.final_accuracy - outcome.point.accuracy)
+            macs_shares.append(outcome.point.macs_share)
+    return Summary(*map(percent, (accuracies, lost, macs_shares)))
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and deviation of fractions, in percent."""
+    return "{:.2f} ± {:.2f}".format(*mean_std([100 * value for value in values]))
 
 
 def parser() -> flags.Parser:
-    """The flags."""
-    parser = record_parser("criteria.py", __doc__)
-    parser.add_argument("--max-drop", type=float, default=0.5, help="points (default 0.5)")
-    return parser
-
-
-def record_parser(script: str, docstring: str | None, several: bool = True) -> flags.Parser:
-    """The flags that name records, of one run or several."""
-    runs = "RUN ..." if several else "RUN"
+    """The script's flags."""
     parser = flags.build_parser(
-        script, f"python docs-src/figures/{script} {runs} [flags]", docstring
+        "criteria.py", "python docs-src/figures/criteria.py RUN [RUN ...] [flags]", __doc__
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+" if several else 1, metavar="RUN",
-        help="run directory that was evaluated",
+        "runs", type=Path, nargs="+", metavar="RUN", help="run directory that was evaluated"
     )
+    add_val_from(parser)
     parser.add_argument(
-        "--val-from", choices=("train", "test"), default="train",
-        help="train: halves of val choose; test: halves of test (default train)",
+        "--max-drop",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="accuracy that may be lost on val (default 0.5)",
     )
     return parser
 
 
-def records(args: argparse.Namespace) -> list[tuple[ExitRecord | None, ExitRecord]]:
-    """Of every run: of val, if it chooses, and of test."""
-    return [
-        (
-            None if args.val_from == "test" else ExitRecord.load(run / "records" / "val-off"),
-            ExitRecord.load(run / "records" / "test-off"),
-        )
-        for run in args.runs
-    ]
-
-
-def cut(val: ExitRecord | None, test: ExitRecord, seed: int) -> tuple[ExitRecord, ExitRecord]:
-    """What is chosen on, and what is shown."""
-    rows, rest = halves((val or test).targets, seed)
-    chosen_on = (val or test).subset(rows, "val", "")
-    return chosen_on, test if val else test.subset(rest, "test", "")
-
-
-def over_cuts(
-    runs: Sequence[tuple[ExitRecord | None, ExitRecord]],
-    choice: Callable[..., Policy],
-) -> list[str]:
-    """Accuracy, accuracy lost, and MACs, in percent, means and deviations over ten cuts of every
-    run, of what is chosen there."""
-    outcomes = []
-    for val, test in runs:
-        cost = test.cost
-        for seed in range(CUTS):
-            chosen_on, shown_on = cut(val, test, seed)
-            policy = choice(chosen_on, cost=cost)
-            scored = score_record(shown_on, policy)
-            point, _ = outcome(scored, policy, cost)
-            lost = np.mean(scored.right[:, -1]) - point.accuracy
-            outcomes.append((point.accuracy, lost, point.macs_share))
-    return [
-        "{:.2f} ± {:.2f}".format(*mean_std([100 * value for value in values]))
-        for values in zip(*outcomes, strict=True)
-    ]
-
-
-def main() -> None:
-    """Reads and prints."""
-    args = parser().parse_args()
-    runs = records(args)
-    print("| criterion | temperatures | test | lost | MACs |\n| --- | --- | ---: | ---: | ---: |")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    args = parser().parse_args(argv)
+    runs = [RunRecords.load(run, args.val_from) for run in args.runs]
+    print("| criterion | temperatures | accuracy on test | points lost | MACs |")
+    print("| --- | --- | ---: | ---: | ---: |")
     for criterion in CRITERIA:
         for calibrate in (False, True):
-            goal = Goal(max_drop=args.max_drop / 100, criterion=criterion, calibrate=calibrate)
-            cells = over_cuts(runs, partial(choose, goal=goal))
-            words = "fitted" if calibrate else "none"
-            print(f"| {criterion} | {words} | {cells[0]} % | {cells[1]} | {cells[2]} % |")
+            goal = MaxDrop(args.max_drop / 100, criterion=criterion, calibrate=calibrate)
+            found = over_cuts(runs, goal)
+            temperatures = "fitted" if calibrate else "none"
+            print(
+                f"| {criterion} | {temperatures} | {found.accuracy} % | {found.lost}"
+                f" | {found.macs_share} % |"
+            )
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main, "criteria.py")

@@ -1,13 +1,13 @@
-"""Draws why early exit works: a simple boundary answers the easy points, a curved one the rest.
+"""Draws why early exit works: a straight line answers the easy points, a curve the others.
 
-A small network with two exits learns two interleaved moons. Its early exit can only draw a
-straight line, its final exit any curve. The threshold is chosen on val; test is only reported.
+A small network with two exits learns two interleaved moons. The boundary of its early exit can only
+be a straight line, that of its final exit any curve. The threshold is chosen on val; test is only
+reported.
 
     python docs-src/figures/decision_boundary.py
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,28 +20,33 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from early_exit import flags
-from early_exit.cost import count_macs
-from early_exit.losses import joint_loss
-from early_exit.network import FINAL
-from early_exit.policy import NEVER, Policy
-from early_exit.records import Scores
-from early_exit.thresholds import for_max_drop, shared_curve
+from early_exit.choosing.curve import for_max_drop, shared_curve
+from early_exit.choosing.outcome import Outcome, outcome_of
+from early_exit.choosing.record import Scores
+from early_exit.cli import flags, program
+from early_exit.inference.policy import NEVER, Policy
+from early_exit.model.cost import Cost, count_macs
+from early_exit.model.losses import joint_loss
+from early_exit.model.network import FINAL
 
-OUT = Path(__file__).resolve().parents[2] / "docs-src/docs/imgs/decision_boundary.png"
+IMAGE = Path(__file__).resolve().parents[1] / "docs/imgs/decision_boundary.png"
+EXIT_NAMES = ("early", FINAL)
 SIZES = {"train": 600, "val": 2000, "test": 1000}
 NOISE = 0.17  # standard deviation; a moon's radius is 1
 STEPS = 600
-MAX_DROP = 0.005  # accuracy the early exit may cost on val, a fraction
-COLOURS = ("#0072B2", "#E69F00")  # blue and orange of Okabe and Ito, apart in grey too
+MAX_DROP = 0.005  # accuracy that may be lost on val, a fraction
+COLOURS = ("#0072B2", "#E69F00")  # blue and orange of Okabe and Ito, distinct in grey too
 MARKERS = ("o", "^")
 SHADE = "#E4E4E4"
 SPAN = ((-1.65, 2.65), (-1.25, 1.75))  # of the drawn axes, x and y
 
+Moons = tuple[Tensor, Tensor]
+"""Points (B, 2) and their classes (B,)."""
+
 
 class MoonNet(nn.Module):
     """Two stages, each with a head. The first stage has no nonlinearity, so the early exit's
-    boundary is a straight line; the second goes on from the first one's features."""
+    boundary is a straight line; the second stage takes the first one's features."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -60,7 +65,7 @@ class MoonNet(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(width // 2, 2), nn.Linear(width, 2)])
 
     def forward(self, points: Tensor) -> list[Tensor]:
-        """Logits of both exits, N tensors of shape (B, K), of points (B, 2)."""
+        """Logits of both exits, two tensors of shape (B, 2), for points (B, 2)."""
         features, logits = points, []
         for stage, head in zip(self.stages, self.heads, strict=True):
             features = stage(features)
@@ -68,24 +73,8 @@ class MoonNet(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a trained network with its policy does on one split."""
-
-    early: float
-    """Accuracy of the early exit where it answers every point."""
-    final: float
-    """Accuracy of the final exit where it answers every point."""
-    both: float
-    """Accuracy of the policy."""
-    leaving: float
-    """Share of the points that leave early."""
-    macs: float
-    """Multiply-adds a point, on average over the policy's exits."""
-
-
-def make_moons(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two half circles that reach into each other, with noise: points (B, 2), classes (B,)."""
+def make_moons(count: int, generator: torch.Generator) -> Moons:
+    """Two interleaved half circles with noise, as many points of each class."""
     target = torch.arange(count) % 2
     angle = torch.rand(count, generator=generator) * torch.pi
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -95,7 +84,7 @@ def make_moons(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(points: Tensor, target: Tensor) -> MoonNet:
-    """A network trained jointly, both exits with weight 1, on the whole sample at each step."""
+    """Trains jointly, both losses with weight 1, on the whole sample at each step."""
     net = MoonNet()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -107,52 +96,63 @@ def train(points: Tensor, target: Tensor) -> MoonNet:
     return net.eval()
 
 
-def exit_macs(net: MoonNet) -> tuple[int, int, int]:
-    """MACs of a point that leaves early, of one that goes on, and of the network without an early
-    head."""
+def moon_cost(net: MoonNet) -> Cost:
+    """What the stages and heads cost per point."""
     point = torch.zeros(1, 2)
     features = net.stages[0](point)
-    early = count_macs(nn.Sequential(net.stages[0], net.heads[0]), point)
-    rest = count_macs(nn.Sequential(net.stages[1], net.heads[1]), features)
-    return early, early + rest, count_macs(net.stages[0], point) + rest
+    first, head = count_macs(net.stages[0], point), count_macs(net.heads[0], features)
+    last = count_macs(nn.Sequential(net.stages[1], net.heads[1]), features)
+    return Cost(
+        exit_names=EXIT_NAMES,
+        stage_macs=(first, last),
+        head_macs=(head, 0),
+        backbone_params=0,
+        head_params=(0, 0),
+    )
 
 
 @torch.inference_mode()
 def score(net: MoonNet, points: Tensor, target: Tensor, policy: Policy) -> Scores:
-    """What the policy's criterion makes of both exits, on every point."""
+    """The criterion's score and the answer of both exits on every point."""
     scores, answers = [], []
     for exit_index, logits in enumerate(net(points)):
-        answer, sure, _ = policy.score(exit_index, logits)
-        scores.append(sure)
+        answer, exit_score, _ = policy.score(exit_index, logits)
+        scores.append(exit_score)
         answers.append(answer.argmax(dim=-1))
     return Scores(torch.stack(scores, 1).numpy(), torch.stack(answers, 1).numpy(), target.numpy())
 
 
-def judge(scored: Scores, policy: Policy, macs: Sequence[int]) -> Result:
-    """Accuracies, the share that leaves early and the cost on one split."""
-    exit_index, right = scored.exit_index(policy), scored.right
-    return Result(
-        early=right[:, 0].mean(),
-        final=right[:, 1].mean(),
-        both=right[np.arange(len(exit_index)), exit_index].mean(),
-        leaving=(exit_index == 0).mean(),
-        macs=np.take(macs, exit_index).mean(),
-    )
+def choose_on_val(net: MoonNet, val: Moons, cost: Cost) -> Policy:
+    """The policy with the cheapest threshold that loses at most `MAX_DROP` on val."""
+    never = Policy(exit_names=EXIT_NAMES, thresholds=(NEVER,), criterion="max_prob")
+    curve = shared_curve(score(net, *val, never), (True,), cost.cumulative())
+    return never.with_threshold(for_max_drop(curve, MAX_DROP))
 
 
-def evaluate_grid(net: MoonNet, policy: Policy) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """The drawn area as a grid of points: x, y, and early score, early class, final class there."""
+@dataclass(frozen=True)
+class Grid:
+    """The area of the panels as a grid of points. All fields: (450, 600)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    early_score: np.ndarray
+    early_class: np.ndarray
+    final_class: np.ndarray
+
+
+def evaluate_grid(net: MoonNet, policy: Policy) -> Grid:
+    """Scores and answers over the area of the panels."""
     x, y = np.meshgrid(np.linspace(*SPAN[0], 600), np.linspace(*SPAN[1], 450))
     points = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1)).float()
     scored = score(net, points, torch.zeros(len(points), dtype=torch.long), policy)
     values = (scored.scores[:, 0], scored.answers[:, 0], scored.answers[:, 1])
-    return x, y, [value.reshape(x.shape) for value in values]
+    return Grid(x, y, *(value.reshape(x.shape) for value in values))
 
 
 def draw_points(
     axes: Axes, points: Tensor, target: Tensor, chosen: np.ndarray, filled: bool, size: float
 ) -> None:
-    """The chosen points, one colour and marker for each class."""
+    """Draws the points of the mask `chosen`, one colour and marker for each class."""
     for label, (colour, marker) in enumerate(zip(COLOURS, MARKERS, strict=True)):
         rows = chosen & (target.numpy() == label)
         axes.scatter(
@@ -165,38 +165,58 @@ def draw_points(
         )
 
 
-def draw(
+def draw_panels(
+    panels: Sequence[Axes],
     net: MoonNet,
     policy: Policy,
-    splits: dict[str, tuple[Tensor, Tensor]],
-    titles: Sequence[str],
-    captions: Sequence[str],
-) -> Figure:
-    """Three panels: the early exit, the final exit, and which test points leave where."""
-    x, y, (early_score, early_class, final_class) = evaluate_grid(net, policy)
-    unsure = early_score < policy.thresholds[0]
-    figure = Figure(figsize=(15, 5.05), facecolor="white")
-    panels = figure.subplots(1, 3)
+    splits: Mapping[str, Moons],
+    exited: np.ndarray,
+) -> None:
+    """Points and boundaries of the early exit, the final exit, and both together.
+
+    exited: (test points,) bool, whether each exits early.
+    """
     points, target = splits["train"]
-    everyone = np.ones(len(target), bool)
     for axes in panels[:2]:
-        draw_points(axes, points, target, everyone, filled=True, size=13)
+        draw_points(axes, points, target, np.ones(len(target), bool), filled=True, size=13)
     points, target = splits["test"]
-    leaves = score(net, points, target, policy).exit_index(policy) == 0
-    draw_points(panels[2], points, target, leaves, filled=False, size=36)
-    draw_points(panels[2], points, target, ~leaves, filled=True, size=36)
+    draw_points(panels[2], points, target, exited, filled=False, size=36)
+    draw_points(panels[2], points, target, ~exited, filled=True, size=36)
+    grid, threshold = evaluate_grid(net, policy), policy.thresholds[0]
     for axes in (panels[0], panels[2]):
-        axes.contourf(x, y, early_score, levels=[0, policy.thresholds[0]], colors=[SHADE], zorder=0)
-    together = np.where(unsure, final_class, early_class)
-    for axes, answers in zip(panels, (early_class, final_class, together), strict=True):
-        axes.contour(x, y, answers, levels=[0.5], colors="black", linewidths=3)
+        axes.contourf(
+            grid.x, grid.y, grid.early_score, levels=[0, threshold], colors=[SHADE], zorder=0
+        )
+    together = np.where(grid.early_score < threshold, grid.final_class, grid.early_class)
+    for axes, classes in zip(panels, (grid.early_class, grid.final_class, together), strict=True):
+        axes.contour(grid.x, grid.y, classes, levels=[0.5], colors="black", linewidths=3)
     for axes, name in zip(panels, ("train", "train", "test"), strict=True):
         corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
         axes.text(0.98, 0.03, f"{name} points", color="#555555", **corner)
+        axes.set(xticks=[], yticks=[], xlim=SPAN[0], ylim=SPAN[1], aspect="equal")
+
+
+def draw(net: MoonNet, splits: Mapping[str, Moons], test: Outcome) -> Figure:
+    """Three panels: the early exit, the final exit, and the exit that each test point takes."""
+    early, final = test.scored.correct.mean(axis=0)
+    exited, macs = test.exit_shares[0], test.cost.cumulative()[0]
+    plain, mean_macs = test.cost.plain_macs, test.point.macs_share * test.cost.plain_macs
+    titles = (
+        "1. Early exit: a straight line",
+        "2. Final exit: a curve",
+        f"3. Together: {exited:.0%} exit early",
+    )
+    captions = (
+        f"{macs} multiply-adds, {early:.1%} correct on test",
+        f"{plain} multiply-adds, {final:.1%} correct on test",
+        f"{mean_macs:.0f} on average, {test.point.accuracy:.1%} correct on test",
+    )
+    figure = Figure(figsize=(15, 5.05), facecolor="white")
+    panels = figure.subplots(1, 3)
+    draw_panels(panels, net, test.policy, splits, test.exit_index == 0)
     for axes, title, caption in zip(panels, titles, captions, strict=True):
         axes.set_title(title, fontweight="bold", pad=9)
         axes.set_xlabel(caption, labelpad=9)
-        axes.set(xticks=[], yticks=[], xlim=SPAN[0], ylim=SPAN[1], aspect="equal")
     figure.legend(
         handles=legend_handles(),
         loc="lower center",
@@ -211,75 +231,70 @@ def draw(
 
 
 def legend_handles() -> list[Line2D | Patch]:
-    """What the markers, the line and the shade mean."""
+    """Explains the markers, the line and the shade."""
     dots = [
         ("class A", MARKERS[0], COLOURS[0], COLOURS[0]),
         ("class B", MARKERS[1], COLOURS[1], COLOURS[1]),
-        ("left early", "o", "black", "white"),
-        ("went on", "o", "black", "black"),
+        ("exited early", "o", "black", "white"),
+        ("continued", "o", "black", "black"),
     ]
     handles = [
         Line2D([], [], ls="", marker=marker, mec=edge, mfc=face, label=label)
         for label, marker, edge, face in dots
     ]
     handles.insert(2, Line2D([], [], color="black", linewidth=3, label="boundary"))
-    handles.insert(3, Patch(color=SHADE, label="hard: early exit unsure"))
+    handles.insert(3, Patch(color=SHADE, label="early exit unsure"))
     return handles
 
 
+def describe(name: str, outcome: Outcome) -> str:
+    """The outcome on one split, in one line."""
+    early, final = outcome.scored.correct.mean(axis=0)
+    point, plain = outcome.point, outcome.cost.plain_macs
+    return (
+        f"{name} ({len(outcome.exit_index)} points): correct at the early exit {early:.2%}, at the"
+        f" final exit {final:.2%}, together {point.accuracy:.2%};"
+        f" {outcome.exit_shares[0]:.2%} exit early, MACs on average"
+        f" {point.macs_share * plain:.0f} ({point.macs_share:.1%} of {plain})"
+    )
+
+
 def parser() -> flags.Parser:
-    """The figure's flags."""
+    """The script's flags."""
     parser = flags.build_parser(
         "decision_boundary.py", "python docs-src/figures/decision_boundary.py [flags]", __doc__
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="the PNG (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+    parser.add_argument("--out", type=Path, default=IMAGE, help=f"the PNG (default {IMAGE.name})")
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default 0)")
     return parser
 
 
-def main() -> None:
-    """Trains, chooses the threshold on val, prints the numbers and draws."""
-    args = parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, chooses the threshold on val, prints the numbers and draws the figure."""
+    args = parser().parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     splits = {name: make_moons(count, generator) for name, count in SIZES.items()}
     net = train(*splits["train"])
-    *macs, plain = exit_macs(net)
-    undecided = Policy(exit_names=("early", FINAL), thresholds=(NEVER,), criterion="max_prob")
-    curve = shared_curve(score(net, *splits["val"], undecided), (True,), macs)
-    threshold = for_max_drop(curve, MAX_DROP)
-    policy = dataclasses.replace(undecided, thresholds=(threshold,))
+    cost = moon_cost(net)
+    policy = choose_on_val(net, splits["val"], cost)
+    early, whole = cost.cumulative()
+    threshold = policy.thresholds[0]
     print(f"seed {args.seed}: threshold {threshold:.3f}, at most {MAX_DROP:.1%} lost on val")
     print(
-        f"MACs of a point: leaving early {macs[0]}, going on {macs[1]},"
-        f" without an early exit {plain}"
+        f"MACs per point: {early} to exit early, {whole} to continue, {cost.plain_macs} without an"
+        " early exit"
     )
-    for name in ("val", "test"):
-        result = judge(score(net, *splits[name], policy), policy, macs)
-        print(
-            f"{name} ({SIZES[name]} points): right at early exit {result.early:.2%},"
-            f" final exit {result.final:.2%}, together {result.both:.2%};"
-            f" leaving early {result.leaving:.2%}, MACs on average {result.macs:.0f}"
-            f" ({result.macs / plain:.1%} of {plain})"
-        )
-    titles = (
-        "1. Early exit: a straight line",
-        "2. Final exit: a curve",
-        f"3. Together: {result.leaving:.0%} leave early",
+    val, test = (
+        outcome_of(score(net, *splits[name], policy), policy, cost) for name in ("val", "test")
     )
-    captions = (
-        f"{macs[0]} multiply-adds, {result.early:.1%} right on test",
-        f"{plain} multiply-adds, {result.final:.1%} right on test",
-        f"{result.macs:.0f} on average, {result.both:.1%} right on test",
-    )
+    print(f"{describe('val', val)}\n{describe('test', test)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"font.size": 16, "axes.titlesize": 17, "axes.labelsize": 16}):
-        # no software version in the file: the same picture is then the same bytes
-        draw(net, policy, splits, titles, captions).savefig(
-            args.out, dpi=120, metadata={"Software": None}
-        )
+        # without the software's version, the same picture gives the same bytes
+        draw(net, splits, test).savefig(args.out, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main, "decision_boundary.py")

@@ -1,52 +1,53 @@
-"""How much accuracy a label that decides who exits makes up, and what an oracle would reach.
+"""Measures how much accuracy is fictitious if the label decides who exits, and draws an oracle.
 
     python docs-src/figures/oracle.py runs/resnet20-mixed
 
-Some earlier code lets an image leave where the cross-entropy against its *true* label is low.
-Nobody has that label when it matters. Here that rule gets, for every threshold of ours, exactly as
-many images at each exit as we let leave there, so that the cost is the same; whatever it is more
-accurate by is made up. The oracle leaves at the first exit that is right. The run must have been
-evaluated (its records are read). Prints a table and draws docs-src/docs/imgs/oracle.png.
+Some earlier code lets an image exit if the cross-entropy against its *true* label is low. That
+label is not available in use. Here, for each threshold of our policy, that rule lets exactly as
+many images exit at each exit as our policy does, so the cost is the same and all additional
+accuracy is fictitious. The oracle exits at the first exit that is correct. The run must have been
+evaluated, because its records are read. Prints a table and draws docs-src/docs/imgs/oracle.png.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from criteria import record_parser, records
-from matplotlib.figure import Figure
+from run_records import RunRecords, add_val_from
 from torch.nn.functional import cross_entropy
 
-from early_exit import flags
-from early_exit.disk import written_whole
-from early_exit.choosing import Goal, choose, ladder, outcome
-from early_exit.plots import BLUE, GREY, ORANGE, STYLE
-from early_exit.records import ExitRecord, score_record
+from early_exit.choosing.goals import MaxDrop, candidates, choose
+from early_exit.choosing.outcome import Outcome, outcome_of
+from early_exit.choosing.record import ExitRecord, score_record
+from early_exit.cli import flags, program
+from early_exit.evaluation import plots
 
-IMAGE = Path(__file__).resolve().parent.parent / "docs" / "imgs" / "oracle.png"
-
-
-def parser() -> flags.Parser:
-    """The flags."""
-    return record_parser("oracle.py", __doc__, several=False)
+IMAGE = Path(__file__).resolve().parents[1] / "docs/imgs/oracle.png"
+MAX_DROP = 0.005
 
 
-def by_label(surprise: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The exit (images,) that each image takes if at every exit `counts` of those that are left do
-    so, with the lowest surprise (images, exits) about their label."""
-    taken = np.full(len(surprise), len(counts) - 1)
-    left = np.arange(len(surprise))
-    for index, count in enumerate(counts[:-1]):
-        order = left[np.argsort(surprise[left, index], kind="stable")]
-        taken[order[:count]] = index
-        left = order[count:]
-    return taken
+@dataclass(frozen=True, order=True)
+class Compared:
+    """A policy and the rule that uses the label, with as many images at each exit."""
+
+    macs_share: float
+    policy_accuracy: float
+    label_accuracy: float
 
 
-def surprise_of(record: ExitRecord) -> np.ndarray:
-    """Cross-entropy of every exit against the true label, (images, exits)."""
+@dataclass(frozen=True)
+class Oracle:
+    """Exits at the first exit that is correct, or at the final one."""
+
+    macs_share: float
+    accuracy: float
+
+
+def label_losses(record: ExitRecord) -> np.ndarray:
+    """The cross-entropy of every exit against the true label, (images, exits)."""
     targets = torch.from_numpy(record.targets)
     columns = [
         cross_entropy(record.exit_logits(index), targets, reduction="none")
@@ -55,55 +56,110 @@ def surprise_of(record: ExitRecord) -> np.ndarray:
     return torch.stack(columns, dim=1).numpy()
 
 
-def main() -> None:
-    """Reads, draws and prints."""
-    args = parser().parse_args()
-    ((val, test),) = records(args)
-    val, cost = val or test, test.cost
-    surprise, rows = surprise_of(test), np.arange(len(test))
-    chosen = choose(val, Goal(max_drop=0.005), cost)
-    scored = score_record(test, chosen)
-    right, shares = scored.right, np.array(cost.shares())
-    points = []
-    for policy in [chosen, *ladder(val, Goal(max_drop=0.0), cost)]:
-        policy = dataclasses.replace(policy, temperatures=chosen.temperatures)
-        point, taken = outcome(scored, policy, cost)
-        label = by_label(surprise, np.bincount(taken, minlength=len(shares)))
-        points.append((point.macs_share, point.accuracy, right[rows, label].mean()))
-    oracle = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
-    best = shares[oracle].mean(), right[rows, oracle].mean()
-    (macs, ours, label), curve = points[0], 100 * np.array(sorted(points[1:])).T
+def exits_by_label(losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The exit of each image, (images,), if the label decides: at exit i, the `counts[i]` remaining
+    images with the lowest loss exit.
 
-    print("| who decides | test | MACs |\n| --- | ---: | ---: |")
-    for name, accuracy, share in (
-        ("the network, thresholds chosen on val for half a point", ours, macs),
-        ("the label, as many at each exit", label, macs),
-        ("the oracle", best[1], best[0]),
-        ("nobody: all at the final exit", right[:, -1].mean(), shares[-1]),
-    ):
-        print(f"| {name} | {100 * accuracy:.2f} % | {100 * share:.1f} % |")
-    widest = (curve[2] - curve[1]).argmax()
-    print(
-        f"most is made up at {curve[0, widest]:.1f} % of the MACs: {curve[2, widest]:.2f} instead"
-        f" of {curve[1, widest]:.2f} %"
-    )
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.4))
-        axes = figure.add_subplot()
+    losses: (images, exits); counts: (exits,).
+    """
+    exit_index = np.full(len(losses), len(counts) - 1)
+    remaining = np.arange(len(losses))
+    for index, count in enumerate(counts[:-1]):
+        order = remaining[np.argsort(losses[remaining, index], kind="stable")]
+        exit_index[order[:count]] = index
+        remaining = order[count:]
+    return exit_index
+
+
+def compare(outcome: Outcome, losses: np.ndarray) -> Compared:
+    """A policy beside the rule that uses the label."""
+    counts = np.bincount(outcome.exit_index, minlength=losses.shape[1])
+    correct, by_label = outcome.scored.correct, exits_by_label(losses, counts)
+    label_accuracy = correct[np.arange(len(correct)), by_label].mean()
+    return Compared(outcome.point.macs_share, outcome.point.accuracy, label_accuracy)
+
+
+def oracle_of(correct: np.ndarray, shares: np.ndarray) -> Oracle:
+    """correct: (images, exits) bool; shares: (exits,) of the plain network's MACs."""
+    exit_index = np.where(correct.any(axis=1), correct.argmax(axis=1), correct.shape[1] - 1)
+    return Oracle(shares[exit_index].mean(), correct.any(axis=1).mean())
+
+
+def draw(curve: Sequence[Compared], oracle: Oracle) -> None:
+    """Accuracy against multiply-adds with and without the label, and the oracle.
+
+    curve: in order of rising multiply-adds.
+    """
+    macs, policy, label = 100 * np.array([dataclasses.astuple(row) for row in curve]).T
+    with plots.figure(IMAGE, (7, 4.4)) as (_, axes):
         axes.fill_between(
-            curve[0], curve[1], curve[2], facecolor="none", edgecolor=GREY, hatch="///", lw=0,
-            label="made up: the label decides who exits",
+            macs,
+            policy,
+            label,
+            facecolor="none",
+            edgecolor=plots.GREY,
+            hatch="///",
+            lw=0,
+            label="fictitious: the label decides who exits",
         )
-        axes.plot(curve[0], curve[2], color=GREY, lw=1.5, ls="--")
-        axes.plot(curve[0], curve[1], color=BLUE, lw=2, label="the network decides")
-        axes.plot(100 * best[0], 100 * best[1], "X", color=ORANGE, ms=11, mec="black", mew=0.6,
-                  label="oracle: the first exit that is right (a bound)")
+        axes.plot(macs, label, color=plots.GREY, lw=1.5, ls="--")
+        axes.plot(macs, policy, color=plots.BLUE, lw=2, label="the policy decides")
+        axes.plot(
+            100 * oracle.macs_share,
+            100 * oracle.accuracy,
+            "X",
+            color=plots.ORANGE,
+            ms=11,
+            mec="black",
+            mew=0.6,
+            label="oracle: the first correct exit (a bound)",
+        )
         axes.set_xlabel("multiply-adds, % of the plain network")
         axes.set_ylabel("accuracy on test, %")
         axes.legend(loc="lower right", fontsize=9)
-        with written_whole(IMAGE) as file:
-            figure.savefig(file, format="png")
+
+
+def parser() -> flags.Parser:
+    """The script's flags."""
+    parser = flags.build_parser(
+        "oracle.py", "python docs-src/figures/oracle.py RUN [flags]", __doc__
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that was evaluated")
+    add_val_from(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table and draws the figure."""
+    args = parser().parse_args(argv)
+    records = RunRecords.load(args.run, args.val_from)
+    test, cost = records.test, records.test.cost
+    val = test if records.val is None else records.val
+    chosen, losses = choose(val, MaxDrop(MAX_DROP), cost), label_losses(test)
+    scored = score_record(test, chosen.with_all_enabled())
+    point = compare(outcome_of(scored, chosen, cost), losses)
+    curve = sorted(
+        compare(outcome_of(scored, policy, cost), losses)
+        for policy in candidates(val, MaxDrop(MAX_DROP), cost)
+    )
+    shares = np.array(cost.shares())
+    oracle = oracle_of(scored.correct, shares)
+
+    print("| who exits is decided by | accuracy on test | MACs |\n| --- | ---: | ---: |")
+    for name, accuracy, share in (
+        ("the policy, chosen on val for half a point", point.policy_accuracy, point.macs_share),
+        ("the label, as many at each exit", point.label_accuracy, point.macs_share),
+        ("the oracle", oracle.accuracy, oracle.macs_share),
+        ("nothing: all images at the final exit", scored.correct[:, -1].mean(), shares[-1]),
+    ):
+        print(f"| {name} | {100 * accuracy:.2f} % | {100 * share:.1f} % |")
+    widest = max(curve, key=lambda row: row.label_accuracy - row.policy_accuracy)
+    print(
+        f"the difference is largest at {100 * widest.macs_share:.1f} % of the MACs:"
+        f" {100 * widest.label_accuracy:.2f} instead of {100 * widest.policy_accuracy:.2f} %"
+    )
+    draw(curve, oracle)
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main, "oracle.py")

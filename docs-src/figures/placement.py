@@ -1,145 +1,191 @@
-"""Where exits pay: every place on its own, and as many as are worth it.
+"""Shows where exits pay: every place on its own, then as many exits as are worth it.
 
     python docs-src/figures/placement.py runs/cdl-resnet56 --val-from test
 
-For a run with an exit after every block (--regime cdl). One exit alone is switched on after the
-other, with the threshold that gives up half a point on val; what that saves on test is drawn
-against where the exit lies. Then exits are added, each time the one that saves most on val. The run
-must have been evaluated (its records are read). Means and deviations over ten cuts, as in
-criteria.py. Prints tables and draws docs-src/docs/imgs/placement.png.
+For a run with an exit after every block (--regime cdl). First each exit is enabled on its own, with
+the threshold that loses half a point on val, and its saving on test is drawn against its position.
+Then exits are added, each time the one that saves most on val. The run must have been evaluated,
+because its records are read. Means and deviations are over ten cuts, as in criteria.py. Prints
+tables and draws docs-src/docs/imgs/placement.png.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from criteria import CUTS, cut, record_parser, records
-from matplotlib.figure import Figure
+from run_records import CUTS, RunRecords, add_val_from
 
-from early_exit import flags
-from early_exit.choosing import Goal, choose, outcome
-from early_exit.cost import Cost
-from early_exit.disk import written_whole
+from early_exit.choosing.curve import for_max_drop, shared_curve
+from early_exit.choosing.goals import MaxDrop, calibrated
+from early_exit.choosing.outcome import Point, apply_policy
+from early_exit.choosing.overthinking import correct_answers
+from early_exit.choosing.record import ExitRecord, Scores, score_record
+from early_exit.cli import flags, program
+from early_exit.evaluation import plots
+from early_exit.inference.policy import Policy
 from early_exit.metrics import mean_std
-from early_exit.overthinking import right_answers
-from early_exit.plots import BLUE, GREY, ORANGE, STYLE
-from early_exit.policy import NEVER, Policy
-from early_exit.records import ExitRecord, Scores, score_record
-from early_exit.thresholds import for_max_drop, shared_curve
+from early_exit.model.cost import Cost
 
-IMAGE = Path(__file__).resolve().parent.parent / "docs" / "imgs" / "placement.png"
+IMAGE = Path(__file__).resolve().parents[1] / "docs/imgs/placement.png"
 DROP = 0.005
-MOST = 8  # exits that are added
+MAX_ADDED = 8  # exits
 
 
-def parser() -> flags.Parser:
-    """The flags."""
-    return record_parser("placement.py", __doc__, several=False)
+@dataclass(frozen=True)
+class Val:
+    """The images that a cut chooses on, scored with all exits enabled."""
+
+    policy: Policy
+    """Calibrated; no row exits early."""
+    scored: Scores
+    cost: Cost
+
+    @classmethod
+    def of(cls, record: ExitRecord, cost: Cost) -> "Val":
+        """Fits the temperatures and scores the record."""
+        policy = calibrated(record, MaxDrop(DROP))
+        return cls(policy, score_record(record, policy), cost)
+
+    def choose(self, exits: Sequence[int]) -> tuple[Policy, float]:
+        """The policy with only `exits` enabled that loses half a point, and its cost per image as
+        a share of the plain network's MACs."""
+        enabled = tuple(index in exits for index in range(self.policy.num_exits - 1))
+        curve = shared_curve(self.scored, enabled, self.cost.cumulative(enabled))
+        threshold = for_max_drop(curve, DROP)
+        policy = dataclasses.replace(self.policy, enabled=enabled).with_threshold(threshold)
+        macs = curve.macs[curve.thresholds == threshold][0]
+        return policy, float(macs / self.cost.plain_macs)
+
+    def add_exits(self) -> list[list[int]]:
+        """Growing sets of exits; each adds the exit with which an image costs least."""
+        exits: list[int] = []
+        sets = []
+        num_early = self.policy.num_exits - 1
+        for _ in range(min(MAX_ADDED, num_early)):
+            others = [index for index in range(num_early) if index not in exits]
+            exits = [*exits, min(others, key=lambda index: self.choose([*exits, index])[1])]
+            sets.append(exits)
+        return sets
 
 
-def alone_on(policy: Policy, scored: Scores, on: Sequence[int], cost: Cost) -> tuple[Policy, float]:
-    """The policy with only the exits `on`, its threshold for half a point given up on the sample,
-    and what an image then costs there, as a share of the plain network's MACs."""
-    enabled = tuple(index in on for index in range(policy.num_exits - 1))
-    curve = shared_curve(scored, enabled, cost.cumulative(enabled))
-    threshold = for_max_drop(curve, DROP)
-    chosen = dataclasses.replace(policy, enabled=enabled).shared(threshold)
-    return chosen, float(curve.macs[curve.thresholds == threshold][0] / cost.plain_macs)
+@dataclass(frozen=True)
+class Cut:
+    """One cut of the records: what was chosen on val, reported on test."""
+
+    single: list[Point]
+    """One per early exit: only this exit enabled."""
+    exit_sets: list[list[int]]
+    """The sets that `Val.add_exits` found, then all early exits."""
+    several: list[Point]
+    """One per set."""
 
 
-def added(policy: Policy, scored: Scores, cost: Cost) -> list[list[int]]:
-    """Exits, one more each time: the one with which the sample is cheapest."""
-    on: list[int] = []
-    steps = []
-    for _ in range(min(MOST, policy.num_exits - 1)):
-        others = [index for index in range(policy.num_exits - 1) if index not in on]
-        price = {index: alone_on(policy, scored, [*on, index], cost)[1] for index in others}
-        on = [*on, min(price, key=price.get)]
-        steps.append(on)
-    return steps
+def measure_cut(records: RunRecords, seed: int) -> Cut:
+    """Chooses on the images of one cut and reports on the others."""
+    val_record, test = records.cut(seed)
+    cost = test.cost
+    val, early = Val.of(val_record, cost), range(len(cost.exit_names) - 1)
+
+    def report(exits: Sequence[int]) -> Point:
+        policy, _ = val.choose(exits)
+        return apply_policy(policy, test, cost).point
+
+    exit_sets = [*val.add_exits(), list(early)]
+    return Cut([report([index]) for index in early], exit_sets, [report(s) for s in exit_sets])
 
 
-def spread(values: Sequence[float], decimals: int = 1) -> str:
-    """Mean and deviation, in percent."""
+def single_table(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> str:
+    """One row per early exit that is enabled on its own. accuracy: (exits,) of each exit."""
+    lines = [
+        "| exit after | position | its head | accuracy of this exit | MACs saved | points lost |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for index, position in enumerate(positions(cost)):
+        points = [cut.single[index] for cut in cuts]
+        saved = percent([1 - point.macs_share for point in points])
+        lost = percent([accuracy[-1] - point.accuracy for point in points], 2)
+        lines.append(
+            f"| {cost.exit_names[index]} | {100 * position:.1f} %"
+            f" | {100 * cost.head_macs[index] / cost.plain_macs:.2f} %"
+            f" | {100 * accuracy[index]:.2f} % | {saved} % | {lost} |"
+        )
+    return "\n".join(lines)
+
+
+def several_table(cuts: Sequence[Cut], cost: Cost) -> str:
+    """One row per number of exits."""
+    lines = [
+        "| exits | accuracy on test | MACs | exits in the first cut |",
+        "| ---: | ---: | ---: | --- |",
+    ]
+    sets = cuts[0].exit_sets
+    for number, exits in enumerate(sets):
+        points = [cut.several[number] for cut in cuts]
+        is_all = number == len(sets) - 1
+        names = "" if is_all else " ".join(cost.exit_names[index] for index in sorted(exits))
+        lines.append(
+            f"| {'all' if is_all else len(exits)}"
+            f" | {percent([point.accuracy for point in points], 2)} %"
+            f" | {percent([point.macs_share for point in points])} % | {names} |"
+        )
+    return "\n".join(lines)
+
+
+def positions(cost: Cost) -> np.ndarray:
+    """The share of the plain network's MACs before each early exit, (early exits,)."""
+    return np.cumsum(cost.stage_macs)[:-1] / cost.plain_macs
+
+
+def percent(values: Sequence[float], decimals: int = 1) -> str:
+    """Mean and deviation of fractions, in percent."""
     mean, std = mean_std([100 * value for value in values])
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
-def shown(policy: Policy, test: ExitRecord, cost: Cost) -> tuple[float, float]:
-    """Accuracy on test, and the share of MACs."""
-    point, _ = outcome(score_record(test, policy), policy, cost)
-    return point.accuracy, point.macs_share
-
-
-def main() -> None:
-    """Reads, draws and prints."""
-    args = parser().parse_args()
-    ((whole_val, whole_test),) = records(args)
-    cost = whole_test.cost
-    early = len(cost.exit_names) - 1
-    alone: list[list[tuple[float, float]]] = [[] for _ in range(early)]
-    several: list[list[tuple[float, float, str]]] = []
-    for seed in range(CUTS):
-        val, test = cut(whole_val, whole_test, seed)
-        fitted = choose(val, Goal(thresholds=(NEVER,)), cost)  # temperatures, and nobody leaves
-        scored = score_record(val, fitted)
-        chosen = partial(alone_on, fitted, scored, cost=cost)
-        for index in range(early):
-            alone[index].append(shown(chosen([index])[0], test, cost))
-        several.append(
-            [
-                (*shown(chosen(on)[0], test, cost),
-                 " ".join(cost.exit_names[index] for index in sorted(on)))
-                for on in [*added(fitted, scored, cost), range(early)]
-            ]
-        )
-    accuracy = right_answers(whole_test).mean(axis=0)
-    places = np.cumsum(cost.stage_macs)[:-1] / cost.plain_macs
-
-    print("| exit after | lies at | its head | alone, test | saves | costs |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for index in range(early):
-        points, shares = zip(*alone[index], strict=True)
-        saved = spread([1 - share for share in shares])
-        lost = spread([accuracy[-1] - point for point in points], 2)
-        print(
-            f"| {cost.exit_names[index]} | {100 * places[index]:.1f} %"
-            f" | {100 * cost.head_macs[index] / cost.plain_macs:.2f} %"
-            f" | {100 * accuracy[index]:.2f} % | {saved} % | {lost} points |"
-        )
-    print("\n| exits | test | MACs | first cut's |\n| ---: | ---: | ---: | --- |")
-    for number, cells in enumerate(zip(*several, strict=True)):
-        points, shares, names = zip(*cells, strict=True)
-        label = "all" if number == len(several[0]) - 1 else str(number + 1)
-        which = "" if label == "all" else names[0]
-        print(f"| {label} | {spread(points, 2)} % | {spread(shares)} % | {which} |")
-    draw(places, accuracy, [[1 - share for _, share in points] for points in alone])
-
-
-def draw(places: np.ndarray, accuracy: np.ndarray, saved: Sequence[Sequence[float]]) -> None:
-    """Accuracy of each exit above, what it saves alone below, against where it lies."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 5))
-        above, below = figure.subplots(2, 1, sharex=True)
-        above.plot(100 * places, 100 * accuracy[:-1], "o-", color=ORANGE, ms=5)
-        above.axhline(100 * accuracy[-1], color=GREY, ls="--", lw=1)
+def draw(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> None:
+    """Accuracy of each exit above, what it saves on its own below, against its position."""
+    x = 100 * positions(cost)
+    saved = [
+        mean_std([100 * (1 - cut.single[index].macs_share) for cut in cuts])
+        for index in range(len(x))
+    ]
+    means, deviations = zip(*saved, strict=True)
+    with plots.figure(IMAGE, (7, 5), (2, 1)) as (figure, (above, below)):
+        below.sharex(above)
+        above.tick_params(labelbottom=False)
+        above.plot(x, 100 * accuracy[:-1], "o-", color=plots.ORANGE, ms=5)
+        above.axhline(100 * accuracy[-1], color=plots.GREY, ls="--", lw=1)
         above.text(0, 100 * accuracy[-1] - 1, "the whole network", va="top", fontsize=9)
-        above.set_ylabel("alone, % right")
-        means, deviations = zip(*(mean_std([100 * one for one in each]) for each in saved),
-                                strict=True)
-        below.errorbar(
-            100 * places, means, deviations, fmt="s-", color=BLUE, ms=5, capsize=2
-        )
-        below.axhline(0, color=GREY, lw=1)
+        above.set_ylabel("accuracy of this exit, %")
+        below.errorbar(x, means, deviations, fmt="s-", color=plots.BLUE, ms=5, capsize=2)
+        below.axhline(0, color=plots.GREY, lw=1)
         below.set_ylabel("multiply-adds saved, %")
-        below.set_xlabel("where the only exit lies, % of the multiply-adds")
+        below.set_xlabel("position of the only exit, % of the multiply-adds")
         figure.tight_layout()
-        with written_whole(IMAGE) as file:
-            figure.savefig(file, format="png")
+
+
+def parser() -> flags.Parser:
+    """The script's flags."""
+    parser = flags.build_parser(
+        "placement.py", "python docs-src/figures/placement.py RUN [flags]", __doc__
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that was evaluated")
+    add_val_from(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the tables and draws the figure."""
+    args = parser().parse_args(argv)
+    records = RunRecords.load(args.run, args.val_from)
+    cost, accuracy = records.test.cost, correct_answers(records.test).mean(axis=0)
+    cuts = [measure_cut(records, seed) for seed in range(CUTS)]
+    print(single_table(cuts, cost, accuracy))
+    print(f"\n{several_table(cuts, cost)}")
+    draw(cuts, cost, accuracy)
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main, "placement.py")

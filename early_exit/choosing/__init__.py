@@ -1,0 +1,1 @@
+"""From an exit record and a goal to a policy, in numpy, without the network."""

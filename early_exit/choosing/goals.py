@@ -1,0 +1,343 @@
+"""Goals: what a policy is chosen for, and the choice, from the record of val alone."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from early_exit.choosing import cdl, guarantees
+from early_exit.choosing.calibration import fit_temperature
+from early_exit.choosing.curve import Curve, for_budget, for_latency, for_max_drop, shared_curve
+from early_exit.choosing.guarantees import Guarantee
+from early_exit.choosing.record import ExitRecord, Scores, score_record
+from early_exit.choosing.search import (
+    Objective,
+    Pricing,
+    cheapest,
+    exits_that_pay,
+    most_accurate,
+)
+from early_exit.errors import UserError
+from early_exit.inference.criteria import get_traits
+from early_exit.inference.latency import StageTimes
+from early_exit.inference.policy import NEVER, Policy
+from early_exit.model.cost import Cost
+
+CURVE_POINTS = 200  # of all outcomes on val, how many a report keeps and a guarantee looks at
+FIT_SHARE = 0.2  # of val, if a guarantee is wanted; the rest certifies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a policy is chosen for; use one of the subclasses."""
+
+    criterion: str = "max_prob"
+    """Name of the exit criterion."""
+    calibrate: bool = True
+    """Whether a temperature per exit is fitted."""
+
+    def __post_init__(self) -> None:
+        get_traits(self.criterion)
+
+
+@dataclass(frozen=True)
+class MaxDrop(Goal):
+    """The cheapest policy that loses at most `drop` accuracy against the final exit."""
+
+    drop: float
+    """A fraction: 0.005 is half a point."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1:
+            raise UserError(f"--max-drop is {100 * self.drop:g} points; it must be in 0 to 100")
+
+    def __str__(self) -> str:
+        return f"max drop {100 * self.drop:g} points"
+
+
+@dataclass(frozen=True)
+class Budget(Goal):
+    """The most accurate policy within a budget of multiply-adds."""
+
+    share: float
+    """Of the plain network's MACs: 0.5 is half of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.share > 0:
+            raise UserError(f"--budget is {100 * self.share:g} %; it must be positive")
+
+    def __str__(self) -> str:
+        return f"budget {100 * self.share:g} % of MACs"
+
+
+@dataclass(frozen=True)
+class LatencyBudget(Goal):
+    """The most accurate policy within a budget of seconds per batch."""
+
+    limit: float
+    """Seconds, or with `of_plain` a share of the plain network's seconds."""
+    of_plain: bool = False
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.limit > 0:
+            raise UserError(f"--latency-budget must be positive, got {self.limit:g}")
+        if self.batch_size < 1:
+            raise UserError(f"--latency-batch must be at least 1, got {self.batch_size}")
+
+    def seconds(self, times: StageTimes) -> float:
+        """The seconds allowed per batch."""
+        return self.limit * times.plain if self.of_plain else self.limit
+
+    def __str__(self) -> str:
+        limit = f"{1000 * self.limit:g} ms"
+        if self.of_plain:
+            limit = f"{100 * self.limit:g} % of the seconds"
+        return f"latency {limit} at batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class FixedThresholds(Goal):
+    """Given thresholds."""
+
+    thresholds: tuple[float, ...]
+    """One for all early exits, or one each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_thresholds(self.thresholds, self.criterion, "--thresholds")
+
+    def __str__(self) -> str:
+        return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
+
+
+@dataclass(frozen=True)
+class FixedPolicy(Goal):
+    """A given policy. A guarantee that it has is dropped: it may not hold for this network."""
+
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "criterion", self.policy.criterion)
+        object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
+        _check_thresholds(self.policy.thresholds, self.criterion, "--policy")
+
+    def __str__(self) -> str:
+        return "given policy"
+
+
+@dataclass(frozen=True)
+class Risk(Goal):
+    """The cheapest policy whose risk is guaranteed (`early_exit.choosing.guarantees`)."""
+
+    risk: float
+    """The mean loss against the full network is at most this fraction."""
+    confidence: float | None = 0.95
+    """The probability with which that holds; None: it holds on average."""
+    loss: str = "wrong"
+    """Name of the loss (`early_exit.choosing.guarantees.LOSSES`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"{flag} is {100 * value:g}; it must be between 0 and 100")
+        if self.loss not in guarantees.LOSSES:
+            raise UserError(
+                f"there is no loss {self.loss!r}; choose one of {', '.join(guarantees.LOSSES)}"
+            )
+
+    def __str__(self) -> str:
+        how = "average" if self.confidence is None else f"{100 * self.confidence:g} %"
+        return f"risk {100 * self.risk:g} points {self.loss} {how}"
+
+
+@dataclass(frozen=True)
+class ConditionalDeepLearning(Goal):
+    """CDL's choice of stages (`early_exit.choosing.cdl`), on uncalibrated probabilities."""
+
+    delta: float
+    """The confidence at which an image exits."""
+    epsilon: float = 0.0
+    """What the gain of a stage must exceed, as a share of the plain network's MACs."""
+    calibrate: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.criterion != Goal.criterion:
+            raise UserError(f"--delta is a probability; remove --criterion {self.criterion}")
+        if not 0.5 <= self.delta < 1:
+            raise UserError(f"--delta must be in 0.5 to below 1, got {self.delta:g}")
+        if not 0 <= self.epsilon < math.inf:
+            raise UserError(f"--epsilon must be at least 0, got {100 * self.epsilon:g}")
+
+    def __str__(self) -> str:
+        return f"delta {self.delta:g} epsilon {100 * self.epsilon:g} % of MACs"
+
+
+def _check_thresholds(thresholds: tuple[float, ...], criterion: str, flag: str) -> None:
+    """Raises UserError for a threshold that no score, or every score, reaches by definition.
+
+    flag: the one that gave the thresholds.
+    """
+    if -math.inf in thresholds:
+        raise UserError(f"{flag}: a threshold is minus infinity; give a number below every score")
+    traits = get_traits(criterion)
+    for threshold in thresholds:
+        if math.isfinite(threshold) and not traits.lowest <= threshold <= traits.highest:
+            unit = f" ({traits.unit})" if traits.unit else ""
+            negated = f"; try --thresholds={-threshold:g}" if traits.highest <= 0 else ""
+            raise UserError(
+                f"{flag}: {threshold:g} is out of range, scores of {criterion}{unit} are"
+                f" {traits.lowest:g} to {traits.highest:g}{negated}"
+            )
+
+
+def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None) -> Policy:
+    """The policy that reaches the goal, from val alone.
+
+    times: for a latency budget. Raises UserError if the goal cannot be reached, or if the criterion
+    does not fit the exits.
+    """
+    match goal:
+        case Risk():
+            return _certified(val, goal, cost)
+        case FixedPolicy(policy=policy):
+            policy.check_exits(val.info.exit_names, "the network")
+            return dataclasses.replace(policy, guarantee=None)
+        case FixedThresholds(thresholds=given):
+            policy = calibrated(val, goal)
+            return dataclasses.replace(policy, thresholds=one_each(given, policy.num_exits))
+        case ConditionalDeepLearning():
+            policy = calibrated(val, goal)
+            stages = cdl.admit(score_record(val, policy), cost, goal.delta, goal.epsilon)
+            policy = dataclasses.replace(policy, enabled=cdl.enabled(stages))
+            return policy.with_threshold(goal.delta)
+        case MaxDrop():
+            scored, policy = _scored(val, goal)
+            needed = scored.correct[:, -1].mean() - goal.drop
+            enabled, curve = _select(scored, policy, cost, cost.mean_macs, cheapest(needed))
+            threshold = for_max_drop(curve, goal.drop)
+        case Budget():
+            scored, policy = _scored(val, goal)
+            limit = goal.share * cost.plain_macs
+            enabled, curve = _select(scored, policy, cost, cost.mean_macs, most_accurate(limit))
+            threshold = for_budget(curve, limit)
+        case LatencyBudget():
+            if times is None:
+                raise ValueError("a latency budget needs the times of the stages")
+            scored, policy = _scored(val, goal)
+            limit = goal.seconds(times)
+            enabled, curve = _select(scored, policy, cost, times.of, most_accurate(limit))
+            threshold = for_latency(curve, times.of(enabled, curve.shares), limit)
+        case _:
+            raise TypeError(f"choose one of Goal's subclasses, got {type(goal).__name__}")
+    return dataclasses.replace(policy, enabled=enabled).with_threshold(threshold)
+
+
+def calibrated(val: ExitRecord, goal: Goal) -> Policy:
+    """The goal's criterion with temperatures fitted on val; no row exits early yet."""
+    names, targets = val.info.exit_names, torch.from_numpy(val.targets)
+    temperatures = tuple(
+        fit_temperature(val.exit_logits(index), targets) if goal.calibrate else 1.0
+        for index in range(len(names))
+    )
+    return Policy(
+        exit_names=names,
+        thresholds=(NEVER,) * (len(names) - 1),
+        criterion=goal.criterion,
+        temperatures=temperatures,
+    )
+
+
+def one_each(thresholds: tuple[float, ...], num_exits: int) -> tuple[float, ...]:
+    """One threshold for all early exits, or one each, as `num_exits - 1` numbers."""
+    if len(thresholds) == 1:
+        thresholds = thresholds * (num_exits - 1)
+    if len(thresholds) != num_exits - 1:
+        raise UserError(
+            f"got {len(thresholds)} thresholds for {num_exits - 1} early exits; give one, or one"
+            " each"
+        )
+    return tuple(map(float, thresholds))
+
+
+def _scored(val: ExitRecord, goal: Goal) -> tuple[Scores, Policy]:
+    policy = calibrated(val, goal)
+    return score_record(val, policy), policy
+
+
+def _select(
+    scored: Scores, policy: Policy, cost: Cost, pricing: Pricing, objective: Objective
+) -> tuple[tuple[bool, ...], Curve]:
+    """Which exits to enable, and the curve of a shared threshold for them."""
+    enabled = _enabled(scored, policy, pricing, objective)
+    return enabled, shared_curve(scored, enabled, cost.cumulative(enabled))
+
+
+def _enabled(
+    scored: Scores, policy: Policy, pricing: Pricing, objective: Objective
+) -> tuple[bool, ...]:
+    """The exits that pay; all of them if scores depend on the exits before."""
+    if get_traits(policy.criterion).keeps_state:
+        return policy.enabled
+    return exits_that_pay(scored, pricing, objective)
+
+
+def _certified(val: ExitRecord, goal: Risk, cost: Cost) -> Policy:
+    """The cheapest policy whose risk is certified. The candidates are fitted on a random fifth of
+    val; the rest certifies."""
+    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in fit_and_certify(val))
+    policies = candidates(fit, goal, cost)
+    scored = score_record(certify, policies[0])
+    lost = guarantees.losses_of(scored, policies, goal.loss)
+    if goal.confidence is None:
+        last = guarantees.on_average(lost, goal.risk)
+    else:
+        last = guarantees.with_confidence(lost, goal.risk, goal.confidence)
+    guarantee = Guarantee(
+        risk=goal.risk,
+        confidence=goal.confidence,
+        loss=goal.loss,
+        images=len(certify),
+        losses=int(lost[last].sum()),
+        data=f"drawn at random, seed 0, from val {val.info.split_hash}",
+    )
+    return dataclasses.replace(
+        policies[last], guarantee={**dataclasses.asdict(guarantee), "words": str(guarantee)}
+    )
+
+
+def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
+    """The val images that the candidates of a guarantee are fitted on, and those that certify."""
+    order = np.random.default_rng(0).permutation(len(val))
+    cut = max(1, round(FIT_SHARE * len(val)))
+    return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+def candidates(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
+    """Policies with one threshold for all exits, from no exit taken to all taken, evenly in MACs.
+
+    Temperatures, and for `Risk` the exits that pay at that loss, are fitted on `fit`.
+    """
+    scored, policy = _scored(fit, goal)
+    if isinstance(goal, Risk):
+        by_loss = guarantees.with_losses_as_errors(scored, goal.loss)  # the loss that is certified
+        enabled = _enabled(by_loss, policy, cost.mean_macs, cheapest(1 - goal.risk))
+        policy = dataclasses.replace(policy, enabled=enabled)
+    curve = shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
+    return [policy.with_threshold(float(at)) for at in curve.thresholds[thinned(curve)]]
+
+
+def thinned(curve: Curve) -> list[int]:
+    """Indices of at most `CURVE_POINTS` points of a curve, evenly in its MACs."""
+    wanted = np.linspace(curve.macs[0], curve.macs[-1], CURVE_POINTS)
+    after = np.searchsorted(-curve.macs, -wanted).clip(max=len(curve.macs) - 1)
+    before = (after - 1).clip(0)
+    nearer = np.abs(curve.macs[before] - wanted) <= np.abs(curve.macs[after] - wanted)
+    return list(dict.fromkeys(np.where(nearer, before, after).tolist()))

@@ -1,0 +1,315 @@
+"""The exit record: the logits of every exit for every image of a split.
+
+Every question about thresholds is answered from it, without the network.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from early_exit.errors import UserError
+from early_exit.inference.criteria import get_traits
+from early_exit.inference.policy import Policy
+from early_exit.metrics import MANY_CLASSES, in_top5
+from early_exit.model.cost import Cost
+from early_exit.model.network import MultiExitNetwork
+from early_exit.system.files import atomic_directory, write_text
+
+MAPPED_BYTES = 64 << 20  # the logits of a larger record are memory-mapped
+CHUNK_BYTES = 8 << 20  # logits read at once, so that a mapped record never fills the memory
+ROUNDING = 1e-5  # live inference may exit or answer differently if a decision is closer than this
+
+
+@dataclass(frozen=True)
+class RecordInfo:
+    """Where a record comes from. Records of the same weights, images and precision have equal
+    ones."""
+
+    split: str
+    split_hash: str
+    """Hash of the images (`early_exit.data.base.Data.digest`)."""
+    exit_names: tuple[str, ...]
+    stage_macs: tuple[int, ...]
+    head_macs: tuple[int, ...]
+    precision: str
+    weights: str
+    """Hash of the network's weights, and which they are, such as those of the last epoch."""
+    device: str
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """Logits of every exit for every image of a split.
+
+    logits: (images, exits, classes) float32, memory-mapped if large; targets: (images,) int64;
+    rows: (images,) if this is a subset of a mapped record, the indices of its images in `logits`.
+    """
+
+    logits: np.ndarray
+    targets: np.ndarray
+    info: RecordInfo
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits of an exit."""
+        return self.logits.shape[2]
+
+    @property
+    def cost(self) -> Cost:
+        """The network's cost in MACs. A record does not have the numbers of parameters, so they
+        are 0."""
+        info, no_params = self.info, (0,) * len(self.info.exit_names)
+        return Cost(info.exit_names, info.stage_macs, info.head_macs, 0, no_params)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All images in chunks: the slice of the record, and its logits (chunk, exits, classes)."""
+        size = max(1, CHUNK_BYTES // (4 * self.logits.shape[1] * self.num_classes))
+        for start in range(0, len(self), size):
+            chunk = slice(start, min(start + size, len(self)))
+            rows = chunk if self.rows is None else self.rows[chunk]
+            yield chunk, torch.from_numpy(np.array(self.logits[rows]))
+
+    def subset(self, indices: np.ndarray, split: str, split_hash: str) -> "ExitRecord":
+        """The images at `indices` as the record of another split. Mapped logits are not copied."""
+        info = RecordInfo(**{**vars(self.info), "split": split, "split_hash": split_hash})
+        targets = self.targets[indices]
+        if isinstance(self.logits, np.memmap):
+            rows = indices if self.rows is None else self.rows[indices]
+            return ExitRecord(self.logits, targets, info, rows)
+        return ExitRecord(self.logits[indices], targets, info)
+
+    def exit_logits(self, exit_index: int) -> Tensor:
+        """The logits of one exit, (images, classes). For a mapped record that is not a subset, they
+        are a view of the file."""
+        rows = slice(None) if self.rows is None else self.rows
+        return torch.from_numpy(self.logits[rows, exit_index])
+
+    def save(self, directory: Path | str) -> None:
+        """Writes the record as a directory, whole or not at all."""
+        with atomic_directory(Path(directory)) as partial:
+            np.save(partial / "logits.npy", self.logits)
+            _write_targets_and_info(partial, self.targets, self.info)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "ExitRecord":
+        """Reads what `save` wrote; large logits are memory-mapped. Raises UserError if a file is
+        missing or torn."""
+        directory = Path(directory)
+        try:
+            info = json.loads((directory / "info.json").read_text())
+            info = {k: tuple(v) if isinstance(v, list) else v for k, v in info.items()}
+            large = (directory / "logits.npy").stat().st_size > MAPPED_BYTES
+            # copy-on-write: torch needs a writable array, and the file must not change
+            logits = np.load(directory / "logits.npy", mmap_mode="c" if large else None)
+            return cls(logits, np.load(directory / "targets.npy"), RecordInfo(**info))
+        except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{directory} is not a complete exit record ({error})") from None
+
+
+def _write_targets_and_info(partial: Path, targets: np.ndarray, info: RecordInfo) -> None:
+    np.save(partial / "targets.npy", targets)
+    write_text(partial / "info.json", json.dumps(asdict(info), indent=2) + "\n")
+
+
+def record(
+    network: MultiExitNetwork,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    info: RecordInfo,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    directory: Path | None = None,
+) -> ExitRecord:
+    """Runs every exit on `count` images and stores the logits, in memory or in a `directory`, which
+    is written whole or not at all.
+
+    batches: images (B, C, H, W) and targets (B,). Raises UserError if the batches have fewer than
+    `count` images, because a record without the images that could not be read would be one of
+    another split; and if logits are not finite.
+    """
+    shape = (count, network.num_exits, network.num_classes)
+    if directory is None:
+        blank = ExitRecord(np.empty(shape, np.float32), np.empty(count, np.int64), info)
+        _fill(blank, network, batches, device, autocast)
+        return blank
+    with atomic_directory(directory) as partial:
+        logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
+        _allocate(partial / "logits.npy")
+        blank = ExitRecord(logits, np.empty(count, np.int64), info)
+        _fill(blank, network, batches, device, autocast)
+        logits.flush()
+        _write_targets_and_info(partial, blank.targets, info)
+    return ExitRecord.load(directory)
+
+
+def _allocate(path: Path) -> None:
+    """Reserves the disk space of a mapped file. Without it, the process would end with a bus error
+    when the disk is full."""
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _fill(
+    blank: ExitRecord,
+    network: MultiExitNetwork,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Writes the logits and targets of the batches into a blank record."""
+    network.eval()
+    start, count = 0, len(blank)
+    with torch.inference_mode(), autocast():
+        for images, target in batches:
+            rows = slice(start, start + len(target))
+            if rows.stop > count:
+                raise RuntimeError(
+                    f"expected {count} images of {blank.info.split}, the batches have at least"
+                    f" {rows.stop}"
+                )
+            logits = torch.stack(network(images.to(device, non_blocking=True)), dim=1).float().cpu()
+            _check_finite(logits, blank.info)
+            blank.logits[rows] = logits.numpy()
+            blank.targets[rows] = target.cpu().numpy()
+            start = rows.stop
+    if start != count:
+        raise UserError(
+            f"{count - start} of {count} images of {blank.info.split} could not be read, and a"
+            " record needs all of them; replace the files named above"
+        )
+
+
+def _check_finite(logits: Tensor, info: RecordInfo) -> None:
+    """Raises UserError if logits (B, exits, K) are not finite."""
+    bad = ~logits.isfinite().all(dim=2)
+    if bad.any():
+        name = info.exit_names[int(bad.any(dim=0).nonzero()[0])]
+        advice = "" if info.precision == "off" else ", or the precision is too low; try --amp off"
+        raise UserError(
+            f"the logits of the exit {name} are not finite for {int(bad.any(dim=1).sum())} of"
+            f" {len(bad)} images of {info.split} (amp {info.precision}): the weights have"
+            f" diverged{advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores and answers of every exit for every image of a record: all that thresholds are
+    chosen from.
+
+    scores: (images, exits) float32; those of the final exit decide nothing; answers: (images,
+    exits) the class each exit answers; targets: (images,); in_top5: (images, exits) whether the
+    target is among the five most probable classes, None with few classes.
+    """
+
+    scores: np.ndarray
+    answers: np.ndarray
+    targets: np.ndarray
+    in_top5: np.ndarray | None = None
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the answer of each exit is correct, (images, exits) bool."""
+        return self.answers == self.targets[:, None]
+
+    def exit_index(self, policy: Policy) -> np.ndarray:
+        """The exit each image takes, (images,), by `policy`'s thresholds and enabled exits."""
+        exits = np.ones(self.scores.shape, bool)
+        for index in range(policy.num_exits - 1):
+            exits[:, index] = policy.is_enabled(index) & policy.exits(index, self.scores[:, index])
+        return exits.argmax(axis=1)
+
+
+def score_record(record: ExitRecord, policy: Policy) -> Scores:
+    """Scores and answers of every exit of a record, by a policy's criterion, temperatures and
+    enabled exits; its thresholds have no effect. A disabled exit has the score -inf.
+
+    Raises UserError for a policy of other exits.
+    """
+    policy.check_exits(record.info.exit_names, "the record")
+    shape = (len(record), policy.num_exits)
+    scores = np.full(shape, -np.inf, np.float32)
+    answers = np.zeros(shape, np.int64)
+    top5 = np.zeros(shape, bool) if record.num_classes > MANY_CLASSES else None
+    for rows, logits in record.chunks():
+        target = torch.from_numpy(record.targets[rows])
+        state = None
+        for index in range(policy.num_exits):
+            if policy.is_enabled(index):
+                answer, score, state = policy.score(index, logits[:, index], state)
+                scores[rows, index] = score.numpy()
+                answers[rows, index] = answer.argmax(dim=-1).numpy()
+                if top5 is not None:
+                    top5[rows, index] = in_top5(answer, target).numpy()
+    return Scores(scores, answers, record.targets, top5)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A policy on a record.
+
+    answers: (images,) the class answered; exit_index: (images,) the exit each image takes.
+    """
+
+    answers: np.ndarray
+    exit_index: np.ndarray
+
+
+def replay(record: ExitRecord, policy: Policy) -> Replay:
+    """Applies a policy to stored logits, which gives the answers and exits of live inference."""
+    scored = score_record(record, policy)
+    exit_index = scored.exit_index(policy)
+    return Replay(scored.answers[np.arange(len(exit_index)), exit_index], exit_index)
+
+
+def disagreements(
+    record: ExitRecord, policy: Policy, answers: np.ndarray, exit_index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares live inference with the policy's replay on the record.
+
+    answers, exit_index: (images,), of live inference. Returns two (images,) masks: the images whose
+    answer or exit differs, and those of them that rounding does not explain. Rounding explains a
+    difference if, at an exit that the image reached, the score is within `ROUNDING` of the
+    threshold, or the logits of the two best classes are within `ROUNDING` of each other.
+    """
+    scored = score_record(record, policy)
+    replayed = scored.exit_index(policy)
+    replayed_answers = scored.answers[np.arange(len(replayed)), replayed]
+    differs = (replayed_answers != answers) | (replayed != exit_index)
+    unexplained = np.zeros_like(differs)
+    for image in np.flatnonzero(differs).tolist():
+        last = max(replayed[image], exit_index[image])
+        reached = [index for index in range(last + 1) if policy.is_enabled(index)]
+        gaps = [
+            *_threshold_gaps(scored.scores[image], policy, reached),
+            *_class_gaps(record, image, reached),
+        ]
+        unexplained[image] = min(gaps) > ROUNDING
+    return differs, unexplained
+
+
+def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:
+    """The distances of an image's scores (exits,) from the thresholds of the early exits reached;
+    none if scores are counts, which are exact."""
+    if get_traits(policy.criterion).counts:
+        return []
+    early = [index for index in reached if index < policy.num_exits - 1]
+    return [abs(scores[index] - policy.thresholds[index]) for index in early]
+
+
+def _class_gaps(record: ExitRecord, image: int, reached: list[int]) -> np.ndarray:
+    """How far the best logit of an image is above the second best, at each exit reached."""
+    row = image if record.rows is None else record.rows[image]
+    second, best = np.sort(record.logits[row, reached], axis=-1)[:, -2:].T
+    return best - second

@@ -1,0 +1,192 @@
+"""The flags of an evaluation."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from early_exit.choosing.guarantees import LOSSES
+from early_exit.cli.flags import Parser, absolute, add_machine_flags, add_setting, build_parser
+from early_exit.inference.criteria import CRITERIA
+
+
+def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parser:
+    """The parser of `folder`/eval.py, which evaluates the runs of `folder`/`trainer`."""
+    parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory made by {trainer}")
+    add_setting(
+        parser,
+        "--data",
+        setting="data.root",
+        type=absolute,
+        metavar="DIR",
+        help="directory of the data set (default: the one used in training)",
+    )
+    _add_choosing_flags(parser)
+    _add_measuring_flags(parser)
+    _add_output_flags(parser)
+    add_machine_flags(parser, "off")
+    return parser
+
+
+def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("goal: what the policy is chosen for, on val (one of these)")
+    _add_goal_flags(group.add_mutually_exclusive_group())
+    _add_goal_refinements(parser.add_argument_group("refinements of a goal"))
+    group = parser.add_argument_group("choosing on val")
+    group.add_argument(
+        "--criterion",
+        choices=list(CRITERIA),
+        metavar="NAME",
+        help=f"exit criterion: {', '.join(CRITERIA)} (default: max_prob)",
+    )
+    group.add_argument(
+        "--no-calibration",
+        action="store_true",
+        help="do not fit temperatures; use the logits as they are (default: fit one per exit)",
+    )
+    group.add_argument(
+        "--val-from",
+        choices=("train", "test"),
+        default="train",
+        metavar="SPLIT",
+        help="train: val is the images held out in training; test: val is half of the official test"
+        " set, for backbones that may have been trained on val (default: train)",
+    )
+    group.add_argument(
+        "--cut-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the cut for --val-from test (default: 0)",
+    )
+    group.add_argument(
+        "--cuts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --val-from test: repeat the choice for N cuts, of seeds from --cut-seed on, and"
+        " report mean and standard deviation (default: 1)",
+    )
+
+
+def _add_goal_flags(goal: Any) -> None:
+    goal.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="the cheapest policy that loses at most this much accuracy against the final exit, in"
+        " percentage points (default goal: --max-drop 0.5)",
+    )
+    goal.add_argument(
+        "--budget",
+        type=float,
+        metavar="PERCENT",
+        help="the most accurate policy whose mean multiply-adds per image are at most this, in"
+        " percent of the plain network's",
+    )
+    goal.add_argument(
+        "--latency-budget",
+        metavar="TIME",
+        help="the most accurate policy whose predicted time per batch is at most this: milliseconds"
+        " such as 3ms, or a percentage of the plain network's time such as 60%%; predicted from"
+        " stage times measured now and the fractions of val that reach each stage",
+    )
+    goal.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        metavar="SCORE",
+        help="these thresholds: one for all early exits, or one per exit; with --criterion entropy,"
+        " minus BranchyNet's T, as in --thresholds=-0.3",
+    )
+    goal.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="the policy in this file (criterion, temperatures, thresholds, enabled exits), such as"
+        " the policy.yaml of an evaluation",
+    )
+    goal.add_argument(
+        "--risk",
+        type=float,
+        metavar="POINTS",
+        help="the cheapest policy with a guarantee: at most this percentage of images has a loss"
+        " (--loss) against the full network, with probability --confidence; a fifth of val fits the"
+        " policy, the rest certifies it",
+    )
+    goal.add_argument(
+        "--delta",
+        type=float,
+        metavar="P",
+        help="Conditional Deep Learning: an image exits when a class reaches this probability, in 0"
+        " to 1; only stages whose gain on val exceeds --epsilon are enabled",
+    )
+
+
+def _add_goal_refinements(group: Any) -> None:
+    group.add_argument(
+        "--latency-batch",
+        type=int,
+        metavar="B",
+        help="for --latency-budget: images per batch (default: 1)",
+    )
+    group.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="PERCENT",
+        help="for --delta: the gain in multiply-adds that an enabled stage must exceed, in percent"
+        " of the plain network's (default: 0)",
+    )
+    group.add_argument(
+        "--confidence",
+        type=float,
+        metavar="PERCENT",
+        help="for --risk: probability that the guarantee holds, in percent (default: 95)",
+    )
+    group.add_argument(
+        "--on-average",
+        action="store_true",
+        help="for --risk: guarantee the mean over the draw of the certifying images, instead of a"
+        " probability",
+    )
+    losses = "; ".join(f"{name}: {words}" for name, words in LOSSES.items())
+    group.add_argument(
+        "--loss",
+        choices=list(LOSSES),
+        metavar="NAME",
+        help=f"for --risk: what counts as a loss. {losses}, which needs no labels (default: wrong)",
+    )
+
+
+def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measuring")
+    group.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 256],
+        metavar="B",
+        help="batch sizes to time (default: 1 256)",
+    )
+    group.add_argument(
+        "--timing-images",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="time at most this many test images (default: 2000)",
+    )
+    group.add_argument(
+        "--no-live",
+        action="store_true",
+        help="use the stored logits only: no inference with exits taken, no timing; takes seconds",
+    )
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--name",
+        metavar="NAME",
+        help="directory under RUN/eval, replaced if it exists (default: named after the goal)",
+    )
+    group.add_argument("--no-plots", action="store_true", help="write no plots and no report.html")

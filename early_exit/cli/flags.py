@@ -1,0 +1,147 @@
+"""Parsers with one-line errors, and the flags that several programs share."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from early_exit.classifier import DEFAULT_EVALUATION
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help with 100 characters per line and a wide column for the flags."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit code 2.
+
+    `instead` maps flags of similar scripts, which this one lacks, to what to use instead.
+    """
+
+    instead: Mapping[str, str] = MappingProxyType({})
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line, without the usage, and exits."""
+        given = [word.partition("=")[0] for word in message.split()]
+        given += [word[:2] for word in given if re.match(r"-\w", word)]  # -j4 is -j 4
+        hints = [f"{flag}: use {ours}; " for flag, ours in self.instead.items() if flag in given]
+        self.exit(2, f"{self.prog}: {message} ({''.join(hints)}--help lists the flags)\n")
+
+
+class StoreSetting(argparse.Action):
+    """Stores the value of a flag in `namespace.settings`, under the dotted name of its setting.
+
+    A flag with `const` and without `nargs` takes no value.
+    """
+
+    def __init__(
+        self, option_strings: list[str], dest: str, const: Any = None, **options: Any
+    ) -> None:
+        if const is not None:
+            options.setdefault("nargs", 0)
+        super().__init__(option_strings, dest, const=const, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        value = self.const if self.nargs == 0 else values
+        namespace.settings = {**namespace.settings, self.dest: value}
+
+
+def build_parser(prog: str, usage: str, docstring: str | None) -> Parser:
+    """A parser whose help begins with the usage and the script's docstring.
+
+    docstring: a summary, an empty line, examples; None under `python -OO`.
+    """
+    summary, _, examples = (docstring or "").partition("\n\n")
+    parser = Parser(
+        prog=prog,
+        usage=f"{usage}\n\n{examples.rstrip()}".rstrip().replace("%", "%%"),
+        description=summary.replace("%", "%%"),
+        formatter_class=Formatter,
+    )
+    parser.set_defaults(settings={})
+    return parser
+
+
+def absolute(path: str) -> str:
+    """The absolute path, which does not depend on the working directory of later commands."""
+    return str(Path(path).absolute())
+
+
+def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
+    """Adds a flag for the setting of this dotted name. `early_exit.cli.settings.settings_of` gives
+    the settings of all flags."""
+    group.add_argument(
+        *flags, dest=setting, default=argparse.SUPPRESS, action=StoreSetting, **options
+    )
+
+
+def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a run and one of its evaluations."""
+    parser.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="run directory that was evaluated, or one of its evaluations RUN/eval/NAME",
+    )
+    parser.add_argument(
+        "--eval",
+        metavar="NAME",
+        help="evaluation whose policy is used (default: the only one; if there are several,"
+        f" {DEFAULT_EVALUATION})",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="MODULE:NAME",
+        help="task that made the run, such as mytask.train:TASK; its module is imported (default:"
+        " the one that the report names, if this program knows it)",
+    )
+
+
+def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> Any:
+    """Adds the flags for device and precision, which training, evaluation and prediction share.
+
+    amp: the default of --amp. Returns their group.
+    """
+    group = parser.add_argument_group("machine")
+    add_setting(
+        group,
+        "--device",
+        setting="run.device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:1 (default: the GPU if there is one)",
+    )
+    add_setting(
+        group,
+        "--threads",
+        setting="run.threads",
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+    add_setting(
+        group,
+        "--amp",
+        setting="run.amp",
+        metavar="MODE",
+        help="mixed precision: bf16, fp16, off, or auto: bf16 on processors with fast bf16, else"
+        f" off (default: {amp})",
+    )
+    add_setting(
+        group,
+        "--compile",
+        setting="run.compile",
+        const=True,
+        help="use torch.compile, which takes about a minute at the start and is not always faster",
+    )
+    add_setting(
+        group,
+        "--no-channels-last",
+        setting="run.channels_last",
+        const=False,
+        help="store images and weights channels first (default: channels last)",
+    )
+    return group

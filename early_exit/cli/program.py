@@ -1,0 +1,155 @@
+"""What the programs do with their flags, and how they end."""
+
+import argparse
+import itertools
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from early_exit import config as configs
+from early_exit.cli.settings import (
+    check_flags_have_effect,
+    evaluation_options,
+    goal_of,
+    resolve_config,
+    settings_of,
+)
+from early_exit.config import Config
+from early_exit.errors import UserError
+from early_exit.evaluation import evaluate as evaluation
+from early_exit.evaluation.markdown import summary
+from early_exit.system import distributed
+from early_exit.system.device import choose_device
+from early_exit.system.provenance import check_torchvision
+from early_exit.system.signals import Stopped, exit_on_sigterm
+from early_exit.task import Task
+from early_exit.trained import EVALUATION
+from early_exit.training import checkpoint
+from early_exit.training import score as scoring
+from early_exit.training import train as training
+from early_exit.training.state import find_resumed
+from early_exit.training.stopping import Diverged
+
+
+def train_or_score(
+    args: argparse.Namespace,
+    task: Task,
+    defaults: dict[str, Any],
+    runs: Path,
+    eval_script: Path,
+    default_split: str = "val",
+) -> None:
+    """What a trainer's flags ask for: a training, or with -e the accuracy of every exit.
+
+    defaults: the script's own; runs: where run directories are; eval_script: the next step;
+    default_split: the split that -e scores.
+    """
+    if args.split and not args.evaluate:
+        raise UserError("--split needs -e")
+    if args.evaluate and (args.check or args.start_epoch):
+        raise UserError("--check and --start-epoch are for training, and -e only scores")
+    if args.evaluate and args.resume and settings_of(args).get("model", {}).get("backbone"):
+        raise UserError("-e scores the weights of --resume or of --backbone; give one of them")
+    run_dir = args.save_dir
+    if run_dir is None and args.resume == "auto":  # the directory that these flags would make
+        fresh = resolve_config(args, None, defaults, task.config)
+        exit_names = task.build_network(fresh, 10).exit_names
+        run_dir = training.default_run_dir(runs, fresh, exit_names)
+    _, saved = find_resumed(args.resume, run_dir)
+    config = resolve_config(args, saved and saved["config"], defaults, task.config)
+    check_flags_have_effect(args, config)
+    if args.evaluate:
+        if saved is None and config.model.backbone is None:
+            raise UserError("-e scores trained weights; name them with --resume or --backbone")
+        changed = configs.merge({"run": EVALUATION}, settings_of(args))
+        scored = configs.merge(configs.to_dict(config), changed)
+        score(configs.build(task.config, scored), task, args.split or default_split, saved)
+        return
+    saved = None  # many megabytes; training reads the checkpoint again under its lock
+    if run_dir is None and args.resume is not None:
+        path = Path(args.resume)
+        run_dir = path if path.is_dir() else path.parent
+    run_dir = training.train(
+        config,
+        task,
+        runs=runs,
+        run_dir=run_dir,
+        resume=args.resume,
+        start_epoch=args.start_epoch,
+        check=args.check,
+    )
+    if not args.check and distributed.rank() == 0:
+        print(f"trained: {run_dir}\nnext: {_next_command(config, run_dir, eval_script)}")
+
+
+def _next_command(config: Config, run_dir: Path, eval_script: Path) -> str:
+    """The command that evaluates a run; a plain network is only scored."""
+    if config.model.exits == ():
+        words = [sys.argv[0], "-e", "--split", "test", "--resume", str(run_dir)]
+        return shlex.join([sys.executable, *words])
+    words = [str(eval_script), str(run_dir)]
+    if config.run.regime == "cdl":
+        words += ["--delta", "0.9"]
+    if config.model.backbone and checkpoint.load(run_dir)["unseen_val"] is None:
+        words += ["--val-from", "test"]
+    return shlex.join([sys.executable, *words])
+
+
+def score(config: Config, task: Task, split: str, saved: dict | None) -> None:
+    """Prints the accuracy of every exit on a split."""
+    with distributed.process_group(choose_device(config.run.device)) as group:
+        names, tally = scoring.score(config, task, split, saved, group)
+    if group.is_main:
+        _, top1 = tally.read()
+        for name, one, five in itertools.zip_longest(names, top1, tally.top5()):
+            also = "" if five is None else f"   top 5 {100 * five:6.2f} %"
+            print(f"{split} {name:9s} {100 * one:6.2f} %{also}")
+
+
+def evaluate(args: argparse.Namespace, task: Task) -> None:
+    """What an evaluation's flags ask for; prints the table."""
+    report, directory = evaluation.evaluate(
+        args.run, task, goal_of(args), **evaluation_options(args)
+    )
+    print(summary(report, directory))
+
+
+def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
+    """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
+    signal with the state saved, 1 anything else."""
+    level = logging.WARNING if distributed.rank() else logging.INFO
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
+    try:
+        exit_on_sigterm()
+        check_torchvision()
+        main(None)
+    except (UserError, Stopped) as error:
+        sys.exit(_fail(prog, error, error.code))
+    except (Diverged, distributed.Lost) as error:
+        sys.exit(_fail(prog, error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_fail(prog, "interrupted", 130))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(prog: str, message: object, code: int) -> int:
+    """Prints the one line and returns the code. One of several processes exits at once, because the
+    communication with the others cannot be shut down by one of them."""
+    sys.stdout.flush()
+    if distributed.rank() > 0:
+        # the main process usually prints the same; torchrun ends this one as soon as that exits
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    if not (distributed.rank() and isinstance(message, Stopped)):  # the main process prints it
+        print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    if distributed.world_size() > 1:
+        os._exit(code)
+    return code

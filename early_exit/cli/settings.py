@@ -1,0 +1,180 @@
+"""From flags to a configuration, a goal and the options of an evaluation."""
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from early_exit import config as configs
+from early_exit.choosing.goals import (
+    Budget,
+    ConditionalDeepLearning,
+    FixedPolicy,
+    FixedThresholds,
+    Goal,
+    LatencyBudget,
+    MaxDrop,
+    Risk,
+)
+from early_exit.config import Config
+from early_exit.errors import UserError
+from early_exit.inference.policy import Policy
+
+# The defaults of the regime cdl: linear heads, and an exit after every block.
+CDL = {"model": {"head": ["linear"], "exits": None}}
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The nested settings that flags and --set gave."""
+    given = dict(args.settings)
+    for pair in getattr(args, "set", []):
+        key, equals, value = pair.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
+        given[key] = value.split(",") if "," in value else value
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        section, name = key.split(".", 1)
+        nested.setdefault(section, {})[name] = value
+    model = nested.get("model", {})
+    for name, kind in (("exits", "a place"), ("head", "a kind of head")):
+        _check_no_directory(name, kind, model.get(name))
+    exits = model.get("exits")
+    if exits is not None:  # no names: the default places, which the configuration writes as null
+        model["exits"] = exits or None
+    return nested
+
+
+def _check_no_directory(name: str, kind: str, values: Any) -> None:
+    """Raises UserError if a flag with several values took the data directory for one of them."""
+    for word in values if isinstance(values, list) else ():
+        if "/" in word or (Path(word) / "train").is_dir():
+            raise UserError(
+                f"--{name} took the directory {word} for {kind}; put the directory before the"
+                " flags, or -- between them"
+            )
+
+
+def resolve_config(
+    args: argparse.Namespace,
+    saved: dict[str, Any] | None,
+    defaults: dict[str, Any] | None = None,
+    cls: type[Config] = Config,
+) -> Config:
+    """Defaults of `cls` < the script's `defaults` < the regime's < a resumed run's (`saved`) <
+    preset < flags."""
+    given = saved or {}
+    if args.config:
+        preset = configs.load_preset(args.config)
+        configs.build(cls, preset)  # an error in the preset is reported as the preset's
+        given = configs.merge(given, preset)
+    given = configs.merge(given, settings_of(args))
+    if given.get("run", {}).get("regime") == "cdl":
+        defaults = configs.merge(defaults or {}, CDL)
+    return configs.build(cls, configs.merge(defaults or {}, given))
+
+
+def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError for flags that this run would ignore."""
+    given = settings_of(args)
+    plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
+    one_phase = plain or config.run.regime == "joint" or config.model.backbone is not None
+    for flag, section, name, ignored, reason in (
+        ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
+        ("--backbone-lr", "backbone_phase", "lr", one_phase, "no such phase"),
+        ("--loss-weights", "loss", "weights", plain and several, "no early exits"),
+        ("--distill", "loss", "distill", plain and config.loss.distill > 0, "no early exits"),
+        ("--head", "model", "head", plain, "no early exits"),
+    ):
+        if ignored and name in given.get(section, {}):
+            raise UserError(f"{flag} has no effect: this run has {reason}; remove it")
+
+
+def goal_of(args: argparse.Namespace) -> Goal:
+    """The goal that an evaluation's flags name; none: --max-drop 0.5."""
+    _check_companions(args)
+    common: dict[str, Any] = {
+        "criterion": args.criterion or Goal.criterion,
+        "calibrate": not args.no_calibration,
+    }
+    if args.policy is not None:
+        if args.criterion or args.no_calibration:
+            raise UserError(
+                "--policy has its own criterion and temperatures; remove the other flag"
+            )
+        return FixedPolicy(Policy.load(args.policy))
+    if args.thresholds is not None:
+        return FixedThresholds(tuple(args.thresholds), **common)
+    if args.budget is not None:
+        return Budget(args.budget / 100, **common)
+    if args.latency_budget is not None:
+        batch = 1 if args.latency_batch is None else args.latency_batch
+        limit, of_plain = _latency(args.latency_budget)
+        return LatencyBudget(limit, of_plain, batch, **common)
+    if args.risk is not None:
+        percent = 95 if args.confidence is None else args.confidence
+        confidence = None if args.on_average else percent / 100
+        return Risk(args.risk / 100, confidence, args.loss or "wrong", **common)
+    if args.delta is not None:
+        return ConditionalDeepLearning(
+            args.delta, (args.epsilon or 0) / 100, criterion=common["criterion"]
+        )
+    return MaxDrop(0.005 if args.max_drop is None else args.max_drop / 100, **common)
+
+
+def _check_companions(args: argparse.Namespace) -> None:
+    """Raises UserError for a flag without the one that it refines."""
+    refinements = {
+        "risk": ("confidence", "on_average", "loss"),
+        "latency_budget": ("latency_batch",),
+        "delta": ("epsilon",),
+    }
+    for goal, names in refinements.items():
+        for name in names:
+            value = getattr(args, name)
+            if getattr(args, goal) is None and value is not None and value is not False:
+                raise UserError(f"{_flag(name)} needs {_flag(goal)}")
+    if args.confidence is not None and args.on_average:
+        raise UserError("--on-average has no confidence; remove --confidence or --on-average")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _latency(text: str) -> tuple[float, bool]:
+    """`3ms` in seconds, or `60%` as a share of the plain network's time; and whether it is one."""
+    for suffix, scale, of_plain in (("ms", 1000, False), ("%", 100, True)):
+        if text.endswith(suffix):
+            with contextlib.suppress(ValueError):
+                return float(text.removesuffix(suffix)) / scale, of_plain
+    raise UserError(f"--latency-budget takes 3ms or 60%, got {text!r}")
+
+
+def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate`."""
+    for flag, number in (
+        ("--cuts", args.cuts),
+        ("--timing-images", args.timing_images),
+        ("--batch-sizes", min(args.batch_sizes)),
+    ):
+        if number < 1:
+            raise UserError(f"{flag} must be at least 1, got {number}")
+    if args.cut_seed < 0:
+        raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
+    name = args.name
+    if name is None and args.policy:  # two files are two evaluations
+        name = f"policy-{args.policy.stem}"
+    if name is not None and (name in ("", "..") or Path(name).name != name):
+        raise UserError(f"--name is {name!r}; give the name of one directory, without a path")
+    return {
+        "overrides": settings_of(args),
+        "val_from": args.val_from,
+        "cut_seed": args.cut_seed,
+        "cuts": args.cuts,
+        "name": name,
+        "batch_sizes": tuple(args.batch_sizes),
+        "timing_images": args.timing_images,
+        "live": not args.no_live,
+        "draw": not args.no_plots,
+    }

@@ -1,0 +1,281 @@
+"""Images in class folders, DIR/train/CLASS and DIR/val/CLASS, normalised on the device.
+
+The images of a batch and their augmentation are a function of seed, epoch and step, so training can
+resume in the middle of an epoch. A file that cannot be decoded is named; up to a given number of
+such files is skipped.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from early_exit.config import Config, DataConfig
+from early_exit.data.base import NormalisedImages
+from early_exit.data.sources import class_folders, noise
+from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
+from early_exit.data.workers import (
+    Batch,
+    ImageDataset,
+    ImageKey,
+    UnreadableFile,
+    WorkerPool,
+    processors,
+)
+from early_exit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as for torchvision's weights
+VAL_IMAGES = 50_000  # held out from train, or a tenth of it if that is less
+DUMMY_IMAGES = 1_281_167  # as many as ImageNet has
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(DataConfig):
+    """Where class folders are, and how their images are read."""
+
+    workers: int | None = None
+    """Decoding processes per machine; default: one per processor, at most 8 per training process;
+    0: none."""
+    train_crop: int = 224
+    """Side of the random crops for training, in pixels."""
+    val_resize: int = 256
+    """Shorter side of val and test images before the centre crop, in pixels."""
+    val_crop: int = 224
+    """Side of the centre crop of val and test images, in pixels."""
+    val_size: float | None = None
+    """Images of train held out as val: a number, or a fraction below 1; default: 50,000, or a tenth
+    of train if that is less."""
+    bad_files: int = 0
+    """Unreadable files that a process skips before the run stops."""
+    dummy: int = 0
+    """Train on this many images of noise instead of files; 0: on files."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train_crop", "val_resize", "val_crop"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.val_crop > self.val_resize:
+            raise UserError(
+                f"data.val_crop {self.val_crop} does not fit into data.val_resize {self.val_resize}"
+            )
+        for name in ("workers", "bad_files", "dummy"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"data.{name} must not be negative, got {getattr(self, name)}")
+        if self.val_size is not None and not 0 < self.val_size < math.inf:
+            raise UserError(f"data.val_size must be positive, got {self.val_size:g}")
+        if self.dummy and self.dummy < 100:
+            raise UserError(f"data.dummy must be at least 100 images, got {self.dummy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderRun(Config):
+    """A whole run on class folders."""
+
+    data: FolderConfig = field(default_factory=FolderConfig)
+
+
+def train_transform(config: FolderConfig) -> v2.Transform:
+    """The augmentation: a random resized crop and a random horizontal flip, of a PIL image."""
+    return v2.Compose(
+        [v2.RandomResizedCrop(config.train_crop, antialias=True), v2.RandomHorizontalFlip()]
+    )
+
+
+def eval_transform(config: FolderConfig) -> v2.Transform:
+    """The preparation of val and test images: resize and centre crop, of a PIL image."""
+    return v2.Compose(
+        [v2.Resize(config.val_resize, antialias=True), v2.CenterCrop(config.val_crop)]
+    )
+
+
+@dataclass(frozen=True)
+class Data(NormalisedImages):
+    """Class folders cut into train, val and test, giving normalised batches on a device.
+
+    Every method that decodes a file raises UserError if more than `bad_files` are unreadable.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: ImageDataset
+    splits: dict[str, tuple[str, np.ndarray]]
+    """The source of each split (train, val or test), and its rows there."""
+    val_hash: str
+    """Identifies the val images; stored in checkpoints."""
+    workers: int
+    bad_files: int
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    device: torch.device = torch.device("cpu")
+    layout: torch.memory_format = torch.channels_last
+    eval_batch: int = 128
+    skipped: set[str] = field(default_factory=set)
+    """Names of the unreadable files found so far."""
+
+    @cached_property
+    def pool(self) -> WorkerPool:
+        """The worker processes."""
+        return WorkerPool(self.images, self.workers, self.device.type == "cuda")
+
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
+        """The same data, giving batches on `device` in that memory layout."""
+        return dataclasses.replace(self, device=device, layout=layout)
+
+    def size(self, split: str) -> int:
+        """The number of images in a split."""
+        _, rows = self.splits[split]
+        return len(rows)
+
+    def digest(self, split: str) -> str:
+        """Identifies the content of a split: a hash of the names of its files."""
+        source, rows = self.splits[split]
+        return index_hash(self.images.sources[source].digest, rows)
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from `first_step` on: images (B, 3, H, W), normalised, and targets
+        (B,); of each step the micro-batches of `shard`.
+
+        Unreadable files are replaced by other images of their batch. Raises UserError if all files
+        of a batch are unreadable.
+        """
+        source, rows = self.splits["train"]
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        steps = range(first_step, self.steps_per_epoch(batch_size))
+        # without a reference to self: the pool refers to these keys, and self to the pool
+        batches = (rows[step * batch_size : (step + 1) * batch_size] for step in steps)
+        keys = (
+            [ImageKey(source, int(row), (seed, epoch)) for row in batch[part]]
+            for batch in batches
+            for part in shard.slices(len(batch))
+        )
+        for images, targets, unreadable in self._read(keys):
+            if images is None or targets is None:
+                raise UserError(
+                    f"none of the {len(unreadable)} files of a batch can be read, such as"
+                    f" {unreadable[0].name}; replace or remove them"
+                )
+            if unreadable:
+                repeated = torch.arange(len(images) + len(unreadable)) % len(images)
+                images, targets = images[repeated], targets[repeated]
+            yield self._to_device(images, targets)
+
+    def eval_batches(
+        self, split: str, batch_size: int, shard: Shard = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split's batches in order, not augmented; those of `shard`. Unreadable files are
+        left out."""
+        source, rows = self.splits[split]
+        keys = (
+            [ImageKey(source, int(row), None) for row in rows[part]]
+            for part in shard.eval_slices(len(rows), batch_size)
+        )
+        for images, targets, _ in self._read(keys):
+            if images is not None and targets is not None:
+                yield self._to_device(images, targets)
+
+    def _read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
+        """The batches of these keys. Raises UserError for one unreadable file too many."""
+        for batch in self.pool.read(keys):
+            for file in batch.unreadable:
+                if file.name in self.skipped:
+                    continue
+                self.skipped.add(file.name)
+                if len(self.skipped) > self.bad_files:
+                    raise UserError(
+                        f"{file.name} cannot be read as an image ({file.reason}), and only"
+                        f" {self.bad_files} such files are skipped; replace the file, or skip more"
+                        f" of them with --bad-files {max(10, 2 * self.bad_files)}"
+                    )
+                log.warning("skipping %s: %s", file.name, file.reason)
+            yield batch
+
+    def _to_device(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, H, W, 3) uint8 to normalised images (B, 3, H, W) on the device."""
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return self.normalise(images), targets.to(self.device, non_blocking=True)
+
+    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of two stratified halves of test: the first for val, the second for test."""
+        source, rows = self.splits["test"]
+        return halves(self.images.sources[source].targets[rows], seed)
+
+    def cut_test(self, seed: int) -> "Data":
+        """The same data whose val and test are the two halves of test.
+
+        For backbones trained on all of train, from which no image of train is held out.
+        """
+        for_val, for_test = self.test_halves(seed)
+        source, rows = self.splits["test"]
+        splits = {**self.splits, "val": (source, rows[for_val]), "test": (source, rows[for_test])}
+        val_hash = index_hash(f"{self.images.sources[source].digest} test", for_val)
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
+
+    def picture(self, split: str, index: int) -> np.ndarray:
+        """One image as (H, W, 3) uint8."""
+        source, rows = self.splits[split]
+        found = self.images[ImageKey(source, int(rows[index]), None)]
+        if isinstance(found, UnreadableFile):
+            raise UserError(f"{found.name} cannot be read as an image ({found.reason})")
+        return found[0].numpy()
+
+
+def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
+    """The class folders under `config.root`, or noise if `config.dummy` is set.
+
+    default_root: the directory if `config.root` is not set. Raises UserError for directories that
+    `class_folders` rejects, and for a val that is empty or leaves no image for train.
+    """
+    if config.dummy:
+        classes, sources = noise(config.dummy, config.train_crop, config.val_crop)
+    else:
+        classes, sources = class_folders(Path(config.root or default_root))
+    train, test = sources["train"], sources["test"]
+    count = len(train.targets)
+    val = stratified(train.targets, _val_size(config.val_size, count), config.split_seed)
+    rest = np.setdiff1d(np.arange(count), val)
+    everything = np.arange(len(test.targets))
+    return Data(
+        name=config.dataset,
+        classes=classes,
+        images=ImageDataset(sources, train_transform(config), eval_transform(config)),
+        splits={"train": ("train", rest), "val": ("val", val), "test": ("test", everything)},
+        val_hash=index_hash(train.digest, val),
+        workers=_workers_per_process(config.workers),
+        bad_files=config.bad_files,
+    )
+
+
+def _val_size(wanted: float | None, count: int) -> int:
+    """How many of `count` images are held out as val."""
+    if wanted is None:
+        wanted = min(VAL_IMAGES, count // 10)
+    size = round(wanted * count) if wanted < 1 else int(wanted)
+    if not 0 < size < count:
+        raise UserError(
+            f"data.val_size asks for {size} of {count} images; hold out at least one and leave some"
+            " for training"
+        )
+    return size
+
+
+def _workers_per_process(per_machine: int | None) -> int:
+    """The worker processes of this process; those on one machine share `per_machine`."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if per_machine is None:
+        return max(1, min(8, processors() // sharing))
+    return math.ceil(per_machine / sharing)

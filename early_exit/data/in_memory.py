@@ -1,0 +1,215 @@
+"""Images in memory: the whole data set as tensors on the device, augmented a batch at a time.
+
+Crops and flips are drawn from a generator seeded by seed, epoch and step. So a batch is a function
+of these three, and training can resume in the middle of an epoch.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from early_exit.data.base import NormalisedImages
+from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
+from early_exit.errors import UserError
+
+PAD = 4  # pixels of padding on each side before a random crop (He et al. 2015, section 4.2)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes. Raises UserError for other shapes or dtypes of the images."""
+
+    images: Tensor
+    """(N, C, H, W) uint8."""
+    targets: Tensor
+    """(N,) int64."""
+
+    def __post_init__(self) -> None:
+        images, targets = self.images, self.targets
+        if images.dtype != torch.uint8 or images.ndim != 4 or targets.shape != images.shape[:1]:
+            raise UserError(
+                f"expected images (N, C, H, W) of uint8 and targets (N,), got images"
+                f" {tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')} and targets"
+                f" {tuple(targets.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, indices: np.ndarray) -> "ImageSet":
+        """The images at `indices`, in that order."""
+        rows = torch.from_numpy(indices)
+        return ImageSet(self.images[rows], self.targets[rows])
+
+
+@dataclass(frozen=True)
+class Data(NormalisedImages):
+    """A data set cut into train, val and test, giving normalised batches on a device."""
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, ImageSet]
+    val_hash: str
+    """Identifies the val images; stored in checkpoints."""
+    mean: tuple[float, ...]
+    """Of each channel, pixels in [0, 1]."""
+    std: tuple[float, ...]
+    flip: bool
+    """Whether training images are flipped horizontally at random."""
+    pad: int = PAD
+    """Pixels of padding on each side before a random crop in training."""
+    layout: torch.memory_format = torch.channels_last
+    eval_batch: int = 500
+
+    def digest(self, split: str) -> str:
+        """Identifies the content of a split: a hash of its images and targets."""
+        part, content_hash = self.splits[split], hashlib.sha256()
+        for tensor in (part.images, part.targets):
+            content_hash.update(f"{tuple(tensor.shape)}".encode())
+            content_hash.update(tensor.cpu().contiguous().numpy().data)
+        return content_hash.hexdigest()[:16]
+
+    def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
+        """The same data with its tensors on `device`, giving batches in that memory layout."""
+        splits = {
+            split: ImageSet(part.images.to(device), part.targets.to(device))
+            for split, part in self.splits.items()
+        }
+        return dataclasses.replace(self, splits=splits, layout=layout)
+
+    def size(self, split: str) -> int:
+        """The number of images in a split."""
+        return len(self.splits[split])
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, first_step: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from `first_step` on: images (B, C, H, W), normalised, and targets
+        (B,); of each step the micro-batches of `shard`."""
+        train = self.splits["train"]
+        order = torch.randperm(len(train), generator=_generator(seed, epoch))
+        order = order.to(train.images.device)
+        for step in range(first_step, self.steps_per_epoch(batch_size)):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            # counted from 1: (seed, epoch, 0) seeds as (seed, epoch) does, which seeds the order
+            augmentation = Augmentation.draw(len(rows), self.pad, _generator(seed, epoch, step + 1))
+            for part in shard.slices(len(rows)):
+                selected, drawn = rows[part], augmentation.select(part)
+                images = augment(train.images[selected], drawn, self.pad, self.flip)
+                yield self.normalise(images), train.targets[selected]
+
+    def eval_batches(
+        self, split: str, batch_size: int, shard: Shard = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split's batches in order, not augmented; those of `shard`."""
+        part = self.splits[split]
+        for rows in shard.eval_slices(len(part), batch_size):
+            yield self.normalise(part.images[rows]), part.targets[rows]
+
+    def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of two stratified halves of test: the first for val, the second for test."""
+        return halves(self.splits["test"].targets.cpu().numpy(), seed)
+
+    def cut_test(self, seed: int) -> "Data":
+        """The same data whose val and test are the two halves of test.
+
+        For backbones trained on all of train, from which no image of train is held out.
+        """
+        for_val, for_test = self.test_halves(seed)
+        test = self.splits["test"]
+        splits = {**self.splits, "val": test.subset(for_val), "test": test.subset(for_test)}
+        val_hash = index_hash(f"{self.name} test", for_val)
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
+
+    def picture(self, split: str, index: int) -> np.ndarray:
+        """One image as (H, W, 3) uint8."""
+        return self.splits[split].images[index].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random crop and flip of each image of a step."""
+
+    offsets: Tensor
+    """(2, B) int64, the top and left of each crop in its padded image."""
+    flipped: Tensor
+    """(B,) bool."""
+
+    @classmethod
+    def draw(cls, count: int, pad: int, generator: torch.Generator) -> "Augmentation":
+        """Draws a crop and a flip for each of `count` images."""
+        offsets = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+        return cls(offsets, torch.rand(count, generator=generator) < 0.5)
+
+    def select(self, rows: slice) -> "Augmentation":
+        """The crops and flips of these rows."""
+        return Augmentation(self.offsets[:, rows], self.flipped[rows])
+
+
+def augment(images: Tensor, augmentation: Augmentation, pad: int, flip: bool) -> Tensor:
+    """Crops images that are padded with `pad` black pixels on each side, and flips them.
+
+    The distribution of torchvision's RandomCrop(H, padding=pad) and RandomHorizontalFlip, for a
+    whole batch at once. images: (B, C, H, W) uint8. flip: whether flips are applied.
+    """
+    count, _, height, width = images.shape
+    top, left = augmentation.offsets.to(images.device, non_blocking=True)
+    padded = F.pad(images, (pad,) * 4)
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, offsets, offsets, H, W)
+    images = crops[torch.arange(count, device=images.device), :, top, left]  # (B, C, H, W)
+    if flip:
+        flipped = augmentation.flipped.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        images = torch.where(flipped, images.flip(-1), images)
+    return images
+
+
+def cut(
+    name: str,
+    train: ImageSet,
+    test: ImageSet,
+    classes: Sequence[str],
+    *,
+    val_size: int,
+    split_seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    flip: bool = False,
+    pad: int = PAD,
+) -> Data:
+    """A data set whose val is `val_size` images of train, stratified by class.
+
+    mean, std: of each channel, pixels in [0, 1]; default: those of train without val. flip, pad:
+    the augmentation (`Data`). Raises UserError if val is empty or leaves no image for train.
+    """
+    if not 0 < val_size < len(train):
+        raise UserError(
+            f"val_size is {val_size} of {len(train)} images; hold out at least one and leave some"
+            " for training"
+        )
+    val = stratified(train.targets.numpy(), val_size, split_seed)
+    rest = train.subset(np.setdiff1d(np.arange(len(train)), val))
+    if mean is None or std is None:
+        stds, means = torch.std_mean(rest.images.float() / 255, dim=(0, 2, 3))
+        mean, std = means.tolist(), stds.tolist()
+    splits = {"train": rest, "val": train.subset(val), "test": test}
+    return Data(
+        name=name,
+        classes=tuple(classes),
+        splits=splits,
+        val_hash=index_hash(name, val),
+        mean=tuple(mean),
+        std=tuple(std),
+        flip=flip,
+        pad=pad,
+    )
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU, so that the order does not depend on the device."""
+    return torch.Generator().manual_seed(seed_of(*numbers))

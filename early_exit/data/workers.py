@@ -1,0 +1,164 @@
+"""Worker processes that decode and augment images.
+
+A batch is requested by the keys of its images. The key alone determines the pixels, so it does not
+matter which worker decodes an image, and an epoch can be resumed at any step.
+"""
+
+import atexit
+import os
+import signal
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torchvision.transforms import v2
+
+from early_exit.data.sources import Source
+from early_exit.data.splits import seed_of
+
+
+class ImageKey(NamedTuple):
+    """Which image to decode, and how to augment it."""
+
+    source: str
+    row: int
+    seed_and_epoch: tuple[int, int] | None
+    """Seed the augmentation; None: the image is not augmented."""
+
+
+@dataclass(frozen=True)
+class UnreadableFile:
+    """A file that cannot be decoded, and why."""
+
+    name: str
+    reason: str
+
+
+class ImageDataset(Dataset):
+    """Decodes and transforms the image of a key.
+
+    sources: the images by the name of their source. The transforms map PIL images to PIL images.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        train_transform: v2.Transform,
+        eval_transform: v2.Transform,
+    ) -> None:
+        self.sources = sources
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+
+    def __getitem__(self, key: ImageKey) -> tuple[Tensor, int] | UnreadableFile:
+        """The image (H, W, 3) uint8 and its target; or the file, if it cannot be decoded."""
+        source = self.sources[key.source]
+        try:
+            if key.seed_and_epoch is None:
+                image = source.image(key.row, self.eval_transform)
+            else:
+                image = self._augmented(key, key.seed_and_epoch)
+        except Exception as error:  # arbitrary bytes can raise anything in a decoder
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return UnreadableFile(source.name(key.row), reason)
+        return image, int(source.targets[key.row])
+
+    def _augmented(self, key: ImageKey, seed_and_epoch: tuple[int, int]) -> Tensor:
+        """The image as the key's seed, epoch and row augment it."""
+        in_worker = get_worker_info() is not None
+        # the transforms draw from torch's global generator, whose state only workers may change
+        with nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(*seed_and_epoch, key.row, 1))
+            return self.sources[key.source].image(key.row, self.train_transform)
+
+
+class Batch(NamedTuple):
+    """The decoded images of a batch, and the files that could not be decoded."""
+
+    images: Tensor | None
+    """(B, H, W, 3) uint8; None if no file of the batch could be decoded."""
+    targets: Tensor | None
+    """(B,)"""
+    unreadable: list[UnreadableFile]
+
+
+def collate(items: list[tuple[Tensor, int] | UnreadableFile]) -> Batch:
+    """The batch made of what `ImageDataset` returned."""
+    unreadable = [item for item in items if isinstance(item, UnreadableFile)]
+    decoded = [item for item in items if not isinstance(item, UnreadableFile)]
+    if not decoded:
+        return Batch(None, None, unreadable)
+    images, targets = default_collate(decoded)
+    return Batch(images, targets, unreadable)
+
+
+class RequestedBatches:
+    """A batch sampler that gives the keys set last.
+
+    It is not the pool itself: the loader refers to its sampler, and workers shut down cleanly only
+    if the pool is freed by its reference count, without a cycle.
+    """
+
+    keys: Iterable[list[ImageKey]] = ()
+
+    def __iter__(self) -> Iterator[list[ImageKey]]:
+        return iter(self.keys)
+
+
+class WorkerPool:
+    """Worker processes that start with the first batch and then serve every split and epoch.
+
+    workers: their number; 0: images are decoded in this process. pin_memory: whether batches are
+    put into page-locked memory, for a GPU.
+    """
+
+    def __init__(self, dataset: ImageDataset, workers: int, pin_memory: bool) -> None:
+        self._sampler = RequestedBatches()
+        self._shuts_down_at_exit = False
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # the global generator's state must not change
+        )
+
+    def read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
+        """The batches of these keys, in order. Ends an iteration that is not finished."""
+        self._sampler.keys = keys
+        batches = iter(self._loader)
+        if self._loader.num_workers and not self._shuts_down_at_exit:
+            self._shuts_down_at_exit = True
+            atexit.register(_shut_down, weakref.ref(batches))
+        return batches
+
+
+def _shut_down(batches: weakref.ref) -> None:
+    """Shuts down the workers that still run at exit, as after an error. Otherwise Python would
+    terminate them by a signal, which they ignore, and wait forever."""
+    running = batches()
+    if running is not None:
+        running._shutdown_workers()
+
+
+def ignore_signals(_worker: int) -> None:
+    """Makes a worker ignore SIGINT and SIGTERM. They are often sent to the whole process group, and
+    the main process needs its workers until it has saved its state."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def processors() -> int:
+    """The number of processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not available on this system
+        return os.cpu_count() or 1

@@ -1,0 +1,258 @@
+"""The table of a comparison of groups of runs, and the notes below it."""
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from early_exit.evaluation.groups import GRID, Group
+from early_exit.evaluation.labels import differing_settings
+from early_exit.evaluation.stored import Value
+
+FIGURE = "curves.png"
+MAX_EXIT_COLUMNS = 8  # with more early exits, their accuracies are only in the CSV and the JSON
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every group."""
+
+    heading: str
+    """In the Markdown table."""
+    name: str
+    """In the CSV, with its unit."""
+    value: Callable[[Group], Value | None]
+    scale: float = 100
+    """What the value is multiplied by; default: fractions are shown in percent."""
+    decimals: int = 2
+    unit: str = " %"
+
+    def cell(self, group: Group) -> str:
+        """The number in the Markdown table, with ± if it has a deviation."""
+        value = self.value(group)
+        if value is None:
+            return "-"
+        numbers = [value.mean] if value.std is None else [value.mean, value.std]
+        return " ± ".join(f"{self.scale * n:.{self.decimals}f}" for n in numbers) + self.unit
+
+    def mean_and_std(self, group: Group) -> tuple[float | str, float | str]:
+        """The numbers in the CSV; empty if there is none."""
+        value = self.value(group)
+        if value is None:
+            return "", ""
+        return self.scale * value.mean, "" if value.std is None else self.scale * value.std
+
+
+def exit_columns(groups: Sequence[Group]) -> list[Column]:
+    """The accuracy of each early exit, if all networks with exits have equally many."""
+    exits = [tuple(group.first.exit_accuracy) for group in groups if not group.plain]
+    if len({len(names) for names in exits}) != 1:
+        return []
+    same_names = len(set(exits)) == 1
+    names = exits[0] if same_names else [str(index + 1) for index in range(len(exits[0]))]
+
+    def accuracy(index: int, group: Group) -> Value | None:
+        return group.mean(lambda member: member.accuracy_of_exit(index))
+
+    return [
+        Column(
+            f"accuracy of exit {name}",
+            f"exit_{name.replace(' ', '_')}_accuracy_percent",
+            functools.partial(accuracy, index),
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+def policy_columns(groups: Sequence[Group]) -> list[Column]:
+    """Accuracy, MACs and speed-up of the chosen policies, beside the final exit."""
+    batch_sizes = sorted({size for group in groups for size in group.batch_sizes})
+    decimals = 2 if min(group.first.plain_macs for group in groups) > 1e7 else 3
+
+    def speedup(size: int, group: Group) -> Value | None:
+        return group.mean(lambda member: member.speedups.get(size))
+
+    return [
+        Column("accuracy of final exit", "final_exit_accuracy_percent", Group.final_accuracy),
+        Column("accuracy of chosen policy", "chosen_policy_accuracy_percent", Group.accuracy),
+        Column(
+            "MACs, share of plain network", "macs_percent_of_plain", Group.macs_share, decimals=1
+        ),
+        Column(
+            "MACs, millions", "macs_millions", Group.macs, scale=1e-6, decimals=decimals, unit=""
+        ),
+        *(
+            Column(
+                f"speed-up, batch {size}",
+                f"speedup_batch_{size}",
+                functools.partial(speedup, size),
+                scale=1,
+                unit=" x",
+            )
+            for size in batch_sizes
+        ),
+    ]
+
+
+def table(groups: Sequence[Group]) -> str:
+    """The table in Markdown, one row per group."""
+    exits = exit_columns(groups)
+    columns = [*(exits if len(exits) <= MAX_EXIT_COLUMNS else []), *policy_columns(groups)]
+    lines = [
+        ["runs", "seeds", "goal", *(column.heading for column in columns)],
+        ["---", "---:", "---", *("---:" for _ in columns)],
+    ]
+    for group in groups:
+        cuts = f" ({group.first.cuts} cuts)" if group.first.cuts else ""
+        lines.append(
+            [
+                group.name.replace("|", r"\|"),
+                f"{len(group.members)}{cuts}",
+                group.goal or "-",
+                *(column.cell(group) for column in columns),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What the numbers mean and how far they can be trusted, in paragraphs."""
+    found = [_about_columns(groups), *_about_deviations(groups), *_about_splits(groups)]
+    devices = {member.device for group in groups for member in group.members if member.speedups}
+    if devices:
+        names = " and ".join(sorted(devices))
+        found.append(f"Speed-ups are over the plain network, timed on {names}.")
+    differing = [key for key in differing_settings(groups) if key != "run.seed"]
+    if differing:
+        found.append(f"The runs differ in {', '.join(differing)}.")
+    return found
+
+
+def _about_columns(groups: Sequence[Group]) -> str:
+    text = (
+        f"Data set {groups[0].first.dataset}. Policies were chosen on val; test is only reported."
+        " MACs are the chosen policy's multiply-adds per image, including the heads that ran."
+    )
+    if 0 < len(exit_columns(groups)) <= MAX_EXIT_COLUMNS:
+        text += " *Accuracy of exit X*: if every test image exited there."
+    return text
+
+
+def _about_deviations(groups: Sequence[Group]) -> list[str]:
+    with_cuts = [group for group in groups if group.first.cuts]
+    with_seeds = [group for group in groups if len(group.members) > 1]
+    found = []
+    if with_seeds:
+        means = ", of the means over cuts" if with_cuts else ""
+        found.append(f"±: sample standard deviation over seeds{means}.")
+    if with_cuts:
+        some_single = len(with_seeds) < len(groups)
+        deviation = ", with one seed ± their standard deviation" if some_single else ""
+        found.append(
+            "Cuts: the numbers of the final exit and of the chosen policy are means over several"
+            f" cuts of the test set into val and test{deviation}. The accuracies of the other exits"
+            " and the curve are those of the first cut."
+        )
+    if len(with_seeds) < len(groups):
+        found.append("Rows with one seed do not show how much results vary between seeds.")
+    return found
+
+
+def _about_splits(groups: Sequence[Group]) -> list[str]:
+    """Which rows use which split, if they differ."""
+    names_by_split: dict[str, dict[str, None]] = {}
+    for group in groups:
+        names_by_split.setdefault(group.first.val_from, {})[group.name] = None
+    if len(names_by_split) == 1:
+        return []
+    rows = [f"Val {split}: {'; '.join(names)}." for split, names in names_by_split.items()]
+    return [" ".join(["The rows do not share the same test images.", *rows])]
+
+
+CAPTION = (
+    "Curves are those of one threshold for all exits. Curves of several seeds are interpolated"
+    f" linearly at the same {GRID} MACs, evenly spaced over the range that all of them cover; line"
+    " and band are mean ± standard deviation. Stars with bars: the chosen policies. Diamonds: the"
+    " final exits."
+)
+
+
+def to_markdown(groups: Sequence[Group], command: str, with_figure: bool) -> str:
+    """table.md."""
+    runs = [
+        f"- {group.label}: " + ", ".join(f"`{member.path.parent}`" for member in group.members)
+        for group in groups
+    ]
+    figure = [f"![Test accuracy against multiply-adds]({FIGURE})", CAPTION]
+    parts = [
+        "# " + " / ".join(group.label for group in groups),
+        table(groups),
+        *notes(groups),
+        *(figure if with_figure else []),
+        "## How this was made",
+        "\n".join([*runs, f"- command: `{command}`"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_csv(groups: Sequence[Group]) -> str:
+    """table.csv: one row per group; means and deviations in columns of their own."""
+    columns, text = [*exit_columns(groups), *policy_columns(groups)], io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [f"{column.name}_{end}" for column in columns for end in ("mean", "std")]
+    writer.writerow(["group", "goal", "evaluation", "seeds", "cuts", *names])
+    for group in groups:
+        first, seeds = group.first, len(group.members)
+        numbers = [number for column in columns for number in column.mean_and_std(group)]
+        writer.writerow([group.name, group.goal, first.name, seeds, first.cuts, *numbers])
+    return text.getvalue()
+
+
+def to_json(groups: Sequence[Group]) -> str:
+    """table.json: all numbers, as fractions; `std` is null with one seed and no cuts."""
+    values = {
+        "dataset": groups[0].first.dataset,
+        "groups": [_group_values(group) for group in groups],
+        "notes": notes(groups),
+    }
+    return json.dumps(values, indent=1, allow_nan=False, default=dataclasses.asdict) + "\n"
+
+
+def _group_values(group: Group) -> dict[str, Any]:
+    first, curve = group.first, group.curve()
+    return {
+        "group": group.name,
+        "label": group.label,
+        "goal": group.goal,
+        "evaluations": [
+            {"run": str(member.run), "evaluation": member.name, "seed": member.seed}
+            for member in group.members
+        ],
+        "seeds": len(group.members),
+        "cuts": first.cuts,
+        "val_from": first.val_from,
+        "plain_macs": first.plain_macs,
+        "accuracy": group.accuracy(),
+        "final_accuracy": group.final_accuracy(),
+        "macs_share": group.macs_share(),
+        "macs": group.macs(),
+        "exit_accuracy": {
+            name: group.mean(operator.methodcaller("accuracy_of_exit", index))
+            for index, name in enumerate(first.exit_accuracy)
+        },
+        "speedup": {
+            size: group.mean(lambda member, size=size: member.speedups.get(size))  # type: ignore[misc]
+            for size in group.batch_sizes
+        },
+        "curve": {
+            "macs": curve.macs.tolist(),
+            "accuracy": curve.accuracy.tolist(),
+            "std": curve.std.tolist() if len(group.members) > 1 else None,
+        },
+        "settings": first.settings,
+    }

@@ -1,0 +1,131 @@
+"""Groups of runs that differ only in the seed.
+
+Two evaluations belong to one group if their runs have equal settings (except the seed, and settings
+that do not affect the result) and they have the same name, goal, splits and precision.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from early_exit.evaluation.stored import Evaluation, Value
+from early_exit.metrics import mean_std
+
+GRID = 200  # multiply-adds at which the curves of several seeds are averaged
+
+
+class MeanCurve(NamedTuple):
+    """Mean test accuracy against MACs per image; all (P,). One seed has a deviation of 0."""
+
+    macs: np.ndarray
+    accuracy: np.ndarray
+    std: np.ndarray
+
+
+@dataclass(frozen=True)
+class Group:
+    """One evaluation, or several whose runs differ only in the seed: a row of a comparison."""
+
+    members: tuple[Evaluation, ...]
+    name: str = ""
+    """The settings in which its runs differ from the others."""
+    goal: str = ""
+    label: str = ""
+    """The name, and the goal if the compared goals differ."""
+
+    @property
+    def first(self) -> Evaluation:
+        """One member, for what all have in common."""
+        return self.members[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network has no early exit."""
+        return not self.first.exit_accuracy
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Batch sizes that were timed."""
+        return sorted({size for member in self.members for size in member.speedups})
+
+    def mean(self, get: Callable[[Evaluation], Value | float | None]) -> Value | None:
+        """Mean and deviation of a number over the members that have it. If one has it, its own
+        value; if none has, None."""
+        numbers = [number for number in map(get, self.members) if number is not None]
+        values = [number if isinstance(number, Value) else Value(number) for number in numbers]
+        if len(values) < 2:
+            return values[0] if values else None
+        return Value(*mean_std([value.mean for value in values]))
+
+    def _required(self, get: Callable[[Evaluation], Value]) -> Value:
+        """`mean` of a number that every evaluation has."""
+        value = self.mean(get)
+        assert value is not None, "a group has a member"
+        return value
+
+    def accuracy(self) -> Value:
+        """Accuracy of the chosen policy."""
+        return self._required(lambda member: member.accuracy)
+
+    def final_accuracy(self) -> Value:
+        """Accuracy of the final exit."""
+        return self._required(lambda member: member.final_accuracy)
+
+    def macs_share(self) -> Value:
+        """MACs of the chosen policy, as a share of the plain network's."""
+        return self._required(lambda member: member.macs_share)
+
+    def macs(self) -> Value:
+        """MACs of the chosen policy."""
+        share, plain = self.macs_share(), self.first.plain_macs
+        return Value(plain * share.mean, None if share.std is None else plain * share.std)
+
+    def curve(self) -> MeanCurve:
+        """The curve of a shared threshold. Curves of several seeds are interpolated linearly at the
+        same MACs, evenly spaced over the range that all of them cover."""
+        if len(self.members) == 1:
+            macs, accuracy = self.first.curve_macs, self.first.curve_accuracy
+            return MeanCurve(macs, accuracy, np.zeros(len(macs)))
+        low = max(member.curve_macs[0] for member in self.members)
+        high = min(member.curve_macs[-1] for member in self.members)
+        grid = np.unique(np.linspace(low, high, GRID)) if low <= high else np.empty(0)
+        curves = np.array(
+            [np.interp(grid, member.curve_macs, member.curve_accuracy) for member in self.members]
+        )
+        return MeanCurve(grid, curves.mean(axis=0), curves.std(axis=0, ddof=1))
+
+
+def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Group]:
+    """Groups the evaluations, in the order of their first members.
+
+    Groups in which a seed occurs twice are split up: two runs of one seed are not two seeds. each:
+    whether every evaluation is a group of its own.
+    """
+    groups: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        own_group = each or evaluation.seed is None  # without config.yaml, settings are unknown
+        key = str(evaluation.path) if own_group else _group_key(evaluation)
+        groups.setdefault(key, []).append(evaluation)
+    found: list[tuple[Evaluation, ...]] = []
+    for members in groups.values():
+        repeated = len({member.seed for member in members}) < len(members)
+        found += [(member,) for member in members] if repeated else [tuple(members)]
+    return [Group(members) for members in found]
+
+
+def _group_key(evaluation: Evaluation) -> str:
+    """Equal for evaluations that differ only in the seed."""
+    values = (
+        evaluation.settings,
+        evaluation.name,
+        evaluation.goal,
+        evaluation.criterion,
+        evaluation.calibrated,
+        evaluation.val_from,
+        evaluation.cuts,
+        evaluation.precision,
+    )
+    return json.dumps(values, sort_keys=True, default=str)

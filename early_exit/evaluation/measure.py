@@ -1,0 +1,129 @@
+"""Inference with exits taken on test, compared with the record and timed."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from early_exit.choosing.outcome import Outcome
+from early_exit.choosing.record import ExitRecord, disagreements
+from early_exit.data.base import Data
+from early_exit.errors import UserError
+from early_exit.evaluation.report import Live
+from early_exit.inference import latency
+from early_exit.inference.infer import infer
+from early_exit.inference.latency import StageTimes, Timing
+from early_exit.inference.policy import Policy
+from early_exit.metrics import MANY_CLASSES, in_top5
+from early_exit.trained import Trained
+
+log = logging.getLogger(__name__)
+
+LIVE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TimedBatch:
+    """What was timed at one batch size."""
+
+    timing: Timing
+    stages: StageTimes | None
+    """None if val is smaller than a batch."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on test with exits taken."""
+
+    live: Live | None = None
+    timed: tuple[TimedBatch, ...] = field(default_factory=tuple)
+
+
+def measure(
+    trained: Trained,
+    data: Data,
+    outcome: Outcome,
+    test: ExitRecord,
+    batch_sizes: Sequence[int],
+    max_images: int,
+    static_networks: Mapping[str, nn.Module],
+) -> Measurements:
+    """Runs test with exits taken and times it at each batch size that test fills.
+
+    max_images: of test, that are timed; static_networks: timed in turns with the plain one.
+    """
+    for network in static_networks.values():
+        network.to(trained.device).to(memory_format=trained.config.run.memory_format)
+        if trained.config.run.compile:
+            network.compile(dynamic=True)
+    live = run_live(trained, data, test, outcome.policy)
+    timed = [
+        time_batch(trained, data, outcome.policy, batch_size, max_images, static_networks)
+        for batch_size in sorted(set(batch_sizes))
+    ]
+    return Measurements(live, tuple(found for found in timed if found))
+
+
+def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> Live:
+    """Inference with exits taken on all of test, compared with the record."""
+    answers, exits, top5 = [], [], 0
+    for images, target in data.eval_batches("test", LIVE_BATCH):
+        batch = infer(trained.network, images, policy, trained.autocast)
+        answers.append(batch.classes.cpu().numpy())
+        exits.append(batch.exit_index.cpu().numpy())
+        if test.num_classes > MANY_CLASSES:
+            top5 += int(in_top5(batch.logits, target).sum())
+    classes, exit_index = np.concatenate(answers), np.concatenate(exits)
+    differs, unexplained = disagreements(test, policy, classes, exit_index)
+    return Live(
+        images=len(classes),
+        accuracy=float((classes == test.targets).mean()),
+        top5=top5 / len(classes) if test.num_classes > MANY_CLASSES else None,
+        differing=int(differs.sum()),
+        differing_beyond_rounding=int(unexplained.sum()),
+        batch_size=LIVE_BATCH,
+    )
+
+
+def time_batch(
+    trained: Trained,
+    data: Data,
+    policy: Policy,
+    batch_size: int,
+    max_images: int,
+    static_networks: Mapping[str, nn.Module],
+) -> TimedBatch | None:
+    """Times whole batches of at most `max_images` test images; None if they fill no batch."""
+    total = min(max_images, data.size("test"))
+    if total < batch_size:
+        log.info("test has %d images to time, fewer than a batch of %d", total, batch_size)
+        return None
+    log.info("timing at batch %d", batch_size)
+    batches: list[Tensor] = []
+    for images, _ in data.eval_batches("test", batch_size):
+        if (len(batches) + 1) * batch_size > total:
+            break
+        batches.append(images)
+    timing = latency.measure(trained.network, batches, policy, autocast=trained.autocast)
+    stages = None
+    if batch_size <= data.size("val"):
+        stages = time_stages(trained, data, policy.criterion, batch_size, static_networks)
+    return TimedBatch(timing, stages)
+
+
+def time_stages(
+    trained: Trained,
+    data: Data,
+    criterion: str,
+    batch_size: int,
+    static_networks: Mapping[str, nn.Module] | None = None,
+) -> StageTimes:
+    """The stages' times on the first images of val, beside the static networks'."""
+    images, _ = next(iter(data.eval_batches("val", batch_size)))
+    if len(images) < batch_size:
+        raise UserError(f"val has {len(images)} images, fewer than --latency-batch {batch_size}")
+    return latency.stage_times(
+        trained.network, images, criterion, autocast=trained.autocast, others=static_networks
+    )

@@ -1,0 +1,405 @@
+"""The report of an evaluation: plain values, stored as JSON, from which every page is made.
+
+`report.json` carries a format number; `read_report` upgrades older files.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from early_exit.choosing.cdl import Candidate
+from early_exit.choosing.outcome import Point
+from early_exit.choosing.overthinking import Overthinking
+from early_exit.errors import UserError
+from early_exit.inference.latency import Timing
+from early_exit.metrics import Bin
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that was evaluated."""
+
+    name: str
+    task: str
+    """Name of its task (`early_exit.task.Task.name`)."""
+    dataset: str
+    arch: str
+    regime: str
+    weights: str
+    """Hash of the weights, and which they are."""
+    settings: dict[str, Any]
+    """The run's configuration, as it was evaluated."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the policy was chosen."""
+
+    goal: str
+    criterion: str
+    calibrated: bool
+    """Whether temperatures were fitted."""
+    thresholds_given: bool
+    """Whether the user gave the thresholds, so they were not chosen on val."""
+    policy_given: bool
+    """Whether the user gave the whole policy, so nothing was fitted on val."""
+    val_from: str
+    """Where val came from, in words."""
+    val_images: int
+    test_images: int
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what the evaluation ran."""
+
+    device: str
+    precision: str
+    versions: dict[str, str]
+    command: str
+
+
+@dataclass(frozen=True)
+class ExitRow:
+    """One exit, on test."""
+
+    name: str
+    enabled: bool
+    threshold: float | None
+    temperature: float
+    macs: int
+    macs_share: float
+    """Of the plain network's MACs, everything that ran up to here."""
+    head_share: float
+    accuracy_val: float
+    """If every val image exited here."""
+    accuracy: float
+    """If every test image exited here."""
+    reliability_before: tuple[Bin, ...]
+    """Confidence, accuracy and share of test by bins of confidence, without the temperature."""
+    reliability: tuple[Bin, ...]
+    """With the temperature."""
+    ece_before: float
+    """Expected calibration error on test without the temperature."""
+    ece_after: float
+    """With the temperature, which was fitted on val."""
+    continuing_auroc: float | None
+    """AUROC of the score for "continuing would help": how often a test image that is wrong here and
+    right at the final exit has a lower score than another image. None for the final exit."""
+    top5: float | None
+    """Top-5 accuracy if every test image exited here; only with more than ten classes."""
+    exited: float
+    """Share of test that exits here under the policy."""
+    exited_accuracy: float | None
+    """Accuracy on those images; None if there are none."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One shared threshold: chosen on val, shown on test."""
+
+    threshold: float | None
+    """None: no exit is taken."""
+    val: Point
+    test: Point
+    random: float
+    """Test accuracy if as many images exited at each exit, chosen at random."""
+    val_shares: tuple[float, ...]
+    """Of val that exit at each exit."""
+    test_shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StaticRow:
+    """A network without exits of the same family, trained by others, that could be used instead."""
+
+    name: str
+    accuracy: float
+    """On the official test set, as its source states it."""
+    macs_share: float
+    """Of the plain network's."""
+    source: str
+
+
+@dataclass(frozen=True)
+class CurveSeconds:
+    """The time of the curve's points at one batch size, as shares of the plain network's time: the
+    sum of the stages' times at the mean numbers of rows that reach them
+    (`early_exit.inference.latency.StageTimes`)."""
+
+    batch_size: int
+    plain: float
+    """Seconds per batch of the plain network, measured beside inference with exits taken."""
+    val: tuple[float, ...]
+    """One for each point of the curve."""
+    test: tuple[float, ...]
+    at_exit: tuple[float, ...]
+    """If every image exited at one exit."""
+    chosen_val: float
+    chosen_test: float
+    static_networks: dict[str, float]
+    """Measured in turns with the plain network."""
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """A number over several cuts or seeds."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class GuaranteeResult:
+    """A guarantee, and what was observed on test."""
+
+    words: str
+    lost: float
+    """Share of test with a loss, which the guarantee bounds."""
+    unguaranteed: Point
+    """Test, if the thresholds are chosen for the same drop on val, without a guarantee."""
+    unguaranteed_lost: float
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """A budget of seconds per batch: the budget, the plain network's time, and the time expected
+    on val and test, in one measurement."""
+
+    batch_size: int
+    budget: float
+    plain: float
+    val: float
+    test: float
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The same choice repeated over several cuts of the test set into val and test."""
+
+    count: int
+    accuracy: MeanStd
+    macs_share: MeanStd
+    final_accuracy: MeanStd
+
+
+@dataclass(frozen=True)
+class Live:
+    """Inference with exits taken, on all of test."""
+
+    images: int
+    accuracy: float
+    top5: float | None
+    differing: int
+    """Images with another exit or answer than on the record."""
+    differing_beyond_rounding: int
+    """Those of them whose score on the record is more than 1e-5 away from a threshold it met."""
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of test under the policy."""
+
+    name: str
+    images: int
+    accuracy: float
+    macs_share: float
+    exited: tuple[float, ...]
+    """Share of its images that exits at each exit."""
+
+
+@dataclass(frozen=True)
+class EnergyEstimate:
+    """Picojoules per image, estimated (`early_exit.model.energy`)."""
+
+    weights: str
+    """Where the weights are read from: SRAM or DRAM."""
+    plain: float
+    test: float
+    """Mean over test under the policy."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a gallery."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8."""
+    label: str
+    """What is written beside it: the answer."""
+    correct: bool
+    words: str
+    """Everything that is known of it, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything an evaluation found."""
+
+    format: int = FORMAT
+    run: RunInfo
+    choice: Choice
+    environment: Environment
+    plain_macs: int
+    val: Point
+    test: Point
+    random_accuracy: float
+    """Test accuracy if as many images exited at each exit, chosen at random."""
+    final_accuracy: float
+    """Test accuracy of the final exit alone."""
+    top5: float | None
+    """Top-5 accuracy of the answers; only with more than ten classes."""
+    exits: tuple[ExitRow, ...]
+    classes: tuple[ClassRow, ...]
+    energy: tuple[EnergyEstimate, ...]
+    overthinking: Overthinking
+    curve: tuple[CurvePoint, ...]
+    cdl: tuple[Candidate, ...] | None
+    """The stages that Conditional Deep Learning considered, if it chose."""
+    guarantee: GuaranteeResult | None
+    latency: LatencyResult | None
+    cuts: Cuts | None
+    live: Live | None
+    timing: tuple[Timing, ...]
+    static_networks: tuple[StaticRow, ...]
+    curve_seconds: tuple[CurveSeconds, ...]
+
+    @property
+    def early_exits(self) -> tuple[ExitRow, ...]:
+        """The exits before the final one."""
+        return self.exits[:-1]
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON, with what follows from the timings spelt out."""
+    values: dict[str, Any] = dataclasses.asdict(report)
+    for timing, measured in zip(values["timing"], report.timing, strict=True):
+        timing |= {
+            name: getattr(measured, name)
+            for name in (
+                "speedup",
+                "fraction_of_ideal",
+                "speedup_without_heads",
+                "overhead",
+                "stage_shares",
+            )
+        }
+    for row, stage in zip(values["cdl"] or (), report.cdl or (), strict=True):
+        row["gain"] = stage.gain
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The values of a `report.json`, those of older formats upgraded.
+
+    Raises UserError if it is missing, torn, or not a report.
+    """
+    try:
+        values = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(
+            f"{path} is torn or not JSON; evaluate the run again with eval.py"
+        ) from None
+    try:
+        return upgraded(values)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a report; evaluate the run again with eval.py") from None
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a report of any format in the present one. Raises UserError for a newer one."""
+    number = values.get("format", 1)
+    if number > FORMAT:
+        raise UserError(
+            f"this report has format {number}, this program reads formats up to {FORMAT}; update it"
+        )
+    return from_format_1(values) if number == 1 else values
+
+
+def from_format_1(old: dict[str, Any]) -> dict[str, Any]:
+    """A report of version 0.1, which was flat and used other names."""
+    new = dict(old, format=FORMAT)
+
+    def section(**names: str) -> dict[str, Any]:
+        return {name: new.pop(key) for name, key in names.items() if key in new}
+
+    def renamed(values: dict[str, Any], **names: str) -> dict[str, Any]:
+        back = {key: name for name, key in names.items()}
+        return {back.get(key, key): value for key, value in values.items()}
+
+    task = new.pop("door", "")
+    new["run"] = section(
+        name="run",
+        dataset="dataset",
+        arch="arch",
+        regime="regime",
+        weights="weights",
+        settings="settings",
+    ) | {"task": OLD_TASKS.get(task, task)}
+    new["choice"] = section(
+        goal="chosen_by",
+        criterion="criterion",
+        calibrated="calibrated",
+        thresholds_given="thresholds_given",
+        policy_given="policy_given",
+        val_from="val_from",
+        val_images="val_images",
+        test_images="test_images",
+    )
+    new["choice"].setdefault("policy_given", False)
+    new["environment"] = section(
+        device="device", precision="precision", versions="versions", command="command"
+    )
+    new["exits"] = [
+        renamed(
+            row,
+            enabled="on",
+            exited="taken",
+            exited_accuracy="taken_accuracy",
+            continuing_auroc="gain_auroc",
+        )
+        for row in old["exits"]
+    ]
+    new["classes"] = [renamed(row, exited="taken") for row in old.get("classes", ())]
+    new["timing"] = [
+        renamed(
+            timing,
+            ideal="promise",
+            no_exit_taken="full",
+            without_heads="trunk",
+            fraction_of_ideal="kept",
+            speedup_without_heads="trunk_speedup",
+        )
+        for timing in old.get("timing", ())
+    ]
+    new["static_networks"] = new.pop("statics", [])
+    new["curve_seconds"] = [
+        renamed(row, at_exit="alone", static_networks="statics") for row in new.pop("pace", ())
+    ]
+    if old.get("guarantee"):
+        new["guarantee"] = renamed(
+            old["guarantee"], unguaranteed="plain", unguaranteed_lost="plain_lost"
+        )
+    return new
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity: a threshold that no score reaches is null."""
+    return value if math.isfinite(value) else None

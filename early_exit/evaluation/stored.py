@@ -1,0 +1,220 @@
+"""Evaluations read back from the reports of run directories."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from early_exit import config as configs
+from early_exit.choosing.goals import Goal
+from early_exit.config import Config
+from early_exit.errors import UserError
+from early_exit.evaluation.report import read_report
+from early_exit.model.losses import resolve_weights
+from early_exit.trained import evaluations, training_command
+
+# Settings that change the speed or the output of a training, not what is learned.
+IGNORED_SETTINGS = {
+    "data.root",
+    "data.workers",
+    "data.bad_files",
+    "run.device",
+    "run.threads",
+    "run.compile",
+    "run.channels_last",
+    "run.deterministic",
+    "run.save_every",
+    "run.print_freq",
+    "run.tensorboard",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number; if it is a mean over seeds or cuts, with the sample standard deviation."""
+
+    mean: float
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a comparison needs of a report. MACs are per image, accuracies on test."""
+
+    path: Path
+    run: Path
+    name: str
+    dataset: str
+    seed: int | None
+    """None if the run's config.yaml is not there."""
+    settings: dict[str, Any]
+    """The run's settings by dotted name, without the seed; without a config.yaml, those that the
+    report has."""
+    goal: str
+    criterion: str
+    calibrated: bool
+    val_from: str
+    """Where val came from; if it was half of the official test set, test is the other half."""
+    cuts: int
+    """Number of cuts that the values are means over; 0 if there is one split."""
+    accuracy: Value
+    macs_share: Value
+    """Of the plain network's MACs."""
+    final_accuracy: Value
+    plain_macs: int
+    exit_accuracy: dict[str, float]
+    """By early exit: the accuracy if every test image exited there."""
+    curve_macs: np.ndarray
+    """MACs of the outcomes of a shared threshold, rising."""
+    curve_accuracy: np.ndarray
+    speedups: dict[int, float]
+    """Over the plain network, by batch size."""
+    precision: str
+    device: str
+
+    def accuracy_of_exit(self, index: int) -> float | None:
+        """Accuracy if every test image exited at one early exit; None if there is no such exit."""
+        accuracies = list(self.exit_accuracy.values())
+        return accuracies[index] if index < len(accuracies) else None
+
+
+def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
+    """The reports at `path`: a report, an evaluation's directory, or a run directory.
+
+    names: the evaluations of a run directory to use; default: all. Raises UserError if there is no
+    report.
+    """
+    if path.is_file():
+        return [path]
+    if (path / "report.json").is_file():
+        return [path / "report.json"]
+    if not path.is_dir():
+        raise UserError(f"there is no run, evaluation or report at {path}")
+    stored = evaluations(path, "report.json")
+    if not stored:
+        raise UserError(f"{path} has no evaluation yet; make one: {evaluation_command(path)}")
+    wanted = [name for name in names if name in stored] if names else list(stored)
+    if not wanted:
+        raise UserError(
+            f"{path} has no evaluation {' or '.join(names)}; it has {', '.join(stored)}"
+        )
+    return [stored[name] for name in wanted]
+
+
+def evaluation_command(run: Path) -> str:
+    """The command that evaluates a run: eval.py beside the trainer that made it. If the run does
+    not say which trainer, the command has no directory."""
+    trainer = Path(*training_command(run)[:1])
+    script = trainer.with_name("eval.py") if trainer.suffix == ".py" else Path("eval.py")
+    return shlex.join(["python", str(script), str(run)])
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation of a `report.json` of any format.
+
+    Raises UserError if it cannot be read, is torn, or is not a complete report.
+    """
+    report = read_report(path)
+    try:
+        return _evaluation(path, report)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(
+            f"{path} is a report without {error}; evaluate the run again with eval.py"
+        ) from None
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError):
+        raise UserError(
+            f"{path} is not a complete report; evaluate the run again with eval.py"
+        ) from None
+
+
+def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
+    run = path.parent.parent.parent if path.parent.parent.name == "eval" else path.parent
+    settings = _settings(run, report)
+    choice, environment = report["choice"], report["environment"]
+    cuts = report.get("cuts")
+    macs, accuracy = _curve(report)
+    return Evaluation(
+        path=path,
+        run=run,
+        name=path.parent.name,
+        dataset=str(report["run"]["dataset"]),
+        seed=settings.pop("run.seed", None),
+        settings=settings,
+        goal=str(choice["goal"]),
+        criterion=choice.get("criterion", Goal.criterion),
+        calibrated=choice.get("calibrated", True),
+        val_from=str(choice["val_from"]),
+        cuts=int(cuts["count"]) if cuts else 0,
+        **_test_values(report),
+        plain_macs=int(report["plain_macs"]),
+        exit_accuracy={str(row["name"]): float(row["accuracy"]) for row in report["exits"][:-1]},
+        curve_macs=macs,
+        curve_accuracy=accuracy,
+        speedups={
+            int(timing["batch_size"]): timing["plain"]["total"] / timing["live"]["total"]
+            for timing in report.get("timing", ())
+        },
+        precision=environment.get("precision", "unknown"),
+        device=environment.get("device", "unknown"),
+    )
+
+
+def _test_values(report: dict[str, Any]) -> dict[str, Value]:
+    """Accuracy and cost of the chosen policy and accuracy of the final exit, over all cuts if there
+    are several; by the names of `Evaluation`'s fields."""
+    if cuts := report.get("cuts"):
+        return {
+            name: Value(float(cuts[name]["mean"]), float(cuts[name]["std"]))
+            for name in ("accuracy", "macs_share", "final_accuracy")
+        }
+    return {
+        "accuracy": Value(float(report["test"]["accuracy"])),
+        "macs_share": Value(float(report["test"]["macs_share"])),
+        "final_accuracy": Value(float(report["final_accuracy"])),
+    }
+
+
+def _curve(report: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """MACs and test accuracy of the report's curve, (P,) each, by rising MACs."""
+    plain_macs = int(report["plain_macs"])
+    points = [
+        (point["test"]["macs_share"] * plain_macs, point["test"]["accuracy"])
+        for point in report["curve"]
+    ]
+    macs, accuracy = np.array(sorted(points), dtype=float).T
+    return macs, accuracy
+
+
+def _settings(run: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The run's settings by dotted name. Those that an older run does not have are set to their
+    defaults, and settings that mean the same are written in the same way."""
+    exits = [row["name"] for row in report["exits"][:-1]]
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {
+            "model.arch": report["run"]["arch"],
+            "run.regime": report["run"]["regime"],
+            "model.exits": exits,
+        }
+    nested = configs.merge(configs.to_dict(Config()), configs.load_preset(path))
+    if not all(isinstance(section, dict) for section in nested.values()):
+        raise UserError(f"{path} is not the configuration of a run")
+    settings = {
+        f"{section}.{name}": value
+        for section, values in nested.items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in IGNORED_SETTINGS
+    }
+    heads = settings["model.head"]
+    heads = [heads] if isinstance(heads, str) else heads
+    weights = settings["loss.weights"] if exits else None  # no effect on a plain network
+    return settings | {
+        "model.exits": exits,
+        "model.head": heads[:1] if len(set(heads)) == 1 else heads,
+        "loss.weights": list(resolve_weights(weights, len(exits) + 1)),
+    }

@@ -1,0 +1,1 @@
+"""Deciding which rows exit, inference with exits taken, and its latency."""

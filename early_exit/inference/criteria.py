@@ -1,0 +1,155 @@
+"""Exit criteria: from the logits of the exits so far to an answer and how sure it is.
+
+`criterion(logits, state) -> answer, score, state`: logits (B, K), already divided by the exit's
+temperature; answer (B, K), logits too; score (B,), higher is surer; state a tensor with one row per
+image, or None. A criterion sees no label, no other image of the batch and no model.
+
+What is special about a criterion it declares with `@declare(...)`; nothing asks for its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from early_exit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Criterion = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What is special about a criterion."""
+
+    lowest: float = -math.inf
+    """No score is below this."""
+    highest: float = math.inf
+    """No score is above this."""
+    min_early_exits: int = 1
+    """Early exits it needs."""
+    keeps_state: bool = False
+    """Whether an exit's score depends on the exits before it."""
+    counts: bool = False
+    """Whether scores are whole numbers, which rounding does not change."""
+    unit: str = ""
+    """What a score is, where its name does not say."""
+
+
+def declare(
+    *,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    min_early_exits: int = 1,
+    keeps_state: bool = False,
+    counts: bool = False,
+    unit: str = "",
+) -> Callable[[Criterion], Criterion]:
+    """Declares the `Traits` of a criterion; one that declares nothing has the defaults."""
+
+    def attach(criterion: Criterion) -> Criterion:
+        traits = Traits(
+            lowest=lowest,
+            highest=highest,
+            min_early_exits=min_early_exits,
+            keeps_state=keeps_state,
+            counts=counts,
+            unit=unit,
+        )
+        setattr(criterion, "traits", traits)  # noqa: B010
+        return criterion
+
+    return attach
+
+
+@declare(lowest=0.0, highest=1.0)
+def max_prob(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+    """The probability of the best class, in (0, 1]."""
+    # 1 / sum exp(logit - best): the largest entry of the softmax without the other ones
+    best = logits.amax(dim=-1, keepdim=True)
+    return logits, (logits - best).exp().sum(dim=-1).reciprocal(), None
+
+
+@declare(highest=0.0, unit="minus the entropy in nats")
+def entropy(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+    """Minus the entropy in nats, in [-ln K, 0].
+
+    In BranchyNet (arXiv:1709.01686, section III-C) a sample exits if the entropy is below T. That
+    is a score of at least -T, so its thresholds carry over with the opposite sign.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    return logits, (log_probs.exp() * log_probs).sum(dim=-1), None
+
+
+@declare(lowest=0.0, highest=1.0)
+def margin(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+    """How far the best class is ahead of the second, in [0, 1] (Scheffer et al. 2001)."""
+    best, second = logits.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return logits, best - second, None
+
+
+@declare(lowest=0.0, min_early_exits=2, keeps_state=True, counts=True)
+def patience(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """How many exits in a row have repeated the answer before them (PABEE, arXiv:2006.04152).
+
+    state: (B, 2) int64, the class of the last exit and the count. The first exit scores 0, so a
+    threshold of p waits for p agreements.
+    """
+    import torch  # where the criterion runs there is torch; its declaration needs none
+
+    best = logits.argmax(dim=-1)
+    if state is None:
+        count = torch.zeros_like(best)
+    else:
+        count = torch.where(best == state[:, 0], state[:, 1] + 1, 0)
+    return logits, count.float(), torch.stack([best, count], dim=-1)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "max_prob": max_prob,
+    "entropy": entropy,
+    "margin": margin,
+    "patience": patience,
+}
+"""Criteria by name. Add yours to the dictionary under a new key before a policy uses it."""
+
+
+def get_criterion(name: str) -> Criterion:
+    """The criterion called `name`."""
+    if name not in CRITERIA:
+        raise UserError(f"there is no criterion {name!r}; choose one of {', '.join(CRITERIA)}")
+    return CRITERIA[name]
+
+
+def get_traits(name: str) -> Traits:
+    """What the criterion called `name` declares."""
+    return getattr(get_criterion(name), "traits", Traits())
+
+
+def apply_criterion(
+    name: str, logits: Tensor, temperature: float, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Answer, score and new state of one exit.
+
+    logits: (B, K), not yet divided by the temperature. Everything is float32, whatever the network
+    ran in. Raises UserError for an answer or score of another shape, and for a state that the
+    criterion does not declare.
+    """
+    logits = logits.float() / temperature
+    answer, score, state = get_criterion(name)(logits, state)
+    if answer.shape != logits.shape or score.shape != logits.shape[:1]:
+        raise UserError(
+            f"the criterion {name} returned an answer {tuple(answer.shape)} and a score"
+            f" {tuple(score.shape)} for logits {tuple(logits.shape)}; expected an answer (B, K) and"
+            " a score (B,)"
+        )
+    if state is not None and not get_traits(name).keeps_state:
+        raise UserError(
+            f"the criterion {name} returned a state without declaring it; put"
+            " @declare(keeps_state=True) above it"
+        )
+    return answer, score, state

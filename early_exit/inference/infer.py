@@ -1,0 +1,166 @@
+"""Inference with exits taken: a row that exited is in no later segment.
+
+`advance` and `run_segments` work on torch and numpy arrays alike and import no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from early_exit.errors import UserError
+from early_exit.inference.policy import Policy
+from early_exit.inference.segments import segments_of
+from early_exit.model.features import select_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from early_exit.model.network import MultiExitNetwork
+
+Array = Any
+"""A torch tensor or a numpy array."""
+RunSegment = Callable[..., tuple[Any, Array, Array, Array, Array | None]]
+"""`features, temperature, state -> features, logits, answer, score, state`; see
+`early_exit.inference.segments.Segment`."""
+
+
+@dataclass
+class Rows:
+    """The remaining images: their numbers in the batch, their features and the criterion's state.
+
+    index: (R,); features: (R, C, H, W) or a tuple of such tensors; state: R rows, or None.
+    """
+
+    index: Array
+    features: Any
+    state: Array | None = None
+
+    def select(self, rows: Array) -> Rows:
+        """Some of the rows, by their indices."""
+        state = None if self.state is None else self.state[rows]
+        return Rows(self.index[rows], select_rows(self.features, rows), state)
+
+
+@dataclass
+class Exited:
+    """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
+
+    index: Array
+    answer: Array
+    score: Array
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers for a batch, in the order of its images.
+
+    logits: (B, K) float32, of the exit each image took, divided by its temperature;
+    exit_index: (B,) int64; score: (B,) float32.
+    """
+
+    logits: Array
+    exit_index: Array
+    score: Array
+
+    @property
+    def classes(self) -> Array:
+        """The class answered, (B,)."""
+        return self.logits.argmax(-1)
+
+
+def advance(
+    segment: RunSegment, rows: Rows, policy: Policy, exit_index: int
+) -> tuple[Rows | None, Exited | None]:
+    """Runs one segment on the remaining rows; those that are sure enough exit.
+
+    exit_index: the exit that the segment ends at. Returns the rows that remain and those that
+    exited, each None if there are none.
+    """
+    temperature = policy.temperatures[exit_index]
+    features, _, answer, score, state = segment(rows.features, temperature, rows.state)
+    if exit_index == policy.num_exits - 1:
+        return None, Exited(rows.index, answer, score)
+    exits = policy.exits(exit_index, score)
+    remaining = indices(~exits)  # waits for the device: the next shapes depend on it
+    onward = Rows(rows.index, features, state)
+    if len(remaining) == len(exits):
+        return onward, None
+    if len(remaining) == 0:
+        return None, Exited(rows.index, answer, score)
+    return onward.select(remaining), Exited(rows.index[exits], answer[exits], score[exits])
+
+
+def run_segments(
+    segments: Sequence[tuple[int, RunSegment]], images: Array, policy: Policy
+) -> Answers:
+    """Answers every image at the first exit that is sure enough.
+
+    segments: each with the index of the exit it ends at, the last one the final exit; images:
+    (B, C, H, W), B at least 1.
+    """
+    array = namespace(images)
+    count = len(images)
+    placed = {} if array is np else {"device": images.device}
+    rows = Rows(array.arange(count, **placed), images)
+    groups: list[tuple[int, Exited]] = []
+    for exit_index, segment in segments:
+        remaining, exited = advance(segment, rows, policy, exit_index)
+        if exited is not None:
+            groups.append((exit_index, exited))
+        if remaining is None:
+            break
+        rows = remaining
+    if len(groups) == 1:  # all at one exit, and so in order
+        ((exit_index, group),) = groups
+        return Answers(group.answer, array.full_like(group.index, exit_index), group.score)
+    index = array.concatenate([group.index for _, group in groups])
+    order = array.empty_like(index)
+    order[index] = array.arange(count, **placed)
+    taken = [array.full_like(group.index, exit_index) for exit_index, group in groups]
+    return Answers(
+        array.concatenate([group.answer for _, group in groups])[order],
+        array.concatenate(taken)[order],
+        array.concatenate([group.score for _, group in groups])[order],
+    )
+
+
+def infer(
+    network: MultiExitNetwork,
+    images: Tensor,
+    policy: Policy,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Answers:
+    """Answers every image at the first exit that is sure enough; later stages never see it.
+
+    images: (B, 3, H, W), normalised, B at least 1; the network is in eval mode. Equal to replaying
+    the policy on the logits of all exits, but for rounding: kernels differ with the number of rows,
+    so a score may fall on the other side of its threshold.
+    """
+    import torch
+
+    if network.training:
+        raise UserError("the network is in training mode; call network.eval() before inference")
+    policy.check_exits(network.exit_names, "the network")
+    with torch.inference_mode(), autocast():
+        return run_segments(segments_of(network, policy), images, policy)
+
+
+def indices(mask: Array) -> Array:
+    """The indices (R,) at which a mask (B,) is true."""
+    found = mask.nonzero()
+    return found[0] if isinstance(found, tuple) else found.squeeze(1)
+
+
+def namespace(array: Array) -> ModuleType:
+    """The module with the functions for an array: numpy, or torch for its tensors."""
+    if isinstance(array, np.ndarray):
+        return np
+    import torch
+
+    return torch

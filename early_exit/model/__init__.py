@@ -1,0 +1,1 @@
+"""The multi-exit network, its heads and losses, and what it costs."""

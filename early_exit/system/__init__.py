@@ -1,0 +1,1 @@
+"""The machine and the operating system: devices, signals, files, processes, versions."""

@@ -1,0 +1,55 @@
+"""Which code and which versions produced a result."""
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from early_exit.errors import UserError
+
+
+def check_torchvision() -> None:
+    """Raises UserError if torchvision is missing or was built for another torch."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        raise UserError(
+            "torchvision is not installed; run: pip install -r requirements.txt"
+        ) from None
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        torch_version, vision_version = map(importlib.metadata.version, ("torch", "torchvision"))
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"torch {torch_version} and torchvision {vision_version} do not fit together"
+            f" ({reason}); reinstall both: pip install --force-reinstall torch torchvision"
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and the main packages, and the git revision of this source tree."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    found["git"] = git_revision()
+    return found
+
+
+@functools.cache
+def git_revision() -> str:
+    """The commit of this source tree, with -dirty if it was changed; outside a git checkout, as in
+    a container image, the value of EARLY_EXIT_REVISION."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("EARLY_EXIT_REVISION", "unknown")
+    return done.stdout.strip()

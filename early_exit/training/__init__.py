@@ -1,0 +1,1 @@
+"""Training all exits, resumable at any step."""

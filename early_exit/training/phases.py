@@ -1,0 +1,67 @@
+"""The phases of a regime."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from early_exit.config import Config, OptimConfig
+from early_exit.errors import UserError
+from early_exit.model.losses import resolve_weights
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with an optimiser of its own."""
+
+    name: str
+    """plain, backbone, joint or heads."""
+    optim: OptimConfig
+    weights: tuple[float, ...]
+    """Loss weight of each exit that is computed."""
+
+    @property
+    def backbone_only(self) -> bool:
+        """Whether only the plain network is computed."""
+        return self.name in ("plain", "backbone")
+
+    @property
+    def backbone_frozen(self) -> bool:
+        """Whether the backbone's weights and statistics stay fixed."""
+        return self.name == "heads"
+
+
+def plan_phases(config: Config, num_exits: int) -> list[Phase]:
+    """The phases of a regime.
+
+    `joint` has one; the others train the backbone first unless a checkpoint brings it. On a frozen
+    backbone the heads are independent of each other, so all stages of CDL are trained at once.
+    Raises UserError for settings that contradict each other.
+    """
+    given, optim = config.model.backbone is not None, config.optim
+    if given and (num_exits == 1 or config.run.regime == "joint"):
+        raise UserError(
+            "--backbone brings trained weights, but this run would train the backbone from"
+            " scratch; add --regime mixed or --regime frozen and exits, or -e to score it"
+        )
+    if num_exits == 1:
+        return [Phase("plain", optim, (1.0,))]
+    weights = resolve_weights(config.loss.weights, num_exits)
+    if config.run.regime == "joint":
+        return [Phase("joint", optim, weights)]
+    first = dataclasses.replace(
+        optim,
+        epochs=config.backbone_phase.epochs or optim.epochs,
+        lr=config.backbone_phase.lr or optim.lr,
+    )
+    phases = [] if given else [Phase("backbone", first, (1.0,))]
+    if config.run.regime == "mixed":
+        return [*phases, Phase("joint", optim, weights)]
+    if config.run.regime == "cdl" and set(config.model.head) != {"linear"}:
+        raise UserError(
+            f"--regime cdl has linear heads, got --head {' '.join(config.model.head)}; remove"
+            " --head, or use --regime frozen"
+        )
+    if not any(weights[:-1]):
+        raise UserError(
+            f"--regime {config.run.regime} trains only the heads, and all their loss weights are 0"
+        )
+    return [*phases, Phase("heads", optim, (*weights[:-1], 0.0))]

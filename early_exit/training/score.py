@@ -1,0 +1,54 @@
+"""The accuracy of every exit of a checkpoint on a split."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from early_exit.config import Config
+from early_exit.data.splits import Shard
+from early_exit.errors import UserError
+from early_exit.model.losses import joint_loss
+from early_exit.system.device import autocast_context, set_up
+from early_exit.system.distributed import Group
+from early_exit.task import Task
+from early_exit.training import checkpoint
+from early_exit.training.steps import Tally, score_batches
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def score(
+    config: Config, task: Task, split: str, saved: dict | None, group: Group
+) -> tuple[tuple[str, ...], Tally]:
+    """The names of the exits and the counts on a split, for the weights of a checkpoint (`saved`)
+    or of `config.model.backbone`, which has no heads to score."""
+    device, precision = set_up(config.run)
+    with group.main_process_first():
+        data = task.load_data(config.data)
+    network = task.build_network(config, len(data.classes))
+    if saved:
+        checkpoint.load_into(network, checkpoint.reported(saved), Path("the checkpoint"))
+        meta = saved
+    elif network.num_exits > 1:
+        raise UserError("--backbone brings no heads to score; add --exits none")
+    else:
+        assert config.model.backbone, "the command line asks for one"
+        meta = checkpoint.load_backbone_into(network, Path(config.model.backbone))
+    if split == "val" and meta.get("unseen_val") != data.val_hash and group.is_main:
+        log.warning("these weights may have been trained on val images; --split test is unbiased")
+    layout = config.run.memory_format
+    data = data.normalised_by(meta.get("normalisation")).to(device, layout)
+    network.to(device).to(memory_format=layout).eval()
+    if config.run.compile:
+        network.compile()
+    tally = Tally(network.num_exits, device)
+    loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
+    batches = data.eval_batches(split, data.eval_batch, Shard(group.rank, group.world))
+    for _ in score_batches(
+        network, batches, loss_fn, partial(autocast_context, precision, device), tally
+    ):
+        pass
+    return network.exit_names, tally.gathered(group)

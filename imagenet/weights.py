@@ -1,0 +1,57 @@
+"""torchvision's trained weights, downloaded once."""
+
+import http.client
+from pathlib import Path
+
+import torch
+from torchvision import models
+
+from early_exit.data.folders import FolderRun
+from early_exit.errors import UserError
+from early_exit.system.files import atomic_file, locked
+from imagenet import networks
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "weights"
+
+
+def download(config: FolderRun, name: str) -> Path:
+    """The file of torchvision's weights for the configuration's network, downloaded if necessary.
+
+    name: of the weights; empty: the first ones that fit the image size. Raises UserError if there
+    are no such weights or the download fails.
+    """
+    arch = config.model.arch
+    networks.check_arch(arch)
+    if "/" in name or Path(name, "train").is_dir():
+        raise UserError(f"--pretrained took {name} for weights; put the directory before the flags")
+    known = {weights.name: weights for weights in models.get_model_weights(arch)}
+    fitting = [
+        weights.name
+        for weights in known.values()
+        if not arch.startswith("vit_") or weights.transforms().crop_size == [config.data.val_crop]
+    ]
+    if not name:
+        name = next(iter(fitting), "")
+    if name not in fitting:
+        raise UserError(
+            f"torchvision has no weights {name or 'of that size'} for {arch} at"
+            f" {config.data.val_crop} pixels; it has {', '.join(known)}"
+        )
+    path = WEIGHTS / f"{arch}-{name}.pth"
+    with locked(WEIGHTS, wait=True):  # several processes or runs may share the directory
+        if not path.exists():
+            _fetch(arch, known[name], path)
+    return path
+
+
+def _fetch(arch: str, weights: models.WeightsEnum, path: Path) -> None:
+    """Downloads weights to `path`."""
+    try:
+        network = models.get_model(arch, weights=weights)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"downloading {weights.url} failed ({' '.join(str(error).split())}); download it"
+            " elsewhere and pass it with --backbone FILE"
+        ) from None
+    with atomic_file(path) as file:
+        torch.save(network.state_dict(), file)

@@ -1,0 +1,249 @@
+"""Images in memory: normalisation, augmentation, batches and halves of test."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cifar10 import data
+from cifar10.data import Data, ImageSet
+from early_exit.data import in_memory
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    """scikit-learn's digits, cut by the default split seed."""
+    return data.load("digits")
+
+
+def numbered(count: int, test_targets: list[int] | None = None) -> Data:
+    """Data whose i'th train image is grey of brightness i, normalised to itself; two classes."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    train = ImageSet(images.contiguous(), torch.arange(count) % 2)
+    targets = torch.tensor(test_targets or [0, 1])
+    test = ImageSet(torch.zeros(len(targets), 3, 32, 32, dtype=torch.uint8), targets)
+    splits = {"train": train, "val": test, "test": test}
+    return Data("numbered", ("even", "odd"), splits, "hash", (0.0,) * 3, (1 / 255,) * 3, flip=True)
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    """Which images of `numbered` a batch holds: the middle survives every crop."""
+    return images[:, 0, 16, 16].round().int().tolist()
+
+
+class TestNormalise:
+    def test_by_hand(self):
+        images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+        mean, std = (0.5, 0.25, 0.2), (0.5, 0.125, 0.4)
+        found = dataclasses.replace(numbered(2), mean=mean, std=std).normalise(images)
+        # (0 - .5) / .5, (128/255 - .25) / .125, (1 - .2) / .4
+        expected = torch.tensor([-1.0, 2.015686, 2.0]).view(1, 3, 1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    def test_the_bytes_do_not_change(self):
+        images = torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
+        numbered(2).normalise(images)
+        assert bool((images == 7).all())
+
+    def test_channels_last(self):
+        images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+        found = numbered(2).normalise(images)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+    def test_a_checkpoints_statistics_replace_the_sets(self):
+        found = numbered(2).normalised_by({"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]})
+        assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+
+    def test_without_a_checkpoints_they_stay(self):
+        whole = numbered(2)
+        assert whole.normalised_by(None) is whole
+
+
+def coordinates(count: int) -> torch.Tensor:
+    """The same image `count` times: red is the row, green the column, both from 1 on."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[0] = torch.arange(1, 33).view(-1, 1)
+    image[1] = torch.arange(1, 33).view(1, -1)
+    return image.repeat(count, 1, 1, 1)
+
+
+def crop_and_flip(image: np.ndarray, top: int, left: int, flipped: bool) -> np.ndarray:
+    """One image (3, 32, 32), the obvious way."""
+    padded = np.zeros((3, 40, 40), np.uint8)
+    padded[:, 4:36, 4:36] = image
+    crop = padded[:, top : top + 32, left : left + 32]
+    return crop[:, :, ::-1] if flipped else crop
+
+
+def augmented(images: torch.Tensor, seed: int, flip: bool) -> torch.Tensor:
+    """`images` after draws of that seed."""
+    draws = in_memory.Augmentation.draw(
+        len(images), in_memory.PAD, torch.Generator().manual_seed(seed)
+    )
+    return in_memory.augment(images, draws, in_memory.PAD, flip)
+
+
+@pytest.fixture(scope="module")
+def many() -> torch.Tensor:
+    """`coordinates`, augmented 16,200 times: 200 for each of 9 x 9 offsets."""
+    return augmented(coordinates(16_200), 2, True)
+
+
+class TestAugment:
+    @pytest.mark.parametrize("flip", [True, False])
+    def test_equals_cropping_and_flipping_one_image_after_the_other(self, flip):
+        images = torch.randint(
+            0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        found = augmented(images, 1, flip)
+        draws = torch.Generator().manual_seed(1)
+        tops, lefts = torch.randint(0, 9, (2, 50), generator=draws).tolist()
+        flipped = (torch.rand(50, generator=draws) < 0.5).tolist()
+        assert any(flipped) and not all(flipped)
+        for index in range(50):
+            expected = crop_and_flip(
+                images[index].numpy(), tops[index], lefts[index], flip and flipped[index]
+            )
+            assert np.array_equal(found[index].numpy(), expected), index
+
+    def test_every_offset_is_equally_likely(self, many):
+        flipped = many[:, 1, 16, 15] > many[:, 1, 16, 16]
+        row = many[:, 0, 16, 16].long() - 13  # row 16 of a crop is row 12 + top, counted from 1
+        column = torch.where(flipped, many[:, 1, 16, 15], many[:, 1, 16, 16]).long() - 13
+        counts = torch.bincount(9 * row + column, minlength=81)
+        assert len(counts) == 81
+        assert counts.min() > 0
+        # chi square of 80 degrees of freedom: mean 80, deviation 12.6
+        assert ((counts - 200.0) ** 2 / 200).sum() < 80 + 5 * 12.6
+
+    def test_half_are_flipped(self, many):
+        flipped = (many[:, 1, 16, 15] > many[:, 1, 16, 16]).sum()
+        assert abs(int(flipped) - 8100) < 5 * 63.6  # deviation sqrt(16200) / 2
+
+    def test_flips_do_not_depend_on_the_offset(self, many):
+        flipped = many[:, 1, 16, 15] > many[:, 1, 16, 16]
+        low = many[:, 0, 16, 16] < 17  # the upper four of nine rows, 7200 expected
+        share = flipped[low].double().mean()
+        assert abs(float(share) - 0.5) < 5 * 0.5 / 7000**0.5
+
+    def test_without_flip_nothing_is_flipped(self):
+        found = augmented(coordinates(500), 2, False)
+        assert bool((found[:, 1, 16, 15] < found[:, 1, 16, 16]).all())
+
+    def test_the_originals_do_not_change(self):
+        images = coordinates(10)
+        augmented(images, 0, True)
+        assert torch.equal(images, coordinates(10))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("first_step", range(6))
+    def test_a_resumed_epoch_is_the_tail_of_the_whole(self, first_step):
+        train = numbered(50)
+        whole = list(train.train_batches(8, seed=3, epoch=2))
+        tail = list(train.train_batches(8, seed=3, epoch=2, first_step=first_step))
+        assert len(tail) == 6 - first_step
+        for (images, targets), (wanted, labels) in zip(tail, whole[first_step:], strict=True):
+            assert torch.equal(images, wanted)
+            assert torch.equal(targets, labels)
+
+    def test_every_image_comes_at_most_once_an_epoch(self):
+        seen = [
+            number
+            for images, _ in numbered(50).train_batches(8, 0, 0)
+            for number in numbers(images)
+        ]
+        assert len(seen) == 48 == len(set(seen))
+        assert set(seen) <= set(range(50))
+
+    def test_targets_belong_to_their_images(self):
+        for images, targets in numbered(50).train_batches(8, 0, 0):
+            assert [number % 2 for number in numbers(images)] == targets.tolist()
+
+    @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 1}])
+    def test_order_differs_by_epoch_and_by_seed(self, other):
+        def order(seed=0, epoch=0):
+            batches = numbered(50).train_batches(8, seed, epoch)
+            return [number for images, _ in batches for number in numbers(images)]
+
+        assert order() == order()
+        assert order() != order(**other)
+
+    def test_the_dropped_images_differ_by_epoch(self):
+        left_out = set()
+        for epoch in range(6):
+            batches = numbered(50).train_batches(8, 0, epoch)
+            seen = {number for images, _ in batches for number in numbers(images)}
+            left_out.add(frozenset(set(range(50)) - seen))
+        assert len(left_out) > 1
+
+    def test_the_same_image_is_cropped_differently_in_another_epoch(self):
+        train = numbered(1)
+        train.splits["train"].images[:] = coordinates(1)
+        crops = {
+            next(iter(train.train_batches(1, 0, epoch)))[0].numpy().tobytes() for epoch in range(8)
+        }
+        assert len(crops) > 4
+
+    def test_every_steps_crops_are_drawn_from_a_stream_of_their_own(self, monkeypatch):
+        seeds, draw = [], in_memory.Augmentation.draw
+
+        def noted(count, pad, generator):
+            seeds.append(generator.initial_seed())
+            return draw(count, pad, generator)
+
+        monkeypatch.setattr(in_memory.Augmentation, "draw", noted)
+        for epoch in range(3):
+            list(numbered(50).train_batches(8, 5, epoch))
+        assert len(seeds) == 3 * 6
+        assert len(set(seeds)) == len(seeds)
+
+    def test_a_set_smaller_than_a_batch_is_one_batch(self):
+        train = numbered(5)
+        assert train.steps_per_epoch(8) == 1
+        ((images, _),) = train.train_batches(8, 0, 0)
+        assert sorted(numbers(images)) == [0, 1, 2, 3, 4]
+
+    def test_evaluation_batches_are_in_order_whole_and_not_augmented(self, digits):
+        plain = dataclasses.replace(digits, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+        found = list(plain.eval_batches("val", 50))
+        assert [len(targets) for _, targets in found] == [50, 50, 50, 30]
+        images = torch.cat([images for images, _ in found])
+        assert torch.equal(images.round().to(torch.uint8), digits.splits["val"].images)
+        targets = torch.cat([targets for _, targets in found])
+        assert torch.equal(targets, digits.splits["val"].targets)
+
+
+class TestCutTest:
+    def test_halves_are_disjoint_and_cover_test(self, digits):
+        chosen, rest = digits.test_halves(0)
+        assert len(chosen) == len(rest) == 180
+        assert sorted([*chosen, *rest]) == list(range(360))
+
+    def test_halves_are_stratified(self, digits):
+        whole = torch.bincount(digits.splits["test"].targets)
+        for half in digits.test_halves(0):
+            counts = torch.bincount(digits.splits["test"].targets[torch.from_numpy(half)])
+            assert (counts - whole / 2).abs().max() <= 1
+
+    def test_the_seed_decides(self, digits):
+        assert np.array_equal(digits.test_halves(4)[0], digits.test_halves(4)[0])
+        assert not np.array_equal(digits.test_halves(4)[0], digits.test_halves(5)[0])
+
+    def test_val_and_test_are_the_halves_and_train_stays(self, digits):
+        cut, (chosen, rest) = digits.cut_test(3), digits.test_halves(3)
+        test = digits.splits["test"]
+        assert torch.equal(cut.splits["val"].images, test.images[torch.from_numpy(chosen)])
+        assert torch.equal(cut.splits["test"].targets, test.targets[torch.from_numpy(rest)])
+        assert cut.splits["train"] is digits.splits["train"]
+
+    def test_its_hash_is_another_than_the_one_cut_from_train(self, digits):
+        hashes = {digits.val_hash, digits.cut_test(0).val_hash, digits.cut_test(1).val_hash}
+        assert len(hashes) == 3
+
+    def test_pictures_are_those_of_the_half(self, digits):
+        cut, (_, rest) = digits.cut_test(0), digits.test_halves(0)
+        picture = cut.picture("test", 5)
+        assert picture.shape == (32, 32, 3)
+        assert np.array_equal(picture, digits.picture("test", int(rest[5])))

@@ -1,0 +1,51 @@
+"""What the rows of a comparison are called."""
+
+import json
+
+import pytest
+from helpers import assert_names
+from reports import made_report, rows
+
+
+def test_a_row_is_named_by_the_settings_that_distinguish_it(made_run):
+    found = rows(
+        made_run("a", settings={"model": {"arch": "resnet20"}}),
+        made_run("b", settings={"model": {"arch": "resnet20"}, "run": {"regime": "mixed"}}),
+        made_run("c", settings={"model": {"arch": "resnet56"}}, exits=(0.5, 0.6)),
+        made_run("d", settings={"model": {"arch": "resnet20"}}, exits=()),
+    )
+    assert [row.name for row in found] == [
+        "resnet20, joint",
+        "resnet20, mixed",
+        "resnet56",
+        "resnet20, plain",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ({"optim": {"epochs": 30}}, [200, 30]),
+        ({"model": {"head": ["linear"]}}, ["conv", "linear"]),
+        ({"loss": {"weights": [0.3, 1.0]}}, ["1 1", "0.3 1"]),
+        ({"optim": {"weight_decay": 5e-4}}, [0.0001, 0.0005]),
+    ],
+)
+def test_a_setting_in_words(made_run, setting, values):
+    for row, value in zip(
+        rows(made_run("a"), made_run("b", settings=setting)), values, strict=True
+    ):
+        assert_names(row.name, value)
+
+
+def test_the_label_has_the_goal_and_the_criterion_if_they_differ(made_run):
+    directory = made_run("net", evaluation="a", goal="budget 50 % of MACs")
+    other = made_report(goal="max drop 1 points", criterion="entropy", calibrated=False)
+    (directory / "eval" / "b").mkdir()
+    (directory / "eval" / "b" / "report.json").write_text(json.dumps(other))
+    found = rows(directory)
+    assert [row.name for row in found] == ["net", "net"]
+    assert_names(found[0].label, "net", "budget 50 % of MACs")
+    assert "max_prob" not in found[0].label and "temperature" not in found[0].label
+    assert_names(found[1].label, "net", "max drop 1 points", "entropy")
+    assert "temperature" in found[1].label

@@ -1,0 +1,148 @@
+"""The report in words: report.md and the text on the screen."""
+
+import dataclasses
+import html
+import re
+import shutil
+
+import pytest
+from by_hand import TASK
+from helpers import CPU, assert_names
+
+from early_exit.choosing.goals import MaxDrop
+from early_exit.evaluation import page
+from early_exit.evaluation.evaluate import evaluate
+from early_exit.evaluation.markdown import (
+    MAX_CLASSES,
+    class_table,
+    escaped,
+    exit_table,
+    headline,
+    provenance,
+    sections,
+    shown_classes,
+    summary,
+    title,
+    to_markdown,
+)
+from early_exit.evaluation.report import Choice, ClassRow, Report
+
+
+@pytest.fixture(scope="module")
+def report(finished, tmp_path_factory) -> Report:
+    """An evaluation without timing. Not to be changed."""
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("markdown") / "run")
+    return evaluate(run, TASK, MaxDrop(0.02), overrides=CPU, live=False, draw=False)[0]
+
+
+def class_rows(count: int) -> tuple[ClassRow, ...]:
+    """Classes, the most expensive first."""
+    return tuple(
+        ClassRow(f"class {index}", 1, 0.5, (count - index) / count, (0.5, 0.5))
+        for index in range(count)
+    )
+
+
+def test_sections_have_ids_of_their_own(report):
+    ids = [section.id for section in sections(report)]
+    assert len(set(ids)) == len(ids)
+    assert (ids[0], ids[-1]) == ("summary", "provenance")
+
+
+def test_report_md_has_the_title_the_sections_and_the_plots_before_the_last_one(report):
+    text = to_markdown(report, {"a.png": "caption of a", "b.png": "caption of b"})
+    headings = [section.heading for section in sections(report)[1:]]
+    expected = [*headings[:-1], "caption of a", "caption of b", headings[-1]]
+    found = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    assert found == [title(report), *expected]
+    assert "![caption of a](a.png)" in text
+
+
+def test_the_title_names_network_data_regime_and_goal(report):
+    assert_names(title(report), "resnet20", "digits", "joint", report.choice.goal)
+
+
+def test_the_headline_names_accuracies_and_macs(report):
+    values = (report.test.accuracy, report.final_accuracy, report.random_accuracy)
+    assert_names(headline(report), *(f"{100 * value:.2f} %" for value in values))
+    assert_names(headline(report), f"{100 * report.test.macs_share:.1f} %")
+
+
+def test_the_screen_shows_the_exits_and_the_files_that_are_there(report, tmp_path):
+    (tmp_path / "report.md").touch()
+    shown = summary(report, tmp_path)
+    assert exit_table(report) in shown and headline(report) in shown
+    assert str(tmp_path / "report.md") in shown
+    assert "report.html" not in shown
+
+
+def test_a_disabled_exit_has_no_macs_and_is_called_so(report):
+    row = dataclasses.replace(report.exits[0], enabled=False)
+    changed = dataclasses.replace(report, exits=(row, *report.exits[1:]))
+    line = exit_table(changed).splitlines()[2]
+    assert_names(line, "layer1", "disabled")
+    assert line.split(" | ")[1] == "-"
+
+
+def test_top5_has_a_column_if_there_are_many_classes(report):
+    rows = tuple(dataclasses.replace(row, top5=0.987) for row in report.exits)
+    changed = dataclasses.replace(report, top5=0.991, exits=rows)
+    tables = [exit_table(one).splitlines() for one in (report, changed)]
+    columns = [{line.count("|") for line in table} for table in tables]
+    assert columns[1] == {count + 1 for count in columns[0]}
+    assert_names(headline(changed), "99.10 %")
+    assert_names(tables[1][2], "98.70 %")
+
+
+@pytest.mark.parametrize("count", [MAX_CLASSES, MAX_CLASSES + 1, 100])
+def test_of_many_classes_the_cheapest_and_the_most_expensive_are_shown(report, count):
+    changed = dataclasses.replace(report, classes=class_rows(count))
+    shown = shown_classes(changed)
+    names = [row.name for row in shown if row]
+    assert len(names) == MAX_CLASSES
+    assert (names[0], names[-1]) == (f"class {count - 1}", "class 0")
+    assert (None in shown) == (count > MAX_CLASSES)
+    assert len(class_table(changed).splitlines()) == 2 + len(shown)
+
+
+@pytest.mark.parametrize(
+    "name", ["a | b", "*a*", "`a`", "_a_", "[a](b)", "<b>a</b>", r"a\b", "a & b", "&lt;"]
+)
+def test_names_are_shown_as_they_are(report, name):
+    rows = (dataclasses.replace(class_rows(1)[0], name=name),)
+    table = class_table(dataclasses.replace(report, classes=rows))
+    cell = escaped(name)
+    assert f"| {cell} | 1 |" in table
+    (shown,) = re.findall("<td>(.*)</td>", page._converter()(f"| class |\n| --- |\n| {cell} |"))
+    assert html.unescape(shown) == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "plain", "cdl", "fitted"),
+    [
+        ({}, False, False, {"thresholds", "temperatures"}),
+        ({"calibrated": False}, False, False, {"thresholds"}),
+        ({"thresholds_given": True}, False, False, {"temperatures"}),
+        ({}, True, False, {"temperatures"}),
+        ({"thresholds_given": True, "calibrated": False}, False, True, {"stages"}),
+        ({"thresholds_given": True, "calibrated": False}, False, False, set()),
+        ({"thresholds_given": True, "policy_given": True}, False, False, set()),
+    ],
+)
+def test_what_was_fitted_on_val(changes, plain, cdl, fitted):
+    values = {
+        "goal": "max drop 2 points",
+        "criterion": "max_prob",
+        "calibrated": True,
+        "thresholds_given": False,
+        "policy_given": False,
+        "val_from": "held out from train",
+        "val_images": 5000,
+        "test_images": 10000,
+    }
+    sentence = provenance(Choice(**values | changes), plain=plain, cdl=cdl)
+    words = {word for word in ("thresholds", "temperatures", "stages") if word in sentence.lower()}
+    assert words == fitted
+    assert_names(sentence, "10,000")
+    if not changes.get("policy_given"):
+        assert_names(sentence, "5,000", "held out from train")

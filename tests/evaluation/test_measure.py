@@ -1,0 +1,93 @@
+"""Inference with exits taken on test, and what is timed."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from by_hand import NAMES, ROUNDING, TASK, quickly, slow_outcome, slow_scores, some_digits, stored
+from helpers import CPU, tiny_network
+
+from early_exit.choosing.goals import FixedThresholds
+from early_exit.config import Config, DataConfig, ModelConfig
+from early_exit.evaluation.measure import time_batch
+from early_exit.inference.infer import infer
+from early_exit.inference.policy import Policy
+from early_exit.trained import load_run
+from early_exit.training import checkpoint
+
+
+class TestLive:
+    """Inference with exits taken against the records of the same network, with thresholds in gaps
+    between the scores that are far wider than what rounding changes."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def measured(cls, real, tmp_path_factory) -> tuple[dict, Path, np.ndarray]:
+        """The report, its directory, and which exit each image of test takes on the record."""
+        directory = shutil.copytree(real, tmp_path_factory.mktemp("live") / "run")
+        remaining = [slow_scores(e, "max_prob", [1.0] * 3) for e in stored(directory, "test")[0]]
+        thresholds = []
+        for index in range(2):
+            ordered = np.sort([scores[index] for scores in remaining])
+            middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
+            widest = int(np.diff(middle).argmax())
+            thresholds.append(float(middle[widest : widest + 2].mean()))
+            assert np.diff(middle).max() > 4 * ROUNDING
+            remaining = [scores for scores in remaining if scores[index] < thresholds[index]]
+        goal = FixedThresholds(tuple(thresholds), calibrate=False)
+        report, _ = quickly(directory, goal, live=True, name="mine")
+        where = directory / "eval" / "mine"
+        policy = yaml.safe_load((where / "policy.yaml").read_text())
+        return report, where, np.array(slow_outcome(directory, "test", policy)["exit_index"])
+
+    def ambiguous(self, where: Path, exit_index: np.ndarray) -> int:
+        """Images whose best two classes, at the exit they take, are as close as rounding."""
+        logits = np.array(stored(where.parent.parent, "test")[0])
+        second, best = np.sort(logits[np.arange(len(exit_index)), exit_index])[:, -2:].T
+        return int((best - second < ROUNDING * np.abs(logits).max()).sum())
+
+    def test_images_exit_at_every_exit(self, measured):
+        _, _, exit_index = measured
+        assert np.bincount(exit_index, minlength=3).min() > 10
+
+    def test_policy_yaml_gives_the_exits_and_accuracy_of_the_report(self, measured):
+        report, where, exit_index = measured
+        network = tiny_network(Config(model=ModelConfig(exits=("layer1", "layer2"))), 10).eval()
+        network.load_state_dict(checkpoint.load(where.parent.parent)["network"])
+        ((images, targets),) = some_digits(DataConfig()).eval_batches("test", 120)
+        answers = infer(network, images, Policy.load(where / "policy.yaml"))
+        assert answers.exit_index.tolist() == exit_index.tolist()
+        correct = int((answers.classes == targets).sum())
+        assert (
+            abs(correct - 120 * report["test"]["accuracy"])
+            <= self.ambiguous(where, exit_index) + 1e-9
+        )
+
+    def test_inference_with_exits_taken_agrees_with_the_record(self, measured):
+        report, where, exit_index = measured
+        live = report["live"]
+        assert live["images"] == 120
+        assert (
+            live["differing_beyond_rounding"]
+            <= live["differing"]
+            <= self.ambiguous(where, exit_index)
+        )
+        differing = live["differing"] / 120
+        assert abs(live["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
+
+
+def test_without_a_whole_batch_nothing_is_timed(finished):
+    loaded = load_run(finished, TASK, CPU)
+    policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
+    assert time_batch(loaded, loaded.data, policy, 8, 7, {}) is None  # images to time
+    assert time_batch(loaded, loaded.data, policy, 121, 1000, {}) is None  # images of test
+
+
+def test_a_batch_larger_than_val_is_timed_without_its_stages(finished):
+    loaded = load_run(finished, TASK, CPU)
+    policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
+    found = time_batch(loaded, loaded.data, policy, 110, 1000, {})
+    assert found.stages is None
+    assert (found.timing.batch_size, found.timing.images) == (110, 110)

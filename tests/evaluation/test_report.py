@@ -1,0 +1,133 @@
+"""report.json: its format number, and files of older versions."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from helpers import ROOT
+
+from early_exit.errors import UserError
+from early_exit.evaluation.report import (
+    FORMAT,
+    Choice,
+    ClassRow,
+    Environment,
+    ExitRow,
+    Report,
+    RunInfo,
+    read_report,
+    upgraded,
+)
+
+OLD = {
+    "run": "demo",
+    "dataset": "digits",
+    "arch": "resnet20",
+    "regime": "joint",
+    "chosen_by": "max drop 0.5 points",
+    "thresholds_given": False,
+    "policy_given": False,
+    "criterion": "max_prob",
+    "calibrated": True,
+    "val_from": "held out from train",
+    "val_images": 180,
+    "test_images": 360,
+    "weights": "weights 0123 of the last epoch",
+    "precision": "float32",
+    "device": "CPU",
+    "plain_macs": 100,
+    "exits": [
+        {"name": "final", "on": True, "taken": 1.0, "taken_accuracy": 0.9, "gain_auroc": None}
+    ],
+    "classes": [{"name": "0", "taken": [1.0]}],
+    "timing": [
+        {"promise": 1, "full": 2, "trunk": 3, "kept": 0.9, "trunk_speedup": 1.5, "plain": 4}
+    ],
+    "statics": [{"name": "resnet32"}],
+    "pace": [{"batch_size": 1, "alone": [1.0], "statics": {"resnet32": 1.2}}],
+    "guarantee": {"words": "", "lost": 0.1, "plain": {"accuracy": 0.9}, "plain_lost": 0.2},
+    "door": "cifar10.trainer:DOOR",
+    "settings": {"run": {"seed": 0}},
+    "versions": {"torch": "2.14"},
+    "command": "python cifar10/eval.py runs/demo",
+}
+
+
+def test_a_report_of_version_0_1_is_upgraded():
+    new = upgraded(OLD)
+    assert new["format"] == FORMAT
+    assert new["run"] == {
+        "name": "demo",
+        "task": "cifar10",
+        "dataset": "digits",
+        "arch": "resnet20",
+        "regime": "joint",
+        "weights": OLD["weights"],
+        "settings": OLD["settings"],
+    }
+    assert new["choice"]["goal"] == OLD["chosen_by"] and new["choice"]["test_images"] == 360
+    assert new["environment"]["command"] == OLD["command"]
+    assert new["exits"][0] == {
+        "name": "final",
+        "enabled": True,
+        "exited": 1.0,
+        "exited_accuracy": 0.9,
+        "continuing_auroc": None,
+    }
+    assert new["classes"][0]["exited"] == [1.0]
+    assert new["timing"][0] == {
+        "ideal": 1,
+        "no_exit_taken": 2,
+        "without_heads": 3,
+        "fraction_of_ideal": 0.9,
+        "speedup_without_heads": 1.5,
+        "plain": 4,
+    }
+    assert new["static_networks"] == OLD["statics"]
+    assert new["curve_seconds"][0]["at_exit"] == [1.0]
+    assert new["guarantee"]["unguaranteed_lost"] == 0.2
+    assert not {"door", "chosen_by", "statics", "pace", "precision"} & set(new)
+
+
+def test_the_sections_of_an_upgraded_report_are_those_of_today():
+    new = upgraded(OLD)
+    for section, kind in (("run", RunInfo), ("choice", Choice), ("environment", Environment)):
+        assert set(new[section]) == {field.name for field in fields(kind)}
+    assert set(new) <= {field.name for field in fields(Report)}
+    assert set(new["exits"][0]) <= {field.name for field in fields(ExitRow)}
+    assert set(new["classes"][0]) <= {field.name for field in fields(ClassRow)}
+
+
+def test_upgrading_changes_nothing_that_was_given():
+    before = json.dumps(OLD)
+    upgraded(OLD)
+    assert json.dumps(OLD) == before
+
+
+def test_a_report_of_today_is_read_as_it_is():
+    values = {"format": FORMAT, "run": {}}
+    assert upgraded(values) == values
+
+
+def test_a_report_of_a_later_version_is_refused():
+    with pytest.raises(UserError, match=str(FORMAT + 1)):
+        upgraded({"format": FORMAT + 1})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "two"}', '{"a": NaN}', "null"])
+def test_what_is_not_a_report_is_one_line(text, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"report\.json") as caught:
+        read_report(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_report_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"report\.json"):
+        read_report(tmp_path / "report.json")
+
+
+def test_the_reports_in_the_repository_are_read():
+    paths = list((ROOT / "cifar10" / "pretrained").glob("*/eval/*/report.json"))
+    assert paths and all(read_report(path)["run"]["task"] == "cifar10" for path in paths)

@@ -1,0 +1,273 @@
+"""Latency: what is timed, never how fast it is."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+
+from early_exit.choosing.record import replay, score_record
+from early_exit.inference.latency import (
+    BatchSeconds,
+    StageTimes,
+    Timing,
+    measure,
+    segment_inputs,
+    stage_inputs,
+    stage_times,
+)
+from early_exit.inference.policy import NEVER, Policy
+
+
+@pytest.fixture
+def policy(stored):
+    """Half of the images reach the threshold of every exit."""
+    never = Policy(exit_names=stored.info.exit_names, thresholds=(NEVER,) * 3)
+    scores = np.sort(score_record(stored, never).scores[:, :-1], axis=0)
+    middle = scores[1023:1025].mean(axis=0)  # of 2,048: between two images
+    return Policy(exit_names=stored.info.exit_names, thresholds=tuple(middle.tolist()))
+
+
+def spread(total):
+    """The seconds of a sample, in batches of one second."""
+    return BatchSeconds(p50=1.0, p95=1.0, total=total)
+
+
+HAND = Timing(
+    batch_size=2,
+    images=8,
+    repeats=3,
+    plain=spread(12.0),
+    live=spread(8.0),
+    ideal=spread(6.0),
+    no_exit_taken=spread(15.0),
+    without_heads=spread(4.0),
+    stage_seconds=(1.0, 2.0, 5.0),
+)
+
+
+def test_speedup_is_over_the_plain_network():
+    assert HAND.speedup == 1.5
+
+
+def test_fraction_of_ideal():
+    assert HAND.fraction_of_ideal == 0.75
+
+
+def test_without_heads_it_looks_faster():
+    assert HAND.speedup_without_heads == 3.0
+
+
+def test_overhead_is_what_exits_cost_when_none_is_taken():
+    assert HAND.overhead == 0.25
+
+
+def test_stage_shares_are_of_all_stages():
+    assert HAND.stage_shares == (0.125, 0.25, 0.625)
+
+
+def test_segments_take_the_features_of_the_remaining_rows(tiny_net, images, stored, policy):
+    net, some = tiny_net.double(), images[:256].double()
+    with torch.inference_mode():
+        inputs = segment_inputs(net, some, policy)
+        features, of_all = some, []
+        for stage in net.stages:
+            of_all.append(features)
+            features, _ = stage(features)
+    exit_index = replay(stored, policy).exit_index[:256]
+    assert [list(item.segment.stages) for item in inputs] == [[stage] for stage in net.stages]
+    for index, item in enumerate(inputs):
+        remaining = torch.from_numpy(np.flatnonzero(exit_index >= index))
+        assert torch.equal(item.rows.index, remaining)
+        # the stem and four convolutions of at most 32 channels
+        assert_close(item.rows.features, of_all[index][remaining], terms=4 * 32 * 9 + 3 * 9)
+    assert 0 < len(inputs[-1].rows.index) < 256
+
+
+def test_a_segment_that_no_row_reaches_is_not_timed(tiny_net, images):
+    at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
+    with torch.inference_mode():
+        (item,) = segment_inputs(tiny_net, images[:4], at_once)
+    assert item.segment.stages == (tiny_net.stages[0],)
+    assert item.rows.features.shape == (4, 3, 16, 16)
+
+
+def test_the_stages_of_a_segment_take_its_rows(tiny_net, images, policy):
+    """Two stages with a disabled exit between them are one segment."""
+    policy = dataclasses.replace(policy, enabled=(False, True, True))
+    net, some = tiny_net.double(), images[:64].double()
+    with torch.inference_mode():
+        inputs = segment_inputs(net, some, policy)
+        stages = stage_inputs(inputs)
+        features, _ = net.stages[0](some)
+    assert [len(item.segment.stages) for item in inputs] == [2, 1, 1]
+    assert [stage for stage, _ in stages] == net.stages
+    assert_close(stages[1][1], features, terms=3 * 9)
+    rows = [len(features) for _, features in stages]
+    assert rows == [64, 64, len(inputs[1].rows.index), len(inputs[2].rows.index)]
+
+
+def timed(net, batches, policy, **options):
+    """A measurement in float32."""
+    return measure(net, batches, policy, autocast=contextlib.nullcontext, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_measurement_has_positive_times(tiny_net, images, policy, batch_size):
+    batches = list(images[: 3 * batch_size].split(batch_size))
+    timing = timed(tiny_net, batches, policy, repeats=2)
+    assert (timing.batch_size, timing.images, timing.repeats) == (batch_size, 3 * batch_size, 2)
+    for name in ("plain", "live", "ideal", "no_exit_taken", "without_heads"):
+        seconds = getattr(timing, name)
+        assert 0 < seconds.p50 <= seconds.p95 <= seconds.total
+    assert len(timing.stage_seconds) == 4
+    assert min(timing.stage_seconds) > 0
+    assert sum(timing.stage_shares) == pytest.approx(1)
+
+
+def test_a_measurement_out_of_time_has_one_batch(tiny_net, images, policy):
+    timing = timed(tiny_net, list(images[:32].split(4)), policy, repeats=1, seconds=0)
+    assert timing.images == 4
+
+
+def test_all_exiting_at_once_can_be_measured(tiny_net, images):
+    at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
+    timing = timed(tiny_net, [images[:4]], at_once, repeats=1)
+    assert timing.ideal.total > 0
+    assert len(timing.stage_seconds) == 4  # with all rows, whichever exit
+
+
+def test_patience_can_be_measured(tiny_net, images):
+    policy = Policy(
+        exit_names=tiny_net.exit_names,
+        thresholds=(1.0,) * 3,
+        criterion="patience",
+        enabled=(True, False, True),
+    )
+    assert timed(tiny_net, [images[:8]], policy, repeats=1).live.total > 0
+
+
+class Clock:
+    """A clock that one forward of a stage or of the backbone moves on, and nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
+    # stages take 1, 2, 4 and 8 seconds for 100 rows, the plain network 10
+    clock = Clock()
+    monkeypatch.setattr("early_exit.inference.latency.time", clock)
+    for seconds, stage in zip((1, 2, 4, 8), tiny_net.stages, strict=True):
+
+        def forward(features, with_logits=True, seconds=seconds, original=stage.forward):
+            clock.now += seconds * len(features) / 100
+            return original(features, with_logits)
+
+        monkeypatch.setattr(stage, "forward", forward)
+
+    def plain(images, original=tiny_net.backbone.forward):
+        clock.now += 10 * len(images) / 100
+        return original(images)
+
+    monkeypatch.setattr(tiny_net.backbone, "forward", plain)
+    # every row exits at the third exit
+    policy = Policy(exit_names=tiny_net.exit_names, thresholds=(NEVER, NEVER, 0.0))
+    batches = [images[:50], images[50:100]]
+    timing = timed(tiny_net, batches, policy, repeats=3, seconds=1e9)
+    # two batches of half of 100 rows: stages take 0.5, 1, 2 and 4 seconds, the plain network 5
+    assert (timing.plain.p50, timing.plain.total) == (5, 10)
+    assert (timing.live.p50, timing.live.total) == (3.5, 7)
+    assert timing.ideal == timing.live
+    assert timing.without_heads == timing.live  # heads take no time here
+    assert (timing.no_exit_taken.p50, timing.no_exit_taken.total) == (7.5, 15)
+    assert timing.stage_seconds == (0.5, 1, 2, 4)
+    assert timing.speedup == 10 / 7
+    assert timing.overhead == 0.5
+    assert timing.fraction_of_ideal == 1
+
+
+def test_heads_are_inside_every_time_but_the_one_without_heads(tiny_net, images, monkeypatch):
+    """As BranchyNet's public code does: the bodies of the stages that are reached, nothing else."""
+    clock = Clock()
+    monkeypatch.setattr("early_exit.inference.latency.time", clock)
+    for stage in tiny_net.stages:
+        for part, seconds in ((stage.body, 10), (stage.head, 1)):
+            if part is not None:
+
+                def forward(features, seconds=seconds, original=part.forward):
+                    clock.now += seconds * len(features)
+                    return original(features)
+
+                monkeypatch.setattr(part, "forward", forward)
+    # all rows exit at the third exit; the second one is disabled
+    policy = Policy(
+        exit_names=tiny_net.exit_names, thresholds=(NEVER, NEVER, 0.0), enabled=(True, False, True)
+    )
+    timing = timed(tiny_net, [images[:4]], policy, repeats=2, seconds=1e9)
+    assert timing.without_heads.total == 4 * 3 * 10
+    assert timing.live.total == timing.ideal.total == 4 * (3 * 10 + 2)
+    assert timing.no_exit_taken.total == 4 * (4 * 10 + 2)
+    assert timing.stage_seconds == (44, 40, 44, 40)
+
+
+class TestStageTimes:
+    def test_a_batch_takes_what_its_remaining_rows_take(self):
+        # two stages; of a batch of 4 the first always sees 4 rows
+        seconds, without = (
+            ((1.0, 1.5, 2.0), (10.0, 12.0, 20.0)),
+            ((0.8, 1.2, 1.6), (10.0, 12.0, 20.0)),
+        )
+        times = StageTimes(4, (1, 2, 4), seconds, without, plain=21.0)
+        shares = np.array([[0, 1], [0.5, 0.5], [0.25, 0.75], [1, 0]])
+        # 4, 2 and 3 rows in the second stage (between 12 and 20), and none
+        assert times.of((True,), shares) == pytest.approx([22, 14, 18, 2])
+
+    def test_one_image_takes_each_stage_as_often_as_it_is_reached(self):
+        times = StageTimes(1, (1,), ((1.0,), (10.0,)), ((0.5,), (10.0,)), plain=10.5)
+        assert times.of((True,), np.array([[0.7, 0.3]])) == pytest.approx([1 + 0.3 * 10])
+        assert times.of((False,), np.array([[0.0, 1.0]])) == pytest.approx([0.5 + 10])
+
+    def test_every_stage_is_timed_on_every_number_of_rows(self, tiny_net, images, monkeypatch):
+        """With its head, and without: the final stage has none to leave out."""
+        seen = []
+        for index, stage in enumerate(tiny_net.stages):
+
+            def forward(features, with_logits=True, index=index, original=stage.forward):
+                seen.append((index, len(features), with_logits))
+                return original(features, with_logits)
+
+            monkeypatch.setattr(stage, "forward", forward)
+        times = stage_times(
+            tiny_net, images[:6], "entropy", autocast=contextlib.nullcontext, repeats=1
+        )
+        assert times.sizes == (1, 2, 4, 6)
+        early = {
+            (index, size, flag)
+            for index in range(3)
+            for size in times.sizes
+            for flag in (True, False)
+        }
+        assert set(seen) >= early | {(3, size, True) for size in times.sizes}
+        assert np.array(times.seconds).shape == np.array(times.without_head).shape == (4, 4)
+        assert times.plain > 0 and times.others == {}
+
+    def test_other_networks_are_timed_on_the_whole_batch(self, tiny_net, images):
+        shapes = []
+        other = torch.nn.Flatten()
+        other.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
+        times = stage_times(
+            tiny_net,
+            images[:6],
+            "max_prob",
+            autocast=contextlib.nullcontext,
+            others={"flat": other},
+            repeats=1,
+        )
+        assert set(shapes) == {(6, 768)}
+        assert times.others["flat"] > 0

@@ -1,0 +1,81 @@
+"""Signals: they stop a program where it can save its state."""
+
+import os
+import signal
+
+import pytest
+
+from early_exit.system import signals
+
+
+class TestExitOnSigterm:
+    def test_sigterm_raises_once(self):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            signals.exit_on_sigterm()
+            with pytest.raises(signals.Stopped, match=r"\b15\b") as stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+            assert stopped.value.code == 143
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_except_exception_does_not_catch_it(self):
+        with pytest.raises(signals.Stopped):
+            try:
+                raise signals.Stopped("stopped", signal.SIGTERM)
+            except Exception:
+                pass
+
+
+class TestStopSignals:
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_with_raise_at_once_the_first_one_raises(self, signum):
+        with signals.StopSignals() as stop:
+            stop.raise_if_signalled()
+            with pytest.raises(signals.Interrupted):
+                os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signum
+
+    def test_one_that_came_before_raises_too(self):
+        with signals.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(signals.Interrupted):
+                stop.raise_if_signalled()
+
+    def test_after_raise_at_once_is_cleared_it_is_only_recorded(self):
+        with signals.StopSignals() as stop:
+            stop.raise_if_signalled()
+            stop.raise_at_once = False
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signal.SIGTERM
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_is_recorded_and_the_program_continues(self, signum):
+        with signals.StopSignals() as stop:
+            assert stop.signum is None
+            os.kill(os.getpid(), signum)
+            assert stop.signum == signum
+
+    def test_a_second_signal_changes_nothing(self):
+        with signals.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signum == signal.SIGTERM
+
+    def test_the_handlers_before_are_put_back(self):
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        with signals.StopSignals():
+            assert signal.getsignal(signal.SIGTERM) is not before[0]
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+    def test_the_handlers_before_are_put_back_after_an_error(self):
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(ZeroDivisionError), signals.StopSignals():
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGINT) is before
+
+    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_exit_code_of_a_stop(self, signum, code):
+        assert signals.Stopped("stopped", signum).code == code

@@ -1,0 +1,232 @@
+"""Classifying images from Python: the answers, and which runs can be loaded."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SIDE, TASK, assert_names, refusal
+from PIL import Image
+
+from early_exit import classifier
+from early_exit.classifier import load
+from early_exit.config import DataConfig
+from early_exit.inference.infer import Answers, infer
+from early_exit.inference.policy import Policy
+from early_exit.task import TASKS
+from early_exit.training import checkpoint
+
+
+class TestFromPython:
+    def test_it_gives_the_answers_of_inference(self, evaluated_run, photos):
+        classify = load(evaluated_run, "mine", task=TASK)
+        files = [photos / "ab"[index % 2] / f"{index}.png" for index in range(7)]
+        data = TASK.load_data(DataConfig(dataset="digits"))
+        images = data.normalise(data.splits["test"].images[:7])
+        policy = Policy.load(evaluated_run / "eval" / "mine" / "policy.yaml")
+        parts = [infer(classify.loaded.network, part, policy) for part in images.split(3)]
+        expected = Answers(
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in ("logits", "exit_index", "score")
+            )
+        )
+        found = classify(files, batch_size=3)
+        assert [one.class_index for one in found] == expected.classes.tolist()
+        assert [one.exit_index for one in found] == expected.exit_index.tolist()
+        assert len({one.exit for one in found}) > 1  # or the order would show nothing
+        confidence = expected.logits.softmax(dim=-1).amax(dim=-1).tolist()
+        # some thousand products on a path from the image to a logit, each rounded
+        rounding = 3000 * torch.finfo(torch.float32).eps
+        assert [one.confidence for one in found] == pytest.approx(confidence, abs=rounding)
+        for one in found:
+            assert one.name == data.classes[one.class_index]
+            assert one.macs == classify.cost.cumulative()[one.exit_index]
+            assert one.macs_share == pytest.approx(one.macs / classify.cost.plain_macs)
+
+    def test_paths_and_pil_images_give_the_same(self, evaluated_run, photos):
+        classify = load(evaluated_run, "mine", task=TASK)
+        path = photos / "a" / "0.png"
+        assert classify([Image.open(path)]) == classify([path]) == classify([str(path)])
+
+    def test_a_disabled_exit_costs_nothing(self, evaluated_copy):
+        path = evaluated_copy / "eval" / "mine" / "policy.yaml"
+        policy = dataclasses.replace(Policy.load(path), enabled=(False, True))
+        policy.save(path)
+        classify = load(evaluated_copy, "mine", task=TASK)
+        found = classify([Image.new("RGB", (20, 20))])[0]
+        assert found.macs == classify.cost.cumulative((False, True))[found.exit_index]
+
+    def test_an_image_of_another_shape_is_cropped_and_resized(self, evaluated_run):
+        """White bars to the left and right of a square are cropped."""
+        classify = load(evaluated_run, task=TASK)
+        picture = Image.new("RGB", (80, 40), "white")
+        picture.paste(Image.new("RGB", (40, 40), "red"), (20, 0))
+        expected = np.array([255, 0, 0], np.uint8)
+        image = classify.read(picture)
+        assert image.shape == (3, SIDE, SIDE)
+        assert (image[:, :, 1:-1] == expected[:, None, None]).all()
+
+    def test_a_task_may_prepare_images(self, evaluated_run):
+        task = dataclasses.replace(
+            TASK, prepare=lambda config, image: image.crop((0, 0, SIDE, SIDE))
+        )
+        picture = Image.new("RGB", (80, 40), "white")
+        picture.paste(Image.new("RGB", (SIDE, SIDE), "red"), (0, 0))
+        image = load(evaluated_run, task=task).read(picture)
+        assert (image[0] == 255).all() and (image[1] == 0).all()
+
+    def test_loading_does_not_change_random_states(self, evaluated_run):
+        torch.manual_seed(5)
+        expected = torch.rand(1)
+        torch.manual_seed(5)
+        load(evaluated_run, task=TASK)
+        assert torch.equal(torch.rand(1), expected)
+
+
+def name_task(run: Path, task: str) -> None:
+    """Makes the report of an evaluation name a task."""
+    path = run / "eval" / "mine" / "report.json"
+    report = json.loads(path.read_text())
+    report["run"]["task"] = task
+    path.write_text(json.dumps(report))
+
+
+class TestTask:
+    """Where the task of a run comes from."""
+
+    IMAGES = (Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue"))
+
+    def test_it_may_be_passed_by_name(self, evaluated_run):
+        found = load(evaluated_run, "mine", task="helpers:TASK")(self.IMAGES)
+        assert found == load(evaluated_run, "mine", task=TASK)(self.IMAGES)
+
+    def test_it_may_be_added_to_the_known_ones(self, evaluated_copy, monkeypatch):
+        name_task(evaluated_copy, "mine")
+        monkeypatch.setitem(TASKS, "mine", "helpers:TASK")
+        assert load(evaluated_copy, "mine")(self.IMAGES)
+
+
+class TestLoad:
+    def test_no_run(self, tmp_path):
+        assert_names(refusal(load, tmp_path / "none"), tmp_path / "none")
+
+    def test_a_run_that_was_not_evaluated(self, evaluated_copy):
+        shutil.rmtree(evaluated_copy / "eval")
+        assert_names(refusal(load, evaluated_copy), evaluated_copy)
+
+    def test_an_unknown_evaluation(self, evaluated_run):
+        message = refusal(load, evaluated_run, "none")
+        assert_names(message, evaluated_run, "none", "--eval", "max-drop-0.5-max_prob", "mine")
+
+    def test_several_evaluations_without_the_default_one(self, evaluated_copy):
+        (evaluated_copy / "eval" / "max-drop-0.5-max_prob").rename(
+            evaluated_copy / "eval" / "other"
+        )
+        assert_names(
+            refusal(load, evaluated_copy, task=TASK), evaluated_copy, "--eval", "mine", "other"
+        )
+
+    def test_a_run_that_was_trained_after_its_evaluation(self, evaluated_copy):
+        state = checkpoint.load(evaluated_copy)
+        state["network"]["backbone.linear.bias"] += 1
+        checkpoint.save(
+            evaluated_copy, {key: value for key, value in state.items() if key != "format"}
+        )
+        assert_names(refusal(load, evaluated_copy, task=TASK), evaluated_copy)
+
+    def test_an_evaluation_that_was_never_finished_is_none(self, evaluated_copy):
+        shutil.rmtree(evaluated_copy / "eval" / "mine")
+        shutil.copytree(
+            evaluated_copy / "eval" / "max-drop-0.5-max_prob",
+            evaluated_copy / "eval" / ".mine.partial",
+        )
+        (evaluated_copy / "eval" / "max-drop-0.5-max_prob").rename(
+            evaluated_copy / "eval" / "other"
+        )
+        assert classifier.find_evaluation(evaluated_copy).name == "other"
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+    def test_a_torn_report(self, evaluated_copy, content):
+        path = evaluated_copy / "eval" / "mine" / "report.json"
+        path.unlink() if content is None else path.write_text(content)
+        assert str(path) in refusal(load, evaluated_copy, "mine")
+
+    def test_a_task_that_the_report_does_not_name_must_be_passed(self, evaluated_run):
+        message = refusal(load, evaluated_run, "mine")
+        assert_names(message, evaluated_run / "eval" / "mine", "--task", "task=")
+
+    @pytest.mark.parametrize("task", ["no.such.module:TASK", "helpers:NOTHING", "json:dumps", "x"])
+    def test_a_passed_task_that_cannot_be_imported_is_named(self, evaluated_run, task):
+        assert_names(refusal(load, evaluated_run, "mine", task=task), task)
+
+    def test_no_module_is_imported_because_a_report_names_it(self, evaluated_copy, tmp_path):
+        """Not even one that is there."""
+        name_task(evaluated_copy, "trap:TASK")
+        (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(tmp_path)
+            assert_names(refusal(load, evaluated_copy, "mine"), "'trap:TASK'", "--task")
+
+    def test_compile_compiles_every_stage(self, evaluated_run, monkeypatch):
+        compiled = []
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: compiled.append(1))
+        load(evaluated_run, "mine", task=TASK, device="cpu", overrides={"run": {"compile": True}})
+        assert len(compiled) == 3
+        load(evaluated_run, "mine", task=TASK, device="cpu")
+        assert len(compiled) == 3
+
+
+class TestPretrained:
+    """The network in the repository."""
+
+    PATH = ROOT / "cifar10" / "pretrained" / "resnet20"
+
+    def test_it_is_small(self):
+        files = [path for path in self.PATH.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < 2_000_000
+
+    def test_it_classifies(self):
+        classify = load(self.PATH)
+        assert classify.classes[3] == "cat"
+        found = classify([Image.new("RGB", (320, 240), "blue")])[0]
+        assert found.exit in ("layer1", "layer2", "final") and 0.1 < found.confidence <= 1
+
+    def test_its_card_has_the_accuracy_of_its_report(self):
+        card = " ".join((self.PATH / "README.md").read_text().split())
+        (path,) = self.PATH.glob("eval/*/report.json")
+        report = json.loads(path.read_text())
+        assert_names(card, f"{100 * report['test']['accuracy']:.2f} %")
+
+    @pytest.mark.slow
+    def test_it_is_as_accurate_as_its_card_says(self):
+        """On the test set of CIFAR-10, if it is here."""
+        from cifar10 import data
+
+        try:
+            test = data.load("cifar10").splits["test"]
+        except Exception as error:
+            pytest.skip(f"no CIFAR-10 here: {error}")
+        classify = load(self.PATH)
+        correct = np.zeros(0, bool)
+        for start in range(0, len(test), 500):
+            answers = classify.answer(test.images[start : start + 500])
+            answered = answers.classes == test.targets[start : start + 500]
+            correct = np.concatenate([correct, answered.numpy()])
+        (path,) = self.PATH.glob("eval/*/report.json")
+        assert correct.mean() == pytest.approx(
+            json.loads(path.read_text())["test"]["accuracy"], abs=5e-4
+        )
+
+
+def test_evaluations_are_found(evaluated_run):
+    assert classifier.find_evaluation(evaluated_run, "mine") == evaluated_run / "eval" / "mine"
+    assert (
+        classifier.find_evaluation(evaluated_run / "eval" / "mine")
+        == evaluated_run / "eval" / "mine"
+    )
+    message = refusal(classifier.find_evaluation, evaluated_run / "eval" / "mine", "mine")
+    assert_names(message, "--eval")

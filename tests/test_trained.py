@@ -1,0 +1,184 @@
+"""A run read from its directory: its records, its val images, and which weights it has."""
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CPU,
+    TASK,
+    assert_close,
+    assert_names,
+    few_digits,
+    refusal,
+    require_precision,
+    tiny_network,
+    tiny_run,
+)
+
+from early_exit import trained
+from early_exit.errors import UserError
+from early_exit.task import Task
+from early_exit.trained import get_record, get_splits, load_network, load_run
+from early_exit.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A joint run of two epochs with two early exits, already recorded. Not to be changed."""
+    directory = tiny_run(tmp_path_factory.mktemp("trained") / "run", TASK)
+    get_splits(load_run(directory, TASK, CPU), "train", 0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run of the plain network. Not to be changed."""
+    return tiny_run(tmp_path_factory.mktemp("plain") / "run", TASK, exits=())
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of `run`, to be changed."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def splits_of(directory: Path, val_from: str = "train", cut_seed: int = 0) -> trained.Splits:
+    """The records that an evaluation of a run uses."""
+    return get_splits(load_run(directory, TASK, CPU), val_from, cut_seed)
+
+
+class TestBackbonesSplit:
+    """Val must be unseen by every weight, the backbone's included."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def public(cls, plain, tmp_path_factory) -> Path:
+        """A frozen run on a backbone of which nothing is known."""
+        root = tmp_path_factory.mktemp("public")
+        torch.save(checkpoint.load_backbone(plain)[0], root / "public.th")
+        backbone = str(root / "public.th")
+        return tiny_run(root / "run", TASK, backbone=backbone, regime="frozen")
+
+    def test_an_unknown_split_is_refused(self, public):
+        assert_names(refusal(splits_of, public), public, "--val-from test")
+        assert not (public / "records").exists()
+
+    def test_it_is_accepted_with_val_from_test_and_the_origin_names_the_cut(self, public, tmp_path):
+        splits = splits_of(shutil.copytree(public, tmp_path / "run"), "test", 3)
+        assert_names(splits.origin, "test", 3)
+        assert (len(splits.val), len(splits.test)) == (30, 30)
+        assert splits.val.info.split_hash != splits.test.info.split_hash
+
+    @pytest.mark.parametrize("regime", ["frozen", "mixed"])
+    def test_a_backbone_of_another_split_is_refused(self, plain, tmp_path, regime):
+        run = tiny_run(tmp_path / "run", TASK, split_seed=1, backbone=str(plain), regime=regime)
+        assert_names(refusal(splits_of, run), run, "--val-from test")
+        assert splits_of(run, "test")
+
+    def test_a_backbone_of_the_same_split_is_accepted(self, plain, tmp_path):
+        run = tiny_run(tmp_path / "run", TASK, backbone=str(plain), regime="frozen")
+        assert_names(splits_of(run).origin, "train")
+
+    def test_a_backbone_of_a_backbone_of_another_split_is_refused(self, plain, tmp_path):
+        """What the first backbone has seen still counts."""
+        first = tiny_run(tmp_path / "a", TASK, split_seed=1, backbone=str(plain), regime="mixed")
+        run = tiny_run(tmp_path / "b", TASK, split_seed=1, backbone=str(first), regime="frozen")
+        assert "--val-from test" in refusal(splits_of, run)
+
+
+class TestRecords:
+    @pytest.fixture
+    def recorded(self, monkeypatch) -> list[str]:
+        """The splits that were recorded, one after the other."""
+        splits, record = [], trained.record
+
+        def noted(network, batches, count, info, *rest):
+            splits.append(info.split)
+            return record(network, batches, count, info, *rest)
+
+        monkeypatch.setattr(trained, "record", noted)
+        return splits
+
+    def test_they_are_reused_if_weights_and_images_are_the_same(self, copy, recorded):
+        splits_of(copy)
+        splits_of(copy, "test", 1)
+        assert recorded == []
+
+    def test_they_are_made_again_if_the_weights_changed(self, copy, recorded):
+        state = checkpoint.load(copy)
+        state["network"]["backbone.linear.weight"].zero_()
+        checkpoint.save(copy, state)
+        splits = splits_of(copy)
+        assert sorted(recorded) == ["test", "val"]
+        logits = splits.test.exit_logits(2)
+        bias = state["network"]["backbone.linear.bias"].expand_as(logits)
+        assert_close(logits, bias, terms=64)
+
+    def test_they_are_made_again_if_one_is_damaged(self, copy, recorded, caplog):
+        before = splits_of(copy).val
+        (copy / "records" / "val-off" / "logits.npy").write_bytes(b"torn")
+        with caplog.at_level(logging.WARNING):
+            after = splits_of(copy).val
+        assert recorded == ["val"]
+        assert (len(after), after.info) == (len(before), before.info)
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert_names(warning, copy / "records" / "val-off")
+
+    def test_another_precision_has_records_of_its_own(self, copy, recorded):
+        require_precision("bf16")
+        bf16 = {"run": {**CPU["run"], "amp": "bf16"}}
+        get_splits(load_run(copy, TASK, bf16), "train", 0)
+        assert sorted(recorded) == ["test", "val"]
+        assert {path.name for path in (copy / "records").iterdir() if path.is_dir()} == {
+            "val-off",
+            "test-off",
+            "val-bf16",
+            "test-bf16",
+        }
+
+    def test_two_evaluations_at_once_record_once(self, copy, recorded):
+        """The second waits for the first, and finds its record."""
+        shutil.rmtree(copy / "records")
+        runs = [load_run(copy, TASK, CPU) for _ in range(2)]
+        with ThreadPoolExecutor() as pool:
+            one, two = pool.map(lambda each: get_record(each, "val"), runs)
+        assert np.array_equal(one.logits, two.logits)
+        assert recorded == ["val"]
+
+
+def test_a_run_that_is_not_finished_is_loaded_and_its_weights_are_named(run, tmp_path, caplog):
+    shutil.copy(run / checkpoint.PREVIOUS, tmp_path / checkpoint.NAME)
+    with caplog.at_level(logging.WARNING):
+        weights = load_network(tmp_path, TASK, CPU).weights
+    assert_names(weights, 1, 2, "joint")  # the epoch, of how many, and the phase
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert_names(warning, 1, 2, "joint")
+
+
+def test_data_with_other_val_images_are_refused(run):
+    other = Task(tiny_network, lambda settings: few_digits(1))
+    hashes = [few_digits(seed).val_hash for seed in (0, 1)]
+    assert_names(refusal(load_run, run, other, CPU), run, *hashes)
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path):
+    for directory in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError) as caught:
+            load_network(directory, TASK, {})
+        assert_names(str(caught.value), directory)
+
+
+def test_the_reported_weights_are_loaded(copy):
+    """The running average, if there is one."""
+    state = checkpoint.load(copy)
+    state["average"] = {name: value + 1 for name, value in state["network"].items()}
+    state["averaged"] = True
+    checkpoint.save(copy, state)
+    loaded = load_network(copy, TASK, CPU).network.state_dict()
+    name = "backbone.linear.bias"
+    assert torch.equal(loaded[name], state["network"][name] + 1)

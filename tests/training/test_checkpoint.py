@@ -1,0 +1,353 @@
+"""Checkpoints: whole or not at all, and every misfit one clear line."""
+
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_names, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from early_exit.errors import Unavailable
+from early_exit.training import checkpoint
+from early_exit.training.checkpoint import NAME, PREVIOUS
+
+
+def state(number: int) -> dict:
+    """A checkpoint with a number, to be told from others."""
+    return {"number": number, "network": {"weight": torch.full((64, 64), float(number))}}
+
+
+def stored(path: Path) -> int:
+    """Which one lies at `path`, whole."""
+    found = checkpoint.load(path)
+    assert torch.equal(found["network"]["weight"], state(found["number"])["network"]["weight"])
+    return found["number"]
+
+
+def truncate(path: Path) -> None:
+    """Leaves the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """Changes a byte in the middle of a file: inside the weights."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    """Leaves nothing of a file."""
+    path.write_bytes(b"")
+
+
+class Interrupted(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def interrupt_replace(monkeypatch):
+    """A function that makes the k'th os.replace from now on end the process instead."""
+
+    def arm(k: int) -> None:
+        calls = iter(range(10**6))
+        replace = os.replace
+
+        def counted(*arguments):
+            if next(calls) == k:
+                raise Interrupted
+            replace(*arguments)
+
+        monkeypatch.setattr(os, "replace", counted)
+
+    return arm
+
+
+class TestSave:
+    def test_what_is_saved_is_loaded(self, tmp_path):
+        checkpoint.save(tmp_path, state(1))
+        assert stored(tmp_path / NAME) == 1
+
+    def test_a_run_directory_stands_for_its_newest(self, tmp_path):
+        checkpoint.save(tmp_path, state(1))
+        assert stored(tmp_path) == 1
+
+    def test_the_previous_one_stays_and_no_other(self, tmp_path):
+        for number in (1, 2, 3):
+            checkpoint.save(tmp_path, state(number))
+        assert stored(tmp_path / NAME) == 3
+        assert stored(tmp_path / PREVIOUS) == 2
+        assert {path.name for path in tmp_path.iterdir()} == {NAME, PREVIOUS}
+
+    def test_a_failure_while_writing_leaves_both_as_they_were(self, tmp_path, monkeypatch):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+
+        def full(_state, file):
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(Unavailable, match="No space left on device"):
+            checkpoint.save(tmp_path, state(3))
+        assert stored(tmp_path / NAME) == 2
+        assert stored(tmp_path / PREVIOUS) == 1
+        assert {path.name for path in tmp_path.iterdir()} == {NAME, PREVIOUS}
+
+    # the file under its temporary name, the newest to the previous, the new one to the newest
+    @pytest.mark.parametrize(("k", "found"), [(0, 2), (1, 3), (2, 3)])
+    def test_a_crash_before_each_rename_leaves_a_whole_newest(
+        self, tmp_path, interrupt_replace, k, found
+    ):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        interrupt_replace(k)
+        with pytest.raises(Interrupted):
+            checkpoint.save(tmp_path, state(3))
+        assert stored(checkpoint.newest(tmp_path)[0]) == found
+
+    @pytest.mark.parametrize(("k", "found"), [(0, None), (1, 1)])
+    def test_a_crash_in_the_first_save_of_all(self, tmp_path, interrupt_replace, k, found):
+        interrupt_replace(k)
+        with pytest.raises(Interrupted):
+            checkpoint.save(tmp_path, state(1))
+        newest, _ = checkpoint.newest(tmp_path)
+        assert (newest and stored(newest)) == found
+
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_after_a_crash_a_run_directory_stands_for_its_newest(
+        self, tmp_path, interrupt_replace, k
+    ):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        interrupt_replace(k)
+        with pytest.raises(Interrupted):
+            checkpoint.save(tmp_path, state(3))
+        assert stored(tmp_path) == 3
+
+    @pytest.mark.parametrize("k", [0, 1, 2])
+    def test_saving_after_a_crash_puts_all_in_order(self, tmp_path, interrupt_replace, k):
+        checkpoint.save(tmp_path, state(1))
+        interrupt_replace(k)
+        with pytest.raises(Interrupted):
+            checkpoint.save(tmp_path, state(2))
+        checkpoint.save(tmp_path, state(3))  # its renames come after the k'th
+        assert stored(checkpoint.newest(tmp_path)[0]) == 3
+        assert stored(tmp_path / NAME) == 3
+        assert not (tmp_path / f"{NAME}.new").exists()
+
+
+class TestNewest:
+    def test_none_where_there_is_none(self, tmp_path):
+        assert checkpoint.newest(tmp_path) == (None, None)
+
+    @pytest.mark.parametrize("damage", [truncate, flip, empty])
+    def test_a_torn_newest_falls_back_with_a_warning(self, tmp_path, caplog, damage):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        damage(tmp_path / NAME)
+        with caplog.at_level(logging.WARNING):
+            assert stored(checkpoint.newest(tmp_path)[0]) == 1
+        (warning,) = caplog.messages
+        assert_names(warning, tmp_path / NAME, PREVIOUS)
+
+    def test_no_warning_where_all_is_well(self, tmp_path, caplog):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        assert stored(checkpoint.newest(tmp_path)[0]) == 2
+        assert not caplog.messages
+
+    def test_none_whole_is_an_error(self, tmp_path):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        truncate(tmp_path / NAME)
+        truncate(tmp_path / PREVIOUS)
+        assert str(tmp_path) in refusal(checkpoint.newest, tmp_path)
+
+
+class Executed:
+    """Pickled, it would create a file when loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+class TestForeignFiles:
+    def test_missing(self, tmp_path):
+        path = tmp_path / "none.pt"
+        assert_names(refusal(checkpoint.load, path), path)
+
+    @pytest.mark.parametrize("damage", [truncate, flip, empty])
+    def test_damaged(self, tmp_path, damage):
+        checkpoint.save(tmp_path, state(1))
+        damage(tmp_path / NAME)
+        assert_names(refusal(checkpoint.load, tmp_path / NAME), tmp_path / NAME)
+
+    def test_a_flipped_byte_is_seen_by_its_checksum(self, tmp_path):
+        checkpoint.save(tmp_path, state(1))
+        flip(tmp_path / NAME)
+        with zipfile.ZipFile(tmp_path / NAME) as archive:
+            torn = archive.testzip()
+        assert torn
+        assert_names(refusal(checkpoint.load, tmp_path), tmp_path / NAME, torn)
+
+    @pytest.mark.parametrize(
+        "content", [b"hello, world\n", b"PK\x03\x04 only looks like an archive", b"\x80\x02."]
+    )
+    def test_no_checkpoint_at_all(self, tmp_path, content):
+        path = tmp_path / "file.pt"
+        path.write_bytes(content)
+        assert str(path) in refusal(checkpoint.load, path)
+
+    def test_an_archive_of_something_else(self, tmp_path):
+        path = tmp_path / "file.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "nothing")
+        assert str(path) in refusal(checkpoint.load, path)
+
+    def test_weights_from_elsewhere_are_shown_the_way(self, tmp_path):
+        path = tmp_path / "weights.pt"
+        torch.save({"weight": torch.zeros(1)}, path)
+        assert_names(refusal(checkpoint.load, path), path, "--backbone")
+
+    def test_a_bare_tensor(self, tmp_path):
+        path = tmp_path / "weights.pt"
+        torch.save(torch.zeros(1), path)
+        message = refusal(checkpoint.load, path)
+        assert_names(message, path)
+        assert "--backbone" not in message  # which takes no bare tensor either
+
+    @pytest.mark.parametrize("load", [checkpoint.load, checkpoint.load_backbone])
+    def test_code_in_a_torch_file_is_refused_and_not_run(self, tmp_path, load):
+        path, trace = tmp_path / "evil.pt", tmp_path / "was-run"
+        torch.save({"format": checkpoint.FORMAT, "network": Executed(trace)}, path)
+        assert_names(refusal(load, path), path)
+        assert not trace.exists()
+
+    @pytest.mark.parametrize("load", [checkpoint.load, checkpoint.load_backbone])
+    def test_code_in_a_plain_pickle_is_refused_and_not_run(self, tmp_path, load):
+        path, trace = tmp_path / "evil.pt", tmp_path / "was-run"
+        path.write_bytes(pickle.dumps(Executed(trace), protocol=2))
+        assert str(path) in refusal(load, path)
+        assert not trace.exists()
+
+    def test_the_pickle_that_is_refused_would_have_run(self, tmp_path):
+        pickle.loads(pickle.dumps(Executed(tmp_path / "was-run")))
+        assert (tmp_path / "was-run").exists()
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    @given(content=st.binary(max_size=60), start=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04"]))
+    def test_any_bytes_end_in_one_line(self, tmp_path_factory, content, start):
+        path = tmp_path_factory.mktemp("bytes") / "file.pt"
+        path.write_bytes(start + content)
+        assert str(path) in refusal(checkpoint.load, path)
+
+
+def small_net(width: int = 4) -> nn.Module:
+    """A convolution, BatchNorm and a classifier."""
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(width, 2))
+
+
+class TestLoadInto:
+    def test_weights_arrive(self):
+        torch.manual_seed(0)
+        source, target = small_net(), small_net()
+        source[1].running_mean.fill_(3.0)
+        checkpoint.load_into(target, source.state_dict(), Path("file.pt"))
+        for name, value in source.state_dict().items():
+            assert torch.equal(target.state_dict()[name], value)
+
+    def test_a_missing_name(self):
+        weights = small_net().state_dict()
+        del weights["2.bias"]
+        message = refusal(checkpoint.load_into, small_net(), weights, Path("file.pt"))
+        assert_names(message, "file.pt", "'2.bias'", "--arch", "--exits")
+
+    def test_an_extra_name(self):
+        weights = {**small_net().state_dict(), "3.weight": torch.zeros(1)}
+        message = refusal(checkpoint.load_into, small_net(), weights, Path("file.pt"))
+        assert_names(message, "file.pt", "'3.weight'", "--arch", "--exits")
+
+    def test_another_shape(self):
+        weights = small_net(5).state_dict()
+        message = refusal(checkpoint.load_into, small_net(4), weights, Path("file.pt"))
+        assert_names(message, "file.pt", "'0.weight'", (5, 3, 3, 3), (4, 3, 3, 3))
+
+    def test_a_misfit_changes_nothing(self):
+        weights = {**small_net().state_dict(), "3.weight": torch.zeros(1)}
+        target = small_net()
+        before = {name: value.clone() for name, value in target.state_dict().items()}
+        refusal(checkpoint.load_into, target, weights, Path("file.pt"))
+        assert all(torch.equal(before[n], value) for n, value in target.state_dict().items())
+
+    def test_num_batches_tracked_may_be_absent(self):
+        weights = dict(small_net().state_dict())
+        del weights["1.num_batches_tracked"]
+        target = small_net()
+        checkpoint.load_into(target, weights, Path("file.pt"))
+        assert torch.equal(target[2].weight, weights["2.weight"])
+
+
+class TestLoadBackbone:
+    @pytest.fixture
+    def weights(self):
+        torch.manual_seed(1)
+        return dict(small_net().state_dict())
+
+    @pytest.fixture
+    def load_file(self, tmp_path):
+        """A function that saves an object and loads it as a backbone."""
+
+        def load(content):
+            torch.save(content, tmp_path / "file.pt")
+            return checkpoint.load_backbone(tmp_path / "file.pt")
+
+        return load
+
+    @staticmethod
+    def same(found: dict, expected: dict) -> bool:
+        """Whether two state dicts are equal, names and order included."""
+        return list(found) == list(expected) and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
+
+    def test_a_bare_state_dict(self, load_file, weights):
+        found, meta = load_file(weights)
+        assert self.same(found, weights) and meta == {}
+
+    def test_a_module_prefix_is_dropped(self, load_file, weights):
+        found, _ = load_file({f"module.{name}": value for name, value in weights.items()})
+        assert self.same(found, weights)
+
+    def test_a_state_dict_wrapper_is_opened(self, load_file, weights):
+        content = {"state_dict": {f"module.{n}": v for n, v in weights.items()}, "best_prec1": 91.7}
+        found, meta = load_file(content)
+        assert self.same(found, weights) and meta == {}
+
+    def test_of_a_checkpoint_of_ours_the_backbone_is_taken(self, load_file, weights):
+        network = {f"backbone.{name}": value for name, value in weights.items()}
+        network["heads.layer1.0.weight"] = torch.zeros(1)
+        found, meta = load_file(
+            {"format": checkpoint.FORMAT, "network": network, "val_hash": "abc", "unseen_val": None}
+        )
+        assert self.same(found, weights)
+        assert meta == {"format": checkpoint.FORMAT, "val_hash": "abc", "unseen_val": None}
+
+    @pytest.mark.parametrize(
+        "content", [3, [torch.zeros(1)], {"epoch": 3}, {"state_dict": {"weight": 3}}]
+    )
+    def test_what_holds_no_state_dict(self, load_file, tmp_path, content):
+        message = refusal(load_file, content)
+        assert_names(message, tmp_path / "file.pt", "--backbone")
+
+    def test_names_that_are_no_text(self, load_file, tmp_path):
+        assert str(tmp_path / "file.pt") in refusal(load_file, {7: torch.zeros(1)})
