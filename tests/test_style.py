@@ -20,7 +20,7 @@ from cifar10 import trainer
 from early_exit import config as configs
 from early_exit.cli import settings
 from early_exit.data.folders import FolderRun
-from early_exit.evaluation import measure
+from early_exit.evaluation import live
 from early_exit.inference.criteria import CRITERIA
 from early_exit.model.heads import HEADS
 from early_exit.training.phases import plan_phases
@@ -224,7 +224,7 @@ def test_a_shown_python_example_runs(page, example, capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").symlink_to(ROOT / "cifar10")
     Image.new("RGB", (64, 48), "blue").save("photo.jpg")
-    monkeypatch.setattr(measure, "time_batch", lambda *_: None)  # takes half a minute
+    monkeypatch.setattr(live, "time_batch", lambda *_: None)  # takes half a minute
     with patch.dict(CRITERIA), patch.dict(HEADS):
         exec(compile(example, relative(page), "exec"), {})
     assert capsys.readouterr().err == ""

@@ -25,8 +25,8 @@ from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
 from early_exit.evaluation import page, plots, rows
+from early_exit.evaluation.live import Measurements, measure, time_stages
 from early_exit.evaluation.markdown import to_markdown
-from early_exit.evaluation.measure import Measurements, measure, time_stages
 from early_exit.evaluation.report import (
     Choice,
     Cuts,

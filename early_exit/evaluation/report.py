@@ -191,7 +191,7 @@ class Cuts:
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveResult:
     """Inference with exits taken, on all of test."""
 
     images: int
@@ -267,7 +267,7 @@ class Report:
     guarantee: GuaranteeResult | None
     latency: LatencyResult | None
     cuts: Cuts | None
-    live: Live | None
+    live: LiveResult | None
     timing: tuple[Timing, ...]
     static_networks: tuple[StaticRow, ...]
     curve_seconds: tuple[CurveSeconds, ...]

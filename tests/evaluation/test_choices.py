@@ -36,7 +36,7 @@ from early_exit.choosing.goals import (
 )
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
-from early_exit.evaluation import measure
+from early_exit.evaluation import live
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.markdown import summary
 from early_exit.inference.latency import StageTimes
@@ -118,7 +118,7 @@ class TestLatency:
     @pytest.fixture
     def timed(self, copy, monkeypatch):
         """A copy of the run with stages that take 2, 3 and 5 ms."""
-        monkeypatch.setattr(measure.latency, "stage_times", lambda *_, **__: self.TIMES)
+        monkeypatch.setattr(live.latency, "stage_times", lambda *_, **__: self.TIMES)
         return copy
 
     def expected(self, directory, split, policy) -> float:
@@ -144,7 +144,7 @@ class TestLatency:
         expensive = StageTimes(
             1, (1,), ((90e-3,), (3e-3,), (5e-3,)), ((1e-3,), (2e-3,), (5e-3,)), 8e-3
         )
-        monkeypatch.setattr(measure.latency, "stage_times", lambda *_, **__: expensive)
+        monkeypatch.setattr(live.latency, "stage_times", lambda *_, **__: expensive)
         report, policy = quickly(copy, LatencyBudget(1.0, of_plain=True))
         assert policy["enabled"][0] is False
         assert report["latency"]["val"] <= 8e-3

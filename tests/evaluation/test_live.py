@@ -11,7 +11,7 @@ from helpers import CPU, tiny_network
 
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.config import Config, DataConfig, ModelConfig
-from early_exit.evaluation.measure import time_batch
+from early_exit.evaluation.live import time_batch
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
 from early_exit.trained import load_run

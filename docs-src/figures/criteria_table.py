@@ -1,8 +1,8 @@
 """Compares criteria at equal accuracy, with and without temperatures.
 
-    python docs-src/figures/criteria.py runs/resnet20-mixed
-    python docs-src/figures/criteria.py runs/resnet56-frozen6 --val-from test
-    python docs-src/figures/criteria.py runs/b-lenet-0 runs/b-lenet-1 runs/b-lenet-2
+    python docs-src/figures/criteria_table.py runs/resnet20-mixed
+    python docs-src/figures/criteria_table.py runs/resnet56-frozen6 --val-from test
+    python docs-src/figures/criteria_table.py runs/b-lenet-0 runs/b-lenet-1 runs/b-lenet-2
 
 The runs must have been evaluated, because their records are read. Thresholds are chosen on val and
 reported on test. Means and deviations are over ten cuts of each run; the runs may be seeds of one
@@ -56,7 +56,9 @@ def percent(values: Sequence[float]) -> str:
 def parser() -> flags.Parser:
     """The script's flags."""
     parser = flags.build_parser(
-        "criteria.py", "python docs-src/figures/criteria.py RUN [RUN ...] [flags]", __doc__
+        "criteria_table.py",
+        "python docs-src/figures/criteria_table.py RUN [RUN ...] [flags]",
+        __doc__,
     )
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directory that was evaluated"
@@ -90,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, "criteria.py")
+    program.run(main, "criteria_table.py")

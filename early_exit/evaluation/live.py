@@ -11,7 +11,7 @@ from early_exit.choosing.outcome import Outcome
 from early_exit.choosing.record import ExitRecord, disagreements
 from early_exit.data.base import Data
 from early_exit.errors import UserError
-from early_exit.evaluation.report import Live
+from early_exit.evaluation.report import LiveResult
 from early_exit.inference import latency
 from early_exit.inference.infer import infer
 from early_exit.inference.latency import StageTimes, Timing
@@ -37,7 +37,7 @@ class TimedBatch:
 class Measurements:
     """What was measured on test with exits taken."""
 
-    live: Live | None = None
+    live: LiveResult | None = None
     timed: tuple[TimedBatch, ...] = field(default_factory=tuple)
 
 
@@ -66,7 +66,7 @@ def measure(
     return Measurements(live, tuple(found for found in timed if found))
 
 
-def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> Live:
+def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> LiveResult:
     """Inference with exits taken on all of test, compared with the record."""
     answers, exits, top5 = [], [], 0
     for images, target in data.eval_batches("test", LIVE_BATCH):
@@ -77,7 +77,7 @@ def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> 
             top5 += int(in_top5(batch.logits, target).sum())
     classes, exit_index = np.concatenate(answers), np.concatenate(exits)
     differs, unexplained = disagreements(test, policy, classes, exit_index)
-    return Live(
+    return LiveResult(
         images=len(classes),
         accuracy=float((classes == test.targets).mean()),
         top5=top5 / len(classes) if test.num_classes > MANY_CLASSES else None,
