@@ -17,7 +17,6 @@ from early_exit.system.files import locked
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent / "data"
-SPLITS = ("train", "val", "test")
 # ImageNet's statistics, as in akamaster's script, so that its public checkpoints fit as they are.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of the train images

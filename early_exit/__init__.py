@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from early_exit.choosing.goals import Budget as Budget
+    from early_exit.choosing.goals import ConditionalDeepLearning as ConditionalDeepLearning
     from early_exit.choosing.goals import FixedPolicy as FixedPolicy
+    from early_exit.choosing.goals import FixedThresholds as FixedThresholds
     from early_exit.choosing.goals import Goal as Goal
+    from early_exit.choosing.goals import LatencyBudget as LatencyBudget
     from early_exit.choosing.goals import MaxDrop as MaxDrop
     from early_exit.choosing.goals import Risk as Risk
     from early_exit.choosing.goals import choose as choose
@@ -28,9 +31,12 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "Budget": "choosing.goals",
+    "ConditionalDeepLearning": "choosing.goals",
     "Config": "config",
     "FixedPolicy": "choosing.goals",
+    "FixedThresholds": "choosing.goals",
     "Goal": "choosing.goals",
+    "LatencyBudget": "choosing.goals",
     "MaxDrop": "choosing.goals",
     "MultiExitNetwork": "model.network",
     "Policy": "inference.policy",

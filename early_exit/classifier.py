@@ -21,7 +21,7 @@ from early_exit import config as configs
 from early_exit.data.image_files import read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
-from early_exit.evaluation.report import read_report
+from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost, network_cost
@@ -137,15 +137,22 @@ def load(
     its evaluation or its task cannot be found, or if they do not belong together.
     """
     directory = find_evaluation(Path(run), evaluation)
-    report = read_report(directory / "report.json")
-    task = _task_of(report, directory, task)  # first: it may bring a criterion of its own
+    run_info = read_report(directory / "report.json").get("run", {})
+    weights = run_info.get("weights")
+    if not isinstance(weights, str):
+        raise UserError(
+            f"{directory / 'report.json'} does not say which weights it is of; evaluate the run"
+            " again with eval.py"
+        )
+    # first: the task may bring a criterion of its own
+    task = _task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
     loaded = load_network(directory.parent.parent, task, merged)
-    if report["run"]["weights"] != loaded.weights:
+    if weights != loaded.weights:
         raise UserError(
-            f"the policy in {directory} was chosen for {report['run']['weights']}, and the run now"
-            f" has {loaded.weights}; evaluate it again"
+            f"the policy in {directory} was chosen for {weights}, and the run now has"
+            f" {loaded.weights}; evaluate it again"
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     if loaded.config.run.compile:
@@ -155,13 +162,12 @@ def load(
     return Classifier(loaded, task, policy, network_cost(loaded.network))
 
 
-def _task_of(report: dict[str, Any], directory: Path, task: Task | str | None) -> Task:
+def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
     if isinstance(task, Task):
         return task
     if task is not None:
         return import_task(task)
-    name = report["run"]["task"]
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(
             f"{directory} does not name the task of its run; pass it: --task package.module:NAME,"
             " or load(run, task=...)"

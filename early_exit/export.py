@@ -21,7 +21,8 @@ from early_exit.classifier import Classifier, find_evaluation, load
 from early_exit.cli import flags, program
 from early_exit.errors import UserError
 from early_exit.evaluation.markdown import provenance
-from early_exit.evaluation.report import Choice, read_report
+from early_exit.evaluation.report import Choice
+from early_exit.evaluation.upgrade import read_report
 from early_exit.system.files import atomic_directory, atomic_file, write_text
 from early_exit.trained import training_command
 from early_exit.training import checkpoint
@@ -81,16 +82,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.save(slim(state), file)
         copy = partial / "eval" / evaluation.name
         report = read_report(evaluation / "report.json")
-        environment = report["environment"]
-        environment["command"] = without_directories(shlex.split(environment["command"]))
-        write_text(copy / "report.json", json.dumps(report) + "\n")
         classifier.policy.save(copy / "policy.yaml")
         try:
+            environment = report["environment"]
+            environment["command"] = without_directories(shlex.split(environment["command"]))
             text = card(report, classifier, training_sentence(run), args.licence, args.source)
         except (KeyError, TypeError):
             raise UserError(
                 f"{evaluation / 'report.json'} is of another version; evaluate the run again"
             ) from None
+        write_text(copy / "report.json", json.dumps(report) + "\n")
         write_text(partial / "README.md", text)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     print(f"exported: {args.directory}, {size / 1e6:.2f} MB")

@@ -50,7 +50,8 @@ class Task:
     the configuration and the number of classes."""
     loss: Callable[..., Tensor] = joint_loss
     """What training minimises, called as `early_exit.model.losses.joint_loss` is. Settings of the
-    configuration's loss beyond the library's are passed by name. On val it gets only the weights.
+    configuration's loss beyond the library's are passed by name. On val it gets the
+    weights and the task's own settings.
     """
     prepare: Callable[[Config, Image.Image], Image.Image] | None = None
     """Prepares an image file for evaluation: RGB to RGB. Default: the centre of the image, cropped
@@ -77,7 +78,7 @@ def import_task(path: str) -> Task:
     module, _, attribute = path.partition(":")
     try:
         task = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"the task {path} cannot be imported ({error})") from None
     if not isinstance(task, Task):
         raise UserError(f"{path} is a {type(task).__name__}; expected a Task")

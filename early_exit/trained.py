@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from early_exit import config as configs
+from early_exit.choosing.overthinking import confusion, correct_answers
 from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
 from early_exit.data.base import Data
@@ -78,6 +80,21 @@ class Splits:
     data: Data
     origin: str
     """Where val came from, in words."""
+
+    @cached_property
+    def correct_val(self) -> np.ndarray:
+        """Whether each exit on its own is right about each val image, (images, exits) bool."""
+        return correct_answers(self.val)
+
+    @cached_property
+    def correct_test(self) -> np.ndarray:
+        """Whether each exit on its own is right about each test image, (images, exits) bool."""
+        return correct_answers(self.test)
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """The confusion score of each test image, (images,)."""
+        return confusion(self.test, self.val)
 
 
 def check_run_directory(run_dir: Path) -> None:

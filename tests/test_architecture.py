@@ -46,7 +46,7 @@ HOUSE = (
 )
 LINES = {name: line for line, names in enumerate(HOUSE) for name in names}
 # Tables that may name data sets: the module, and the name they are assigned to.
-TABLES = {"task": "TASKS", "evaluation.report": "OLD_TASKS"}
+TABLES = {"task": "TASKS", "evaluation.upgrade": "OLD_TASKS"}
 
 Sources = dict[str, str]
 """The text of each module of the library by its dotted name, as in `model.network`; that of a

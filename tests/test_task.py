@@ -27,3 +27,7 @@ def test_a_path_without_a_task_is_named():
     for path in ("no_such_module:TASK", "cifar10.trainer:NOTHING", "cifar10.trainer", ""):
         assert path in refusal(import_task, path)
     assert "Path" in refusal(import_task, "cifar10.trainer:ROOT")
+
+
+def test_a_path_that_is_relative_is_named():
+    assert ".mine:TASK" in refusal(import_task, ".mine:TASK")

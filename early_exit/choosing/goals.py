@@ -110,7 +110,8 @@ class FixedThresholds(Goal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_thresholds(self.thresholds, self.criterion, "--thresholds")
+        _check_not_minus_infinity(self.thresholds)
+        _check_range(self.thresholds, self.criterion)
 
     def __str__(self) -> str:
         return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
@@ -125,7 +126,7 @@ class FixedPolicy(Goal):
     def __post_init__(self) -> None:
         object.__setattr__(self, "criterion", self.policy.criterion)
         object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
-        _check_thresholds(self.policy.thresholds, self.criterion, "--policy")
+        _check_not_minus_infinity(self.policy.thresholds)
 
     def __str__(self) -> str:
         return "given policy"
@@ -180,20 +181,20 @@ class ConditionalDeepLearning(Goal):
         return f"delta {self.delta:g} epsilon {100 * self.epsilon:g} % of MACs"
 
 
-def _check_thresholds(thresholds: tuple[float, ...], criterion: str, flag: str) -> None:
-    """Raises UserError for a threshold that no score, or every score, reaches by definition.
-
-    flag: the one that gave the thresholds.
-    """
+def _check_not_minus_infinity(thresholds: tuple[float, ...]) -> None:
     if -math.inf in thresholds:
-        raise UserError(f"{flag}: a threshold is minus infinity; give a number below every score")
+        raise UserError("a threshold is minus infinity; give a finite number")
+
+
+def _check_range(thresholds: tuple[float, ...], criterion: str) -> None:
+    """Raises UserError for a threshold that no score, or every score, reaches by definition."""
     traits = get_traits(criterion)
     for threshold in thresholds:
         if math.isfinite(threshold) and not traits.lowest <= threshold <= traits.highest:
             unit = f" ({traits.unit})" if traits.unit else ""
             negated = f"; try --thresholds={-threshold:g}" if traits.highest <= 0 else ""
             raise UserError(
-                f"{flag}: {threshold:g} is out of range, scores of {criterion}{unit} are"
+                f"--thresholds {threshold:g} is out of range: scores of {criterion}{unit} are"
                 f" {traits.lowest:g} to {traits.highest:g}{negated}"
             )
 
@@ -283,8 +284,10 @@ def _select(
 def _enabled(
     scored: Scores, policy: Policy, pricing: Pricing, objective: Objective
 ) -> tuple[bool, ...]:
-    """The exits that pay; all of them if scores depend on the exits before."""
-    if get_traits(policy.criterion).keeps_state:
+    """The exits that pay; all of them if a score depends on the exits before, or if the criterion
+    needs several exits."""
+    traits = get_traits(policy.criterion)
+    if traits.keeps_state or traits.min_early_exits > 1:
         return policy.enabled
     return exits_that_pay(scored, pricing, objective)
 

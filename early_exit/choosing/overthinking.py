@@ -60,9 +60,11 @@ def confusion(test: ExitRecord, val: ExitRecord) -> np.ndarray:
     return (disagreement(test) - reference.mean()) / max(float(reference.std()), 1e-12)
 
 
-def analyse(test: ExitRecord, val: ExitRecord) -> Overthinking:
-    """The shares on test, and how well confusion warns of a wrong final answer."""
-    correct, confused = correct_answers(test), confusion(test, val)
+def analyse(test: ExitRecord, correct: np.ndarray, confused: np.ndarray) -> Overthinking:
+    """The shares on test, and how well confusion warns of a wrong final answer.
+
+    correct: its `correct_answers`; confused: its `confusion`.
+    """
     early, final = correct[:, :-1].any(axis=1), correct[:, -1]
     doubt = np.empty(len(test), np.float32)
     for rows, logits in test.chunks():

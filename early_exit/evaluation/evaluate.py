@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from early_exit import config as configs
 from early_exit.choosing import cdl, overthinking
 from early_exit.choosing.goals import (
@@ -108,47 +110,49 @@ def evaluate(
     if chosen.draw:
         page.check_packages()  # now, not after an hour
     trained = load_run(Path(run_dir), task, overrides or {})
-    splits = get_splits(trained, chosen.val_from, chosen.cut_seed)
     if trained.config.run.compile:
         trained.network.compile_stages()
         trained.network.backbone.compile(dynamic=True)
-
-    times = None
-    if isinstance(goal, LatencyBudget):
-        times = time_stages(trained, splits.data, goal.criterion, goal.batch_size)
-    policy = choose(splits.val, goal, trained.cost, times)
-    _log_policy(policy, goal)
-    evaluated = Evaluated(
-        trained,
-        splits,
-        goal,
-        times,
-        val=apply_policy(policy, splits.val, trained.cost),
-        test=apply_policy(policy, splits.test, trained.cost),
-    )
-
-    known = task.static_networks(trained.config, len(splits.data.classes))
-    static = rows.static_networks(known, trained.network, trained.cost)
-    measured = Measurements()
-    if chosen.live:
-        sizes = {*chosen.batch_sizes, *((times.batch_size,) if times else ())}
-        networks = {row.name: network for row, network in static}
-        measured = measure(
-            trained,
-            splits.data,
-            evaluated.test,
-            splits.test,
-            sorted(sizes),
-            chosen.timing_images,
-            networks,
-        )
+    evaluated = choose_and_apply(trained, goal, chosen)
     cuts = over_cuts(evaluated, chosen) if chosen.cuts > 1 else None
+
+    known = task.static_networks(trained.config, len(evaluated.splits.data.classes))
+    static = rows.static_networks(known, trained.network, trained.cost)
+    networks = {row.name: network for row, network in static}
+    measured = take_exits(evaluated, chosen, networks) if chosen.live else Measurements()
     report = make_report(
         evaluated, task, measured, cuts, static_rows=tuple(row for row, _ in static)
     )
     directory = Path(run_dir) / "eval" / (name or default_name(goal))
     write(report, evaluated, directory, chosen.draw)
     return report, directory
+
+
+def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluated:
+    """Chooses a policy on val and applies it to val and test."""
+    splits, times = get_splits(trained, options.val_from, options.cut_seed), None
+    if isinstance(goal, LatencyBudget):
+        times = time_stages(trained, splits.data, goal.criterion, goal.batch_size)
+    policy = choose(splits.val, goal, trained.cost, times)
+    _log_policy(policy, goal)
+    val, test = (apply_policy(policy, part, trained.cost) for part in (splits.val, splits.test))
+    return Evaluated(trained, splits, goal, times, val, test)
+
+
+def take_exits(
+    evaluated: Evaluated, options: Options, static_networks: dict[str, nn.Module]
+) -> Measurements:
+    """Runs test with exits taken, and times it beside the plain and the static networks."""
+    splits, times = evaluated.splits, evaluated.times
+    return measure(
+        evaluated.trained,
+        splits.data,
+        evaluated.test,
+        splits.test,
+        sorted({*options.batch_sizes, *((times.batch_size,) if times else ())}),
+        options.timing_images,
+        static_networks,
+    )
 
 
 def make_report(
@@ -196,10 +200,10 @@ def make_report(
         random_accuracy=test.random_exit_accuracy,
         final_accuracy=test.final_accuracy,
         top5=rows.top5_accuracy(test.scored.in_top5, test.exit_index),
-        exits=rows.exit_rows(splits.val, splits.test, test),
+        exits=rows.exit_rows(splits, test),
         classes=rows.class_rows(test, splits.data.classes),
         energy=rows.energies(energy.estimate(trained.network, cost), test),
-        overthinking=overthinking.analyse(splits.test, splits.val),
+        overthinking=overthinking.analyse(splits.test, splits.correct_test, splits.confusion),
         curve=curve,
         cdl=_candidates(splits.val, goal, val),
         guarantee=rows.guarantee_result(evaluated.val, test, splits, goal),

@@ -332,8 +332,8 @@ def _measured_sections(report: Report) -> list[Section]:
                 "Seconds",
                 f"{timing_table(report)}\n\n"
                 "Times are per batch. *Fraction of ideal*: the sum of the segments' own times, each"
-                " at the number of rows that reached it, over the measured time; decisions and the"
-                " selection of rows are the rest. *Speed-up without heads*: what would be reported"
+                " at the number of rows that reached it, over the measured time; comparing scores"
+                " and selecting rows are the rest. *Speed-up without heads*: what would be reported"
                 " if heads, decisions and the selection of rows were not timed, as some papers time"
                 f" it.\n\n{stage_table(report)}",
             )

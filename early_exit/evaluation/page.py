@@ -30,14 +30,14 @@ Converter = Callable[[str], str]
 
 
 def check_packages() -> None:
-    """Raises UserError if plotly or markdown is not installed."""
-    for name in ("plotly.offline", "markdown"):
+    """Raises UserError if matplotlib, plotly or markdown is not installed."""
+    for name in ("matplotlib", "plotly.offline", "markdown"):
         try:
             importlib.import_module(name)
         except ImportError:
             raise UserError(
-                f"the page needs {name.partition('.')[0]}; run: pip install -r requirements.txt"
-                " (or pass --no-plots)"
+                f"plots and the page need {name.partition('.')[0]}; run: pip install -r"
+                " requirements.txt (or pass --no-plots)"
             ) from None
 
 

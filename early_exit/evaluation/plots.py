@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from early_exit.choosing.overthinking import confusion as confusion_of
-from early_exit.choosing.overthinking import correct_answers
 from early_exit.errors import UserError
 from early_exit.evaluation.markdown import title
 from early_exit.evaluation.report import Picture, Report
@@ -52,8 +50,7 @@ def draw_all(
 ) -> dict[str, str]:
     """Draws the plots of a report into a directory; returns their captions by file name."""
     accuracy_vs_macs(report, directory / "accuracy_vs_macs.png")
-    confused = confusion_of(splits.test, splits.val)
-    confusion(confused, correct_answers(splits.test)[:, -1], directory / "confusion.png")
+    confusion(splits.confusion, splits.correct_test[:, -1], directory / "confusion.png")
     for name, rows in galleries.items():
         if rows:
             gallery(rows, directory / f"{name}.png")

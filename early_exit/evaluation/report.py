@@ -1,13 +1,12 @@
 """The report of an evaluation: plain values, stored as JSON, from which every page is made.
 
-`report.json` carries a format number; `read_report` upgrades older files.
+`report.json` carries a format number; `early_exit.evaluation.upgrade` reads older files.
 """
 
 import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy as np
 from early_exit.choosing.cdl import Candidate
 from early_exit.choosing.outcome import Point
 from early_exit.choosing.overthinking import Overthinking
-from early_exit.errors import UserError
 from early_exit.inference.latency import Timing
 from early_exit.metrics import Bin
 
@@ -295,109 +293,6 @@ def to_json(report: Report) -> str:
     for row, stage in zip(values["cdl"] or (), report.cdl or (), strict=True):
         row["gain"] = stage.gain
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """The values of a `report.json`, those of older formats upgraded.
-
-    Raises UserError if it is missing, torn, or not a report.
-    """
-    try:
-        values = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(
-            f"{path} is torn or not JSON; evaluate the run again with eval.py"
-        ) from None
-    try:
-        return upgraded(values)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a report; evaluate the run again with eval.py") from None
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
-
-
-OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}
-
-
-def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a report of any format in the present one. Raises UserError for a newer one."""
-    number = values.get("format", 1)
-    if number > FORMAT:
-        raise UserError(
-            f"this report has format {number}, this program reads formats up to {FORMAT}; update it"
-        )
-    return from_format_1(values) if number == 1 else values
-
-
-def from_format_1(old: dict[str, Any]) -> dict[str, Any]:
-    """A report of version 0.1, which was flat and used other names."""
-    new = dict(old, format=FORMAT)
-
-    def section(**names: str) -> dict[str, Any]:
-        return {name: new.pop(key) for name, key in names.items() if key in new}
-
-    def renamed(values: dict[str, Any], **names: str) -> dict[str, Any]:
-        back = {key: name for name, key in names.items()}
-        return {back.get(key, key): value for key, value in values.items()}
-
-    task = new.pop("door", "")
-    new["run"] = section(
-        name="run",
-        dataset="dataset",
-        arch="arch",
-        regime="regime",
-        weights="weights",
-        settings="settings",
-    ) | {"task": OLD_TASKS.get(task, task)}
-    new["choice"] = section(
-        goal="chosen_by",
-        criterion="criterion",
-        calibrated="calibrated",
-        thresholds_given="thresholds_given",
-        policy_given="policy_given",
-        val_from="val_from",
-        val_images="val_images",
-        test_images="test_images",
-    )
-    new["choice"].setdefault("policy_given", False)
-    new["environment"] = section(
-        device="device", precision="precision", versions="versions", command="command"
-    )
-    new["exits"] = [
-        renamed(
-            row,
-            enabled="on",
-            exited="taken",
-            exited_accuracy="taken_accuracy",
-            continuing_auroc="gain_auroc",
-        )
-        for row in old["exits"]
-    ]
-    new["classes"] = [renamed(row, exited="taken") for row in old.get("classes", ())]
-    new["timing"] = [
-        renamed(
-            timing,
-            ideal="promise",
-            no_exit_taken="full",
-            without_heads="trunk",
-            fraction_of_ideal="kept",
-            speedup_without_heads="trunk_speedup",
-        )
-        for timing in old.get("timing", ())
-    ]
-    new["static_networks"] = new.pop("statics", [])
-    new["curve_seconds"] = [
-        renamed(row, at_exit="alone", static_networks="statics") for row in new.pop("pace", ())
-    ]
-    if old.get("guarantee"):
-        new["guarantee"] = renamed(
-            old["guarantee"], unguaranteed="plain", unguaranteed_lost="plain_lost"
-        )
-    return new
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,6 @@ from early_exit.choosing import guarantees
 from early_exit.choosing.curve import shared_curve
 from early_exit.choosing.goals import Goal, LatencyBudget, MaxDrop, Risk, choose, thinned
 from early_exit.choosing.outcome import Outcome, Point, apply_policy, outcome_of
-from early_exit.choosing.overthinking import confusion, correct_answers
 from early_exit.choosing.record import ExitRecord
 from early_exit.evaluation.report import (
     ClassRow,
@@ -48,16 +47,15 @@ def top5_accuracy(in_top5: np.ndarray | None, exits: int | np.ndarray) -> float 
     return float(in_top5[np.arange(len(in_top5)), exits].mean())
 
 
-def exit_rows(val: ExitRecord, test: ExitRecord, outcome: Outcome) -> tuple[ExitRow, ...]:
+def exit_rows(splits: Splits, outcome: Outcome) -> tuple[ExitRow, ...]:
     """One row per exit. outcome: of test."""
-    correct_val, correct_test = correct_answers(val), correct_answers(test)
     return tuple(
         _exit_row(
             index,
-            test,
+            splits.test,
             outcome,
-            float(correct_val[:, index].mean()),
-            float(correct_test[:, index].mean()),
+            float(splits.correct_val[:, index].mean()),
+            float(splits.correct_test[:, index].mean()),
         )
         for index in range(outcome.policy.num_exits)
     )
@@ -271,7 +269,7 @@ def _exit_picture(image: int, index: int, outcome: Outcome, splits: Splits) -> P
 def overthought(outcome: Outcome, splits: Splits) -> list[Row]:
     """Images that the final exit gets wrong, per the last early exit that is right, the most
     confused first."""
-    correct, confused = correct_answers(splits.test), confusion(splits.test, splits.val)
+    correct, confused = splits.correct_test, splits.confusion
     num_early = correct.shape[1] - 1
     if not num_early:
         return []

@@ -12,7 +12,7 @@ from early_exit import config as configs
 from early_exit.choosing.goals import Goal
 from early_exit.config import Config
 from early_exit.errors import UserError
-from early_exit.evaluation.report import read_report
+from early_exit.evaluation.upgrade import read_report
 from early_exit.model.losses import resolve_weights
 from early_exit.trained import evaluations, training_command
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from early_exit.errors import UserError
 
@@ -40,27 +40,12 @@ class Traits:
     """What a score is, where its name does not say."""
 
 
-def declare(
-    *,
-    lowest: float = -math.inf,
-    highest: float = math.inf,
-    min_early_exits: int = 1,
-    keeps_state: bool = False,
-    counts: bool = False,
-    unit: str = "",
-) -> Callable[[Criterion], Criterion]:
-    """Declares the `Traits` of a criterion; one that declares nothing has the defaults."""
+def declare(**traits: Any) -> Callable[[Criterion], Criterion]:
+    """Declares what is special about a criterion: the fields of `Traits`. One that declares nothing
+    has their defaults."""
 
     def attach(criterion: Criterion) -> Criterion:
-        traits = Traits(
-            lowest=lowest,
-            highest=highest,
-            min_early_exits=min_early_exits,
-            keeps_state=keeps_state,
-            counts=counts,
-            unit=unit,
-        )
-        setattr(criterion, "traits", traits)  # noqa: B010
+        setattr(criterion, "traits", Traits(**traits))  # noqa: B010
         return criterion
 
     return attach

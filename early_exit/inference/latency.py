@@ -48,7 +48,8 @@ class Timing:
     live: BatchSeconds
     """With exits taken."""
     ideal: BatchSeconds
-    """The sum of the segments' own times, each at the number of rows that reached it."""
+    """The sum of the segments' own times, heads and criterion included, each at the number of rows
+    that reached it."""
     no_exit_taken: BatchSeconds
     """With all enabled exits computed and none taken."""
     without_heads: BatchSeconds
@@ -75,7 +76,7 @@ class Timing:
 
     @property
     def fraction_of_ideal(self) -> float:
-        """The ideal time over the measured one: 1 if decisions and the selection of rows cost
+        """The ideal time over the measured one: 1 if comparing scores and selecting rows cost
         nothing."""
         return self.ideal.total / self.live.total
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.errors import UserError
-from early_exit.model.features import Shape
 
 MAX_WEIGHTS = 100_000  # of a linear layer on pooled features, unless the grid is 1x1
 
@@ -188,7 +187,7 @@ HeadKind = str | Callable[[Any, int], nn.Module]
 is (1, ...) or a tuple of such shapes, and the number of classes."""
 
 
-def build_head(kind: HeadKind, features: Shape, num_classes: int) -> nn.Module:
+def build_head(kind: HeadKind, features: Any, num_classes: int) -> nn.Module:
     """A head for features of the given shape.
 
     features: the shape of maps (B, C, H, W) or of tokens, (B, H * H, C) or (B, 1 + H * H, C), or a
@@ -198,7 +197,7 @@ def build_head(kind: HeadKind, features: Shape, num_classes: int) -> nn.Module:
         return kind(features, num_classes)
     if kind not in HEADS:
         raise UserError(f"there is no head {kind!r}; choose one of {', '.join(HEADS)}")
-    if not isinstance(features, torch.Size):
+    if not isinstance(features[0], int):  # several maps
         index = getattr(HEADS[kind], "reads", -1)
         return nn.Sequential(SelectMap(index), build_head(kind, features[index], num_classes))
     side = math.isqrt(features[1])

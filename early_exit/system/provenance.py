@@ -15,11 +15,11 @@ def check_torchvision() -> None:
     """Raises UserError if torchvision is missing or was built for another torch."""
     try:
         importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        raise UserError(
-            "torchvision is not installed; run: pip install -r requirements.txt"
-        ) from None
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
+            raise UserError(
+                "torchvision is not installed; run: pip install -r requirements.txt"
+            ) from None
         torch_version, vision_version = map(importlib.metadata.version, ("torch", "torchvision"))
         reason = " ".join(str(error).split())
         raise UserError(

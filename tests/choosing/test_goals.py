@@ -25,6 +25,7 @@ from early_exit.choosing.goals import (
 from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import score_record
 from early_exit.choosing.search import cheapest, exits_that_pay
+from early_exit.inference.criteria import CRITERIA, declare, max_prob
 from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost
@@ -100,9 +101,10 @@ class TestRefusals:
     def test_minus_infinity_is_refused(self):
         assert "infinity" in refusal(FixedThresholds, (0.5, -math.inf))
 
-    def test_a_given_policy_is_checked_as_well(self):
-        policy = Policy(exit_names=("a", "final"), thresholds=(1.5,))
-        assert_names(refusal(FixedPolicy, policy), "--policy", 1.5)
+    @pytest.mark.parametrize("threshold", [1.5, -0.5])
+    def test_a_given_policy_may_have_any_finite_threshold(self, threshold):
+        policy = Policy(exit_names=("a", "final"), thresholds=(threshold,))
+        assert FixedPolicy(policy).policy is policy
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_another_number_of_thresholds_is_refused(self, val, count):
@@ -229,3 +231,12 @@ def test_a_thinned_curve_is_even_in_macs_and_has_both_ends(val):
     # a point is at most half a step and half the gap between two outcomes from where it should be
     widest = np.diff(-curve.macs).max()
     assert np.diff(-curve.macs[points]).max() <= step + widest + 1e-9
+
+
+def test_no_exit_is_disabled_under_a_criterion_that_needs_several(val, monkeypatch):
+    needs_three = declare(min_early_exits=3)(lambda logits, state: max_prob(logits))
+    monkeypatch.setitem(CRITERIA, "needs_three", needs_three)
+    head_macs = (10**6, 10**6, 10**6, 0)  # no head pays
+    expensive = dataclasses.replace(COST, head_macs=head_macs)
+    assert not all(choose(val, MaxDrop(0.0), expensive).enabled)
+    assert all(choose(val, MaxDrop(0.0, criterion="needs_three"), expensive).enabled)

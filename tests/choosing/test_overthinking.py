@@ -54,7 +54,7 @@ def test_confusion_is_in_deviations_of_val(record, val):
 
 
 def test_the_shares(record, val):
-    found = analyse(record, val)
+    found = analyse(record, correct_answers(record), confusion(record, val))
     assert (found.wasteful, found.destructive, found.wrong) == (0.4, 0.4, 0.6)
     # the final exit is correct for the first two, which are -sqrt(2) and 0 deviations from the mean
     # of val; the others are sqrt(2), -sqrt(2) and 0
@@ -66,7 +66,7 @@ def test_the_shares(record, val):
 
 def test_a_final_exit_without_mistakes_has_no_confusion_of_wrong_ones(make_record):
     record = make_record([logits_of(0, 0), logits_of(1, 0)], [0, 0])
-    found = analyse(record, record)
+    found = analyse(record, correct_answers(record), confusion(record, record))
     assert (found.wrong, found.destructive, found.wasteful) == (0, 0, 0.5)
     assert found.confusion_wrong is None and found.confusion_auroc is None
     assert found.doubt_auroc is None
@@ -75,4 +75,6 @@ def test_a_final_exit_without_mistakes_has_no_confusion_of_wrong_ones(make_recor
 def test_doubt_is_the_final_exits(make_record):
     weak = [[[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 9.0, 0.0]]]
     record = make_record(weak, [0, 0])
-    assert analyse(record, record).doubt_auroc == 0.0  # the wrong answer is the more certain one
+    assert (
+        analyse(record, correct_answers(record), confusion(record, record)).doubt_auroc == 0.0
+    )  # the wrong answer is the more certain one

@@ -221,7 +221,7 @@ class TestMnist:
         return data.load("mnist", mnist_root)
 
     def test_sizes_and_shapes(self, mnist):
-        assert [mnist.size(split) for split in data.SPLITS] == [55_000, 5_000, 10_000]
+        assert [mnist.size(split) for split in ("train", "val", "test")] == [55_000, 5_000, 10_000]
         assert tuple(mnist.splits["train"].images.shape[1:]) == data.SHAPES["mnist"]
 
     def test_train_and_val_are_the_train_files_and_test_the_test_files(self, mnist):
@@ -231,7 +231,7 @@ class TestMnist:
 
         assert sorted([*numbers_of("train"), *numbers_of("val")]) == list(range(60_000))
         assert numbers_of("test").tolist() == list(range(10_000))
-        for split in data.SPLITS:
+        for split in ("train", "val", "test"):
             assert np.array_equal(numbers_of(split) % 10, mnist.splits[split].targets.numpy())
 
     def test_batches_are_grey_and_moved_by_up_to_two_pixels_and_never_flipped(self, mnist):

@@ -15,9 +15,8 @@ from early_exit.evaluation.report import (
     ExitRow,
     Report,
     RunInfo,
-    read_report,
-    upgraded,
 )
+from early_exit.evaluation.upgrade import read_report, upgraded
 
 OLD = {
     "run": "demo",
@@ -109,12 +108,26 @@ def test_a_report_of_today_is_read_as_it_is():
     assert upgraded(values) == values
 
 
-def test_a_report_of_a_later_version_is_refused():
-    with pytest.raises(UserError, match=str(FORMAT + 1)):
-        upgraded({"format": FORMAT + 1})
+def test_a_report_of_a_later_version_is_refused(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"format": FORMAT + 1}))
+    with pytest.raises(UserError, match=f"report.json.* {FORMAT + 1}"):
+        read_report(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "two"}', '{"a": NaN}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": "two"}',
+        '{"format": 0}',
+        '{"format": 2, "run": []}',
+        "null",
+        '{"a": NaN}',
+    ],
+)
 def test_what_is_not_a_report_is_one_line(text, tmp_path):
     path = tmp_path / "report.json"
     path.write_text(text)

@@ -163,3 +163,10 @@ def test_energy_and_latency_are_measured(network, images):
     assert timing.images == 40 and len(timing.stage_seconds) == 3
     times = stage_times(network, images[:4].float(), "max_prob", autocast=context, repeats=3)
     assert times.sizes == (1, 2, 4) and len(times.seconds) == 3
+
+
+def test_a_shape_may_be_a_plain_tuple():
+    assert build_head("conv", (1, 16, 8, 8), CLASSES)(torch.zeros(2, 16, 8, 8)).shape == (
+        2,
+        CLASSES,
+    )

@@ -1,0 +1,115 @@
+"""Reading `report.json`, also of older formats."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from early_exit.errors import UserError
+from early_exit.evaluation.report import FORMAT
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The values of a `report.json`, those of older formats upgraded.
+
+    Raises UserError if it is missing, torn, not a report, or of a newer format.
+    """
+    try:
+        values = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(
+            f"{path} is torn or not JSON; evaluate the run again with eval.py"
+        ) from None
+    try:
+        if values.get("format", 1) > FORMAT:
+            raise UserError(
+                f"{path} has format {values['format']}, this program reads formats up to"
+                f" {FORMAT}; update it"
+            )
+        report = upgraded(values)
+        for name in ("run", "choice", "environment"):
+            if not isinstance(report.get(name, {}), dict):
+                raise TypeError(name)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a report; evaluate the run again with eval.py") from None
+    return report
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a report of any format in the present one."""
+    return values if values.get("format", 1) == FORMAT else from_format_1(values)
+
+
+OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}
+
+
+def from_format_1(old: dict[str, Any]) -> dict[str, Any]:
+    """A report of version 0.1, which was flat and used other names."""
+    new = dict(old, format=FORMAT)
+
+    def section(**names: str) -> dict[str, Any]:
+        return {name: new.pop(key) for name, key in names.items() if key in new}
+
+    def renamed(values: dict[str, Any], **names: str) -> dict[str, Any]:
+        back = {key: name for name, key in names.items()}
+        return {back.get(key, key): value for key, value in values.items()}
+
+    task = new.pop("door", "")
+    new["run"] = section(
+        name="run",
+        dataset="dataset",
+        arch="arch",
+        regime="regime",
+        weights="weights",
+        settings="settings",
+    ) | {"task": OLD_TASKS.get(task, task)}
+    new["choice"] = section(
+        goal="chosen_by",
+        criterion="criterion",
+        calibrated="calibrated",
+        thresholds_given="thresholds_given",
+        policy_given="policy_given",
+        val_from="val_from",
+        val_images="val_images",
+        test_images="test_images",
+    )
+    new["choice"].setdefault("policy_given", False)
+    new["environment"] = section(
+        device="device", precision="precision", versions="versions", command="command"
+    )
+    new["exits"] = [
+        renamed(
+            row,
+            enabled="on",
+            exited="taken",
+            exited_accuracy="taken_accuracy",
+            continuing_auroc="gain_auroc",
+        )
+        for row in old["exits"]
+    ]
+    new["classes"] = [renamed(row, exited="taken") for row in old.get("classes", ())]
+    new["timing"] = [
+        renamed(
+            timing,
+            ideal="promise",
+            no_exit_taken="full",
+            without_heads="trunk",
+            fraction_of_ideal="kept",
+            speedup_without_heads="trunk_speedup",
+        )
+        for timing in old.get("timing", ())
+    ]
+    new["static_networks"] = new.pop("statics", [])
+    new["curve_seconds"] = [
+        renamed(row, at_exit="alone", static_networks="statics") for row in new.pop("pace", ())
+    ]
+    if old.get("guarantee"):
+        new["guarantee"] = renamed(
+            old["guarantee"], unguaranteed="plain", unguaranteed_lost="plain_lost"
+        )
+    return new
