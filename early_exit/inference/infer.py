@@ -122,10 +122,10 @@ def run_segments(
     index = array.concatenate([group.index for _, group in groups])
     order = array.empty_like(index)
     order[index] = array.arange(count, **placed)
-    taken = [array.full_like(group.index, exit_index) for exit_index, group in groups]
+    exits = [array.full_like(group.index, number) for number, group in groups]
     return Answers(
         array.concatenate([group.answer for _, group in groups])[order],
-        array.concatenate(taken)[order],
+        array.concatenate(exits)[order],
         array.concatenate([group.score for _, group in groups])[order],
     )
 
