@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py                    ResNet-56, exits after layer1 and layer2
     python benchmarks/inference.py --amp bf16 --compile
-    python benchmarks/inference.py --leave 0.6 0.2    60 % exit at layer1, 20 % at layer2
+    python benchmarks/inference.py --exit-shares 0.6 0.2    60 % exit at layer1, 20 % at layer2
 
 Needs no data and no training: the time does not depend on the weights, and each threshold is the
 quantile of the scores at which the requested share of random images exits.
@@ -102,7 +102,7 @@ def parser() -> flags.Parser:
         help="max_prob, entropy or margin (default max_prob)",
     )
     parser.add_argument(
-        "--leave",
+        "--exit-shares",
         type=float,
         nargs="+",
         default=[0.5, 0.3],
@@ -135,9 +135,14 @@ def parser() -> flags.Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for shares or batch sizes that cannot be measured."""
-    if len(args.leave) != len(args.exits) or min(args.leave) < 0 or sum(args.leave) > 1:
+    if (
+        len(args.exit_shares) != len(args.exits)
+        or min(args.exit_shares) < 0
+        or sum(args.exit_shares) > 1
+    ):
         raise UserError(
-            f"--leave takes {len(args.exits)} shares, one per early exit, that add up to at most 1"
+            f"--exit-shares takes {len(args.exits)} shares, one per early exit, that add up to"
+            " at most 1"
         )
     if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
         raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
@@ -166,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network.to(device, memory_format=torch.channels_last).eval()
     images = torch.randn(args.images, 3, 32, 32, device=device)
     images = images.to(memory_format=torch.channels_last)
-    policy = policy_for_shares(network, images, args.leave, args.criterion, autocast)
+    policy = policy_for_shares(network, images, args.exit_shares, args.criterion, autocast)
     shares = exit_shares(network, images, policy, autocast)
     if args.compile:
         network.compile_stages()

@@ -4,7 +4,7 @@
     classify = load("runs/mine")
     print(classify(["photo.jpg"]))
 
-The policy that an evaluation of the run chose decides who exits where.
+The policy that an evaluation of the run chose decides which image exits where.
 """
 
 from collections.abc import Sequence
@@ -184,7 +184,7 @@ def find_evaluation(run: Path, name: str | None = None) -> Path:
     check_run_directory(run)
     names = list(evaluations(run, "policy.yaml"))
     if not names:
-        raise UserError(f"{run} has no policy yet; run the eval.py beside its trainer")
+        raise UserError(f"{run} has no evaluation yet; run the eval.py beside its trainer on it")
     wanted = name or (names[0] if len(names) == 1 else DEFAULT_EVALUATION)
     if wanted not in names:
         which = f"no evaluation {name}" if name else "several evaluations"

@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen dataclasses, checked when built.
+"""The settings of a run: frozen dataclasses, checked when built.
 
 Flags win over the preset, which wins over the defaults. A preset is YAML with the same nesting; its
 values are converted to the fields' types, because YAML reads `1e-4` as a string. An unknown key is
@@ -70,8 +70,8 @@ class ModelConfig:
         if self.exits and "none" in self.exits:
             _require(
                 self.exits == ("none",),
-                f"model.exits is {' '.join(self.exits)}; pass none alone for the plain network,"
-                " or leave it out",
+                f"model.exits is {' '.join(self.exits)}; none cannot be combined with places;"
+                " pass only none for the plain network, or remove it",
             )
             object.__setattr__(self, "exits", ())
 

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class Unavailable(UserError):
-    """Something is missing at the moment: space on a disk, or a directory another process uses.
+    """A resource is unavailable now: the disk is full, or another process uses the directory.
 
     The same command may succeed later, so a script exits with code 1.
     """

@@ -34,7 +34,7 @@ from early_exit.training.phases import plan_phases
 
 log = logging.getLogger(__name__)
 
-# How evaluations use the machine, unless they are told otherwise, whatever training did.
+# The machine settings of evaluations, unless overridden; those of training are ignored.
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
 
 

@@ -23,7 +23,10 @@ def download(config: FolderRun, name: str) -> Path:
     arch = config.model.arch
     networks.check_arch(arch)
     if "/" in name or Path(name, "train").is_dir():
-        raise UserError(f"--pretrained took {name} for weights; put the directory before the flags")
+        raise UserError(
+            f"--pretrained got the directory {name} instead of the name of weights; put the"
+            " directory before the flags"
+        )
     known = {weights.name: weights for weights in models.get_model_weights(arch)}
     fitting = [
         weights.name

@@ -29,7 +29,7 @@ def run(monkeypatch, capsys):
 
 
 def test_inference_names_the_precision_and_measures_every_batch_size(run):
-    code, out, err = run(*TINY, "--leave", "0.5", "0.25")
+    code, out, err = run(*TINY, "--exit-shares", "0.5", "0.25")
     assert (code, err) == (0, "")
     assert "conv" in out and "float32" in out
     assert_shares(out, (0.5, 0.25, 0.25))
@@ -40,14 +40,14 @@ def test_inference_names_the_precision_and_measures_every_batch_size(run):
 
 def test_shares_of_few_images_are_rounded(run):
     flags = ("--arch", "resnet20", "--images", "3", "--batch-sizes", "1", "--seconds", "0.1")
-    code, _, err = run(*flags, "--device", "cpu", "--leave", "0.5", "0.5")
+    code, _, err = run(*flags, "--device", "cpu", "--exit-shares", "0.5", "0.5")
     assert (code, err) == (0, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["entropy", "margin"])
 def test_the_wanted_shares_exit_by_any_criterion(run, criterion):
-    _, out, _ = run(*TINY, "--criterion", criterion, "--leave", "0.25", "0.5")
+    _, out, _ = run(*TINY, "--criterion", criterion, "--exit-shares", "0.25", "0.5")
     assert_shares(out, (0.25, 0.5, 0.25))
 
 
@@ -63,8 +63,8 @@ def assert_shares(out, expected):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (("--leave", "0.5"), ["--leave", "2"]),
-        (("--leave", "0.6", "0.6"), ["--leave", "2"]),
+        (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+        (("--exit-shares", "0.6", "0.6"), ["--exit-shares", "2"]),
         (("--images", "100", "--batch-sizes", "256"), ["--batch-sizes", "--images", "100"]),
         (("--amp", "half"), ["--amp", "half"]),
         (("--criterion", "patience"), ["--criterion", "patience"]),

@@ -1,4 +1,4 @@
-"""Shows what becomes of a guarantee on images it does not cover: noise, blur, changed brightness.
+"""Shows that a guarantee does not hold on other images: noise, blur, changed brightness.
 
     python cifar10/eval.py runs/resnet20-mixed --risk 1 --no-live --name risk1
     python docs-src/figures/corruptions.py runs/resnet20-mixed risk1

@@ -1,4 +1,4 @@
-"""Draws why early exit works: a straight line answers the easy points, a curve the others.
+"""Draws why early exit works: a straight line classifies the easy points, a curve the others.
 
 A small network with two exits learns two interleaved moons. The boundary of its early exit can only
 be a straight line, that of its final exit any curve. The threshold is chosen on val; test is only

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shares = np.array(cost.shares())
     oracle = oracle_of(scored.correct, shares)
 
-    print("| who exits is decided by | accuracy on test | MACs |\n| --- | ---: | ---: |")
+    print("| exits decided by | accuracy on test | MACs |\n| --- | ---: | ---: |")
     for name, accuracy, share in (
         ("the policy, chosen on val for half a point", point.policy_accuracy, point.macs_share),
         ("the label, as many at each exit", point.label_accuracy, point.macs_share),

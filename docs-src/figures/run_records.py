@@ -23,7 +23,7 @@ class RunRecords:
 
     @classmethod
     def load(cls, run: Path, val_from: str = "train") -> "RunRecords":
-        """Reads the records that an evaluation left in the run directory `run`.
+        """Reads the records that an evaluation stored in the run directory `run`.
 
         val_from: `train` or `test`, as for eval.py. Raises UserError if a record is missing.
         """

@@ -2,7 +2,7 @@
 
 Every block of a trained, frozen network is followed by a linear classifier, which is a candidate
 for an exit. The candidates are considered in order, on val. A candidate is admitted if its gain
-exceeds epsilon: the operations that the images which exit there are spared, minus those of the
+exceeds epsilon: the multiply-adds saved for the images that exit there, minus those of the
 classifier for all images that reach it. Only images that do not exit at an admitted stage reach the
 next candidate. At test time an image exits at the first admitted stage whose confidence is at least
 delta.

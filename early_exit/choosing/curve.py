@@ -1,6 +1,6 @@
 """One threshold for all early exits, found exactly.
 
-As the threshold falls, an image's exit only moves to the front, and only where the threshold passes
+As the threshold falls, an image only moves to an earlier exit, and only where the threshold passes
 a score that is higher than all before it. So there are at most images x exits + 1 outcomes, and one
 sort and a few running sums give the accuracy and the cost of all of them: O(M log M) for
 M = images x exits.

@@ -1,4 +1,4 @@
-"""What a policy does on a record: who exits where, how accurate that is and what it costs."""
+"""A policy applied to a record: where each image exits, how accurate that is and what it costs."""
 
 from dataclasses import dataclass
 

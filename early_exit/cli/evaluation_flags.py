@@ -29,7 +29,7 @@ def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parse
 
 
 def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("goal: what the policy is chosen for, on val (one of these)")
+    group = parser.add_argument_group("goal (one of these), for which a policy is chosen on val")
     _add_goal_flags(group.add_mutually_exclusive_group())
     _add_goal_refinements(parser.add_argument_group("refinements of a goal"))
     group = parser.add_argument_group("choosing on val")
@@ -64,7 +64,8 @@ def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="with --val-from test: repeat the choice for N cuts, of seeds from --cut-seed on, and"
+        help="with --val-from test: repeat the choice for N cuts, with seeds --cut-seed,"
+        " --cut-seed + 1, ..., and"
         " report mean and standard deviation (default: 1)",
     )
 
@@ -118,8 +119,8 @@ def _add_goal_flags(goal: Any) -> None:
         "--delta",
         type=float,
         metavar="P",
-        help="Conditional Deep Learning: an image exits when a class reaches this probability, in 0"
-        " to 1; only stages whose gain on val exceeds --epsilon are enabled",
+        help="Conditional Deep Learning: an image exits when a class reaches this probability, at"
+        " least 0.5 and below 1; only stages whose gain on val exceeds --epsilon are enabled",
     )
 
 
@@ -146,8 +147,8 @@ def _add_goal_refinements(group: Any) -> None:
     group.add_argument(
         "--on-average",
         action="store_true",
-        help="for --risk: guarantee the mean over the draw of the certifying images, instead of a"
-        " probability",
+        help="for --risk: guarantee the risk on average over draws of the certifying images,"
+        " instead of with a probability",
     )
     losses = "; ".join(f"{name}: {words}" for name, words in LOSSES.items())
     group.add_argument(

@@ -53,9 +53,9 @@ def train_or_score(
     if args.split and not args.evaluate:
         raise UserError("--split needs -e")
     if args.evaluate and (args.check or args.start_epoch):
-        raise UserError("--check and --start-epoch are for training, and -e only scores")
+        raise UserError("-e only scores; remove --check and --start-epoch")
     if args.evaluate and args.resume and settings_of(args).get("model", {}).get("backbone"):
-        raise UserError("-e scores the weights of --resume or of --backbone; give one of them")
+        raise UserError("-e scores the weights of --resume or of --backbone; give only one")
     run_dir = args.save_dir
     if run_dir is None and args.resume == "auto":  # the directory that these flags would make
         fresh = resolve_config(args, None, defaults, task.config)

@@ -50,7 +50,7 @@ def _check_no_directory(name: str, kind: str, values: Any) -> None:
     for word in values if isinstance(values, list) else ():
         if "/" in word or (Path(word) / "train").is_dir():
             raise UserError(
-                f"--{name} took the directory {word} for {kind}; put the directory before the"
+                f"--{name} got the directory {word} instead of {kind}; put the directory before the"
                 " flags, or -- between them"
             )
 

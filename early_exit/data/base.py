@@ -86,7 +86,8 @@ class NormalisedImages:
         raise NotImplementedError
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in train; the last partial batch is dropped, another one every epoch."""
+        """Whole batches in train. The last partial batch is dropped; its images differ from epoch to
+        epoch."""
         return max(1, self.size("train") // batch_size)
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def read_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def find_images(names: Iterable[str | Path]) -> Iterator[Path]:
-    """Files as they are named; of a folder the images below it, in order, or the folder itself if
-    there are none."""
+    """Yields each file; for a folder, the images below it, in order, or the folder itself if there
+    are none."""
     formats = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in formats.items() if kind in Image.OPEN}
     for name in names:

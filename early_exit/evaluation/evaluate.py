@@ -108,7 +108,7 @@ def evaluate(
         raise UserError("an evaluation runs in one process; start it without torchrun")
     chosen = Options(**options)
     if chosen.draw:
-        page.check_packages()  # now, not after an hour
+        page.check_packages()  # before inference, which may take an hour
     trained = load_run(Path(run_dir), task, overrides or {})
     if trained.config.run.compile:
         trained.network.compile_stages()

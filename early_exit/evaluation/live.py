@@ -98,7 +98,11 @@ def time_batch(
     """Times whole batches of at most `max_images` test images; None if they fill no batch."""
     total = min(max_images, data.size("test"))
     if total < batch_size:
-        log.info("test has %d images to time, fewer than a batch of %d", total, batch_size)
+        log.info(
+            "test has %d images to time, fewer than a batch of %d; this size is not timed",
+            total,
+            batch_size,
+        )
         return None
     log.info("timing at batch %d", batch_size)
     batches: list[Tensor] = []

@@ -1,6 +1,6 @@
 """The report in words and tables: Markdown for report.md and the page, and the text on the screen.
 
-The sections have ids, on which the page hangs its figures; headings can be reworded freely.
+The page places its figures by the sections' ids, so headings can be reworded freely.
 """
 
 import html
@@ -156,9 +156,10 @@ def overthinking_text(report: Report) -> str:
     """How often continuing adds nothing, or does harm."""
     found = report.overthinking
     text = (
-        f"{100 * found.wasteful:.1f} % of test are right at an early exit and at the final one:"
-        f" continuing adds nothing. {100 * found.destructive:.2f} % are right at an early exit and"
-        " wrong at the final one, which is"
+        f"{100 * found.wasteful:.1f} % of the test images are correct at an early exit and at"
+        f"the final one: continuing adds nothing. {100 * found.destructive:.2f} % are correct at"
+        " an early exit"
+        " and wrong at the final one, which is"
         f" {100 * found.destructive / max(found.wrong, 1e-12):.0f} % of the final exit's errors."
     )
     if found.confusion_auroc is not None:
@@ -216,7 +217,7 @@ def stage_table(report: Report) -> str:
         for timing in report.timing
     ]
     lines = [
-        "| share of the stage that ends at | " + " | ".join(names) + " |",
+        "| share of each stage, by the exit it ends at | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for label, shares in rows:
@@ -256,8 +257,8 @@ def sections(report: Report) -> list[Section]:
         Section(
             "overthinking",
             "Overthinking",
-            f"{overthinking_text(report)}\n\nAll exits enabled, each on its own (Kaya et al., ICML"
-            " 2019).",
+            f"{overthinking_text(report)}\n\nEvery exit is evaluated on all test images,"
+            " whatever the policy (Kaya et al., ICML 2019).",
         ),
         Section("provenance", "How this was made", _how(report)),
     ]
@@ -300,7 +301,7 @@ def _choice_sections(report: Report) -> list[Section]:
         found.append(
             Section(
                 "cuts",
-                "Over several cuts",
+                "Mean over several cuts of the test set",
                 f"Over {cuts.count} cuts of the test set into val and test:"
                 f" {_percent(cuts.accuracy)} % at {_percent(cuts.macs_share)} % of the MACs, the"
                 f" final exit {_percent(cuts.final_accuracy)} % (mean and standard deviation).",
@@ -317,7 +318,7 @@ def _measured_sections(report: Report) -> list[Section]:
         found.append(
             Section(
                 "live",
-                "Exits taken",
+                "Inference with exits taken",
                 f"Live inference on {live.images:,} test images at batch size {live.batch_size}:"
                 f" {100 * live.accuracy:.2f} % correct{top5}. {live.differing} of them took another"
                 " exit or got another answer than on the record of all exits;"
@@ -329,7 +330,7 @@ def _measured_sections(report: Report) -> list[Section]:
         found.append(
             Section(
                 "seconds",
-                "Seconds",
+                "Measured time",
                 f"{timing_table(report)}\n\n"
                 "Times are per batch. *Fraction of ideal*: the sum of the segments' own times, each"
                 " at the number of rows that reached it, over the measured time; comparing scores"

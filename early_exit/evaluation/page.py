@@ -188,7 +188,8 @@ def _legend_of_exits(report: Report) -> list[str]:
     return [
         "<strong>val, test</strong>: one threshold for all exits, from no exit taken to all images"
         " at the first enabled exit",
-        "<strong>random exits</strong>: as many images exit at each exit, but chosen at random",
+        "<strong>random exits</strong>: the same number of images exits at each exit, but the"
+        " images are chosen at random",
         "<strong>all images at one exit</strong> (square): every test image exits there",
         "<strong>no exit is taken</strong> (diamond): every test image reaches the final exit, and"
         " the heads of all enabled exits are computed",

@@ -33,7 +33,8 @@ from early_exit.model.network import MultiExitNetwork
 from early_exit.task import StaticNetwork
 from early_exit.trained import Splits
 
-COMPARABLE = 1.25  # static networks that cost more plain networks than this are not shown
+# static networks that cost more than this many times the plain network are not shown
+COMPARABLE = 1.25
 MAX_PICTURES = 200  # of a gallery
 COLUMNS = 10
 Row = tuple[str, list[Picture]]

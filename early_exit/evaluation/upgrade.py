@@ -19,7 +19,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise UserError(
-            f"{path} is torn or not JSON; evaluate the run again with eval.py"
+            f"{path} is incomplete or not JSON; evaluate the run again with eval.py"
         ) from None
     try:
         if values.get("format", 1) > FORMAT:

@@ -4,7 +4,7 @@
 temperature; answer (B, K), logits too; score (B,), higher is surer; state a tensor with one row per
 image, or None. A criterion sees no label, no other image of the batch and no model.
 
-What is special about a criterion it declares with `@declare(...)`; nothing asks for its name.
+A criterion declares its special properties with `@declare(...)`; no code depends on its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What is special about a criterion."""
+    """The properties of a criterion that other code depends on."""
 
     lowest: float = -math.inf
     """No score is below this."""
@@ -37,11 +37,11 @@ class Traits:
     counts: bool = False
     """Whether scores are whole numbers, which rounding does not change."""
     unit: str = ""
-    """What a score is, where its name does not say."""
+    """What a score is, if the criterion's name does not tell."""
 
 
 def declare(**traits: Any) -> Callable[[Criterion], Criterion]:
-    """Declares what is special about a criterion: the fields of `Traits`. One that declares nothing
+    """Declares the special properties of a criterion: fields of `Traits`. One that declares nothing
     has their defaults."""
 
     def attach(criterion: Criterion) -> Criterion:
@@ -84,7 +84,7 @@ def patience(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tenso
     state: (B, 2) int64, the class of the last exit and the count. The first exit scores 0, so a
     threshold of p waits for p agreements.
     """
-    import torch  # where the criterion runs there is torch; its declaration needs none
+    import torch  # needed to run the criterion, not to declare it
 
     best = logits.argmax(dim=-1)
     if state is None:

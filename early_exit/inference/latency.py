@@ -54,7 +54,7 @@ class Timing:
     """With all enabled exits computed and none taken."""
     without_heads: BatchSeconds
     """The stages' bodies alone at the number of rows that reached them, without heads, decisions
-    and the selection of rows. BranchyNet's public code adds up this
+    and the selection of rows. BranchyNet's public code adds up these times
     (`branchynet/net.py` of github.com/kunglab/branchynet)."""
     stage_seconds: tuple[float, ...]
     """Each stage's own time with all rows, its head included: medians over batches."""

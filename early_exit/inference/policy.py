@@ -1,4 +1,4 @@
-"""The policy: one object decides who exits, in live inference and on stored logits alike."""
+"""The policy: one object decides which rows exit, in live inference and on stored logits alike."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Policy:
         if not all(t > 0 and math.isfinite(t) for t in self.temperatures):
             raise UserError(f"temperatures must be positive, got {self.temperatures}")
         if any(math.isnan(threshold) for threshold in self.thresholds):
-            raise UserError("a threshold is NaN")
+            raise UserError(f"each threshold must be a number, got {self.thresholds}")
         if sum(self.enabled) < traits.min_early_exits > 1:
             raise UserError(
                 f"the criterion {self.criterion} needs {traits.min_early_exits} early exits, got"

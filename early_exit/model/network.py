@@ -52,8 +52,8 @@ class MultiExitNetwork(nn.Module):
     Raises UserError for an unknown place or kind of head, for units that do not fit together, and
     if the backbone does not give `num_classes` logits.
 
-    `stages` are views of the same modules, not registered, so the state dict holds `backbone` and
-    `heads` alone.
+    `stages` are views of the same modules, not registered, so the state dict holds only `backbone`
+    and `heads`.
     """
 
     def __init__(

@@ -51,7 +51,9 @@ def raise_if_lost() -> Iterator[None]:
     except RuntimeError as error:
         gone = isinstance(error, dist.DistError) or re.search(LOST, str(error))
         if world_size() > 1 and gone:
-            raise Lost("another process of this run is gone; its last line says why") from error
+            raise Lost(
+                "another process of this run has ended; see the last line of its log"
+            ) from error
         raise
 
 
@@ -89,7 +91,7 @@ class Group:
         return values
 
     def agree(self, signum: int | None) -> int | None:
-        """The signal that any process has received. All of them ask together."""
+        """The signal that any process has received; every process calls this at the same point."""
         if self.world == 1:
             return signum
         return int(self.max(torch.tensor(signum or 0))) or None
@@ -138,8 +140,9 @@ def process_group(device: torch.device) -> Iterator[Group]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the environment says that this process is one of {world_size()}, but they did not"
-            f" meet ({' '.join(str(error).split())[:200]}); start all of them with torchrun"
+            f"the environment says that this process is one of {world_size()}, but they could"
+            f" not connect ({' '.join(str(error).split())[:200]}); start all of them with"
+            " torchrun"
         ) from None
     groups: list[Any] = [
         dist.new_group(backend="gloo", timeout=limit) for limit in (TIMEOUT, DOWNLOAD_TIMEOUT)

@@ -151,7 +151,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} does not hold weights alone: it is damaged, not a checkpoint, or holds other"
+            f"{path} does not hold only weights: it is damaged, not a checkpoint, or holds other"
             " objects, which are not loaded for safety"
         ) from None
     except UserError:

@@ -32,14 +32,14 @@ class Phase:
 def plan_phases(config: Config, num_exits: int) -> list[Phase]:
     """The phases of a regime.
 
-    `joint` has one; the others train the backbone first unless a checkpoint brings it. On a frozen
-    backbone the heads are independent of each other, so all stages of CDL are trained at once.
-    Raises UserError for settings that contradict each other.
+    `joint` has one; the others train the backbone first unless it is loaded from a checkpoint. On a
+    frozen backbone the heads are independent of each other, so all stages of CDL are trained at
+    once. Raises UserError for settings that contradict each other.
     """
     given, optim = config.model.backbone is not None, config.optim
     if given and (num_exits == 1 or config.run.regime == "joint"):
         raise UserError(
-            "--backbone brings trained weights, but this run would train the backbone from"
+            "--backbone loads trained weights, but this run would train the backbone from"
             " scratch; add --regime mixed or --regime frozen and exits, or -e to score it"
         )
     if num_exits == 1:

@@ -33,7 +33,9 @@ def score(
         checkpoint.load_into(network, checkpoint.reported(saved), Path("the checkpoint"))
         meta = saved
     elif network.num_exits > 1:
-        raise UserError("--backbone brings no heads to score; add --exits none")
+        raise UserError(
+            "--backbone loads no heads, so only the final exit can be scored; add --exits none"
+        )
     else:
         assert config.model.backbone, "the command line asks for one"
         meta = checkpoint.load_backbone_into(network, Path(config.model.backbone))
