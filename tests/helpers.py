@@ -384,6 +384,14 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def waits_for_a_child(pid: int) -> bool:
+    """Whether a process is blocked until a child of its own ends. A kernel that hides where it is
+    blocked shows 0; then it is enough that it sleeps."""
+    blocked_in = Path(f"/proc/{pid}/wchan").read_text()
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return blocked_in == "do_wait" or (blocked_in == "0" and state == "S")
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped, as by SIGSTOP."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -1,5 +1,6 @@
 """The files of docker/: valid, in agreement, and every rule finds a planted mistake."""
 
+import contextlib
 import copy
 import os
 import re
@@ -7,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, wait_for, waits_for_a_child
 from manifests import of_flags, problems
 
 DOCKER = ROOT / "docker"
@@ -303,6 +305,7 @@ class TestCommands:
     def run(self, tmp_path):
         """Starts a file's command with its arguments. `check` and `torchrun`: what those do;
         `sleep` prints a line first."""
+        started: list[tuple[subprocess.Popen, threading.Timer]] = []
         sleep = f'echo up\nexec {shutil.which("sleep")} "$@"'
 
         def start(name: str, check: str, torchrun='echo "torchrun $*"') -> subprocess.Popen:
@@ -311,15 +314,27 @@ class TestCommands:
                 path.write_text(f"#!/bin/sh\n{body}\n")
                 path.chmod(0o755)
             one = container(FILES, name)
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*one["command"], *one.get("args", [])],
                 stdout=subprocess.PIPE,
                 text=True,
                 env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "1"},
                 start_new_session=True,
             )
+            # a line that never comes ends the test instead of holding it
+            timer = threading.Timer(LIMIT, kill, [process])
+            timer.start()
+            started.append((process, timer))
+            return process
 
-        return start
+        def kill(process: subprocess.Popen) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        yield start
+        for process, timer in started:
+            timer.cancel()
+            kill(process)
 
     @pytest.mark.parametrize(
         ("name", "launch"),
@@ -352,6 +367,8 @@ class TestCommands:
         idle = f"while :; do read _ <{tmp_path}/idle; done"
         process = run(name, "true", f"trap '{saving}' TERM; echo up; {idle}")
         assert process.stdout.readline() == "up\n"
+        # the shell has set its trap once it waits for torchrun
+        wait_for(lambda: waits_for_a_child(process.pid), "the pod's shell waits", LIMIT)
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "signalled\n"
         assert process.poll() is None
