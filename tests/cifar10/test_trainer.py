@@ -48,7 +48,7 @@ class TestProcess:
 class TestNextCommand:
     def next_of(self, out: str) -> list[str]:
         last = out.splitlines()[-1]
-        return shlex.split(last[last.index(sys.executable) :])
+        return shlex.split(last[last.index(shlex.quote(sys.executable)) :])
 
     def test_an_evaluation(self, run, tmp_path):
         directory = tmp_path / "a run"
