@@ -258,3 +258,15 @@ def photos(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data.picture("test", index)).save(path)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """A function that writes a preset and gives its path."""
+
+    def write(text: str):
+        path = tmp_path / "preset.yaml"
+        path.write_text(text)
+        return path
+
+    return write

@@ -30,18 +30,6 @@ def from_yaml(text: str) -> Config:
     return configs.build(Config, yaml.safe_load(text))
 
 
-@pytest.fixture
-def preset(tmp_path):
-    """A function that writes a preset and gives its path."""
-
-    def write(text: str):
-        path = tmp_path / "preset.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def test_merging_changes_neither_side():
     base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
     assert configs.merge(base, over) == {"a": {"b": 1, "c": 2}}

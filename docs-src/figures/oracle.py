@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run_records import RunRecords, add_val_from
+from run_records import RunRecords, run_parser
 from torch.nn.functional import cross_entropy
 
 from early_exit.choosing.goals import MaxDrop, candidates, choose
@@ -121,12 +121,7 @@ def draw(curve: Sequence[Compared], oracle: Oracle) -> None:
 
 def parser() -> flags.Parser:
     """The script's flags."""
-    parser = flags.build_parser(
-        "oracle.py", "python docs-src/figures/oracle.py RUN [flags]", __doc__
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that was evaluated")
-    add_val_from(parser)
-    return parser
+    return run_parser("oracle.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

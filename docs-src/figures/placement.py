@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from run_records import CUTS, RunRecords, add_val_from
+from run_records import CUTS, RunRecords, run_parser
 
 from early_exit.choosing.curve import for_max_drop, shared_curve
 from early_exit.choosing.goals import MaxDrop, calibrated
@@ -168,12 +168,7 @@ def draw(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> None:
 
 def parser() -> flags.Parser:
     """The script's flags."""
-    parser = flags.build_parser(
-        "placement.py", "python docs-src/figures/placement.py RUN [flags]", __doc__
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that was evaluated")
-    add_val_from(parser)
-    return parser
+    return run_parser("placement.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from early_exit.choosing.record import ExitRecord
+from early_exit.cli import flags
 from early_exit.data.splits import halves
 
 CUTS = 10  # over which means and deviations are taken
@@ -48,3 +49,11 @@ def add_val_from(parser: argparse.ArgumentParser) -> None:
         help="train: choose on halves of val; test: choose on one half of test and report on the"
         " other (default train)",
     )
+
+
+def run_parser(script: str, docstring: str | None) -> flags.Parser:
+    """The flags of a script that reads the records of one run."""
+    parser = flags.build_parser(script, f"python docs-src/figures/{script} RUN [flags]", docstring)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory that was evaluated")
+    add_val_from(parser)
+    return parser

@@ -25,18 +25,6 @@ def from_flags(*flags: object, saved: dict | None = None, own: dict | None = Non
     return settings.resolve_config(args, saved, own)
 
 
-@pytest.fixture
-def preset(tmp_path):
-    """A function that writes a preset and gives its path."""
-
-    def write(text: str):
-        path = tmp_path / "preset.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
 class TestSettingsOf:
     """Flags of settings are collected by their action, whatever the name of their value."""
 
