@@ -21,6 +21,7 @@ from early_exit.choosing.goals import (
     FixedThresholds,
     Goal,
     LatencyBudget,
+    Risk,
     choose,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy
@@ -252,6 +253,8 @@ def _log_policy(policy: Policy, goal: Goal) -> None:
             reason = "the given policy disables it"
         case ConditionalDeepLearning():
             reason = "its gain on val does not exceed epsilon"
+        case Risk() if not any(policy.enabled):
+            reason = "no threshold was certified"
         case _:
             reason = "on val it costs more than it saves"
     for name, enabled in zip(policy.exit_names, policy.enabled, strict=False):

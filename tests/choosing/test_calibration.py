@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from early_exit import metrics
 from early_exit.choosing import calibration
 from early_exit.choosing.calibration import LIMITS, fit_temperature
+from early_exit.inference.criteria import max_prob
 
 # Four images of odds 3 : 1 of which one is the second class, ten of odds 9 : 1 of which one is:
 # at temperature 1 the probabilities are exactly right.
@@ -50,7 +51,41 @@ def test_no_other_temperature_has_a_lower_cross_entropy(log_scale, seed):
 def test_a_val_set_without_an_error_stays_within_the_limits(scale):
     # the lower the temperature the lower the loss, without end
     logits = torch.tensor([[2.0, 0.0], [0.0, 3.0]]) * scale
-    assert LIMITS[0] - 1e-9 <= fit_temperature(logits, torch.tensor([0, 1])) <= 1
+    assert LIMITS[0] <= fit_temperature(logits, torch.tensor([0, 1])) <= LIMITS[1]
+
+
+def of_margins(margin: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of images whose target is ahead by these margins, and the targets."""
+    logits = torch.zeros(len(margin), classes)
+    logits[:, 0] = margin
+    return logits, torch.zeros(len(margin), dtype=torch.long)
+
+
+@pytest.mark.parametrize("images", [36, 1000])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_without_an_error_the_order_of_the_images_is_kept(images, classes, scale):
+    margin = 1 + 2 * torch.rand(images, generator=torch.Generator().manual_seed(0))
+    logits, target = of_margins(margin * scale, classes)
+    _, score, _ = max_prob(logits / fit_temperature(logits, target))
+    assert (score[margin.argsort()].diff() >= 0).all()
+    assert len(score.unique()) > 0.95 * len(margin.unique())
+
+
+@pytest.mark.parametrize("images", [36, 1000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_a_small_error_does_not_merge_the_surest_images(images, scale):
+    margin = 1 + 2 * torch.rand(images, generator=torch.Generator().manual_seed(0))
+    logits, target = of_margins(margin * scale, 10)
+    logits[0, 1] = 1.001 * logits[0, 0]
+    _, score, _ = max_prob(logits / fit_temperature(logits, target))
+    assert (score < 1).all()
+
+
+def test_a_temperature_above_one_is_that_of_the_lowest_cross_entropy():
+    logits = torch.cat([TRUE_LOGITS * 1.5, torch.tensor([[80.0, 0.0]])])  # far beyond resolution
+    fitted = fit_temperature(logits, torch.cat([TARGET, torch.tensor([0])]))
+    assert fitted == pytest.approx(1.5, rel=1e-3)
 
 
 def test_small_logits_without_an_error_end_at_the_lower_limit():

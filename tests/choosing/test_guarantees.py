@@ -10,7 +10,7 @@ from helpers import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit.choosing.goals import Risk, candidates, choose
+from early_exit.choosing.goals import Risk, candidates, choose, fit_and_certify
 from early_exit.choosing.guarantees import (
     LOSSES,
     Guarantee,
@@ -21,6 +21,7 @@ from early_exit.choosing.guarantees import (
     with_confidence,
     with_losses_as_errors,
 )
+from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import Scores, replay, score_record
 from early_exit.errors import UserError
 from early_exit.inference.policy import NEVER, Policy
@@ -212,6 +213,23 @@ def test_labels_have_no_effect_if_the_loss_is_a_different_answer(stored):
         assert policies[0] == policies[1]
         disabled.add(policies[0].enabled)
     assert len(disabled) > 1
+
+
+@pytest.mark.parametrize(("surest_is_wrong", "enabled"), [(False, True), (True, False)])
+def test_an_exit_that_no_image_may_take_is_disabled(make_record, surest_is_wrong, enabled):
+    """One of 500 images is lost at the early exit; none of those that fit the temperature."""
+    targets = np.zeros(500, np.int64)
+    logits = np.zeros((500, 2, 2), np.float32)
+    logits[:, 0, 0] = np.linspace(5, 50, 500)
+    logits[:, 1, 0] = 60
+    _, certify = fit_and_certify(make_record(logits, targets))
+    logits[certify[0], 0] = [0, 80 if surest_is_wrong else 5]
+    record = make_record(logits, targets)
+    policy = choose(record, Risk(0.004, confidence=0.75), record.cost)
+    assert policy.enabled == (enabled,)
+    outcome = apply_policy(policy, record, record.cost)
+    assert (outcome.point.macs_share < 1) == enabled
+    assert outcome.point.macs_share <= 1
 
 
 def test_two_images_certify_nothing(stored):
