@@ -480,6 +480,18 @@ def load_folders(root: Path | str, **settings: Any) -> folders.Data:
     return folders.load(folder_config(root, **settings), ROOT / "data" / "imagenet")
 
 
+def fail_to_list(monkeypatch, folder: Path, code: int) -> None:
+    """Makes every listing of a folder fail, which file permissions do not do for root."""
+    scandir, failing = os.scandir, os.path.realpath(os.fsencode(folder))
+
+    def scan(path):
+        if os.path.realpath(os.fsencode(path)) == failing:
+            raise OSError(code, os.strerror(code), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+
+
 def file_names(loaded: folders.Data, split: str) -> list[str]:
     """The path of every image of a split."""
     source, rows = loaded.splits[split]

@@ -3,6 +3,7 @@
 import logging
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -101,10 +102,8 @@ def _missing(root: Path, name: str) -> UserError:
 
 
 def _data_sets_near(root: Path) -> Iterator[Path]:
-    """The parent of a directory and the folders below it that have train and val, or test."""
-    real = Path(os.path.abspath(root))
-    if _is_data_set(real.parent):
-        yield real.parent
+    """The folders a little above and below a directory that have train and val, or test."""
+    yield from filter(_is_data_set, Path(os.path.abspath(root)).parents[:2])
     level = [root]
     for _ in range(HINT_DEPTH):
         level = [below for folder in level for below in _subfolders(folder)][:HINT_FOLDERS]
@@ -179,15 +178,23 @@ def _check_same_classes(
     ):
         missing = sorted(set(classes) - set(other_classes))
         if missing:
+            spellings = {_spelling(class_name) for class_name in other_classes}
+            hint = " (it has one spelled nearly so)" if _spelling(missing[0]) in spellings else ""
             raise UserError(
                 f"{shown}/{name} has the class {in_a_line(os.fsdecode(missing[0]))}, which"
-                f" {shown}/{other} lacks; both must have the same classes"
+                f" {shown}/{other} lacks{hint}; both must have the same classes"
             )
+
+
+def _spelling(name: bytes) -> str:
+    """What two names have in common that differ in case, in the blanks around them, or in how they
+    store accents, as macOS and Linux do."""
+    return unicodedata.normalize("NFC", os.fsdecode(name)).casefold().strip()
 
 
 def _check_apart(train: Found, test: Found) -> None:
     """Raises UserError if links make a folder or a file a part of train and of test."""
-    for path, other in _shared_folders(train, test):
+    for path, other in sorted(_shared_folders(train, test)):
         raise UserError(
             f"{in_a_line(path)} and {in_a_line(other)} are the same folder, so test images would be"
             " trained on; use other images in one of them"
