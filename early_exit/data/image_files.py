@@ -237,7 +237,8 @@ def describe(left_out: Counter[str]) -> str:
 def find_images(
     names: Iterable[str | Path], tell: Callable[[str], None]
 ) -> Iterator[Path | UserError]:
-    """Yields each file as it is named; for a folder, the images that `walk` finds below it.
+    """Yields each file as it is named; for a folder, the images that `walk` finds below it, in the
+    order of their paths.
 
     Instead of a folder that cannot be listed, or holds no image, an error is yielded. tell: called
     with a line about what was left out of a folder.
@@ -248,7 +249,7 @@ def find_images(
             yield path
             continue
         found = walk(path)
-        images = found.images.get(b"", [])
+        images = sorted(found.images.get(b"", []), key=lambda image: image.split(b"/"))
         left_out = describe(found.left_out.get(b"", Counter()))
         if images and left_out:
             tell(f"{path}: left out {left_out}")

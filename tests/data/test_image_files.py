@@ -306,6 +306,11 @@ class TestFindImages:
         names = [tmp_path / "text.pdf", str(tmp_path / "none"), tmp_path / ".hidden.jpg", "a\0b"]
         assert list(find_images(names, pytest.fail)) == [Path(name) for name in names]
 
+    def test_the_images_of_a_folder_in_the_order_of_their_paths(self, tmp_path):
+        touch(tmp_path, "b/1.png", "a.png", "c.png", "b/x/2.png", "b-/1.png", "b/y.png")
+        expected = ["a.png", "b/1.png", "b/x/2.png", "b/y.png", "b-/1.png", "c.png"]
+        assert list(find_images([tmp_path], print)) == [tmp_path / name for name in expected]
+
     def test_what_is_left_out_of_a_folder_is_told_in_a_line(self, tmp_path):
         touch(tmp_path, "a/1.jpg", "a/2.heic", "b/3.jpg")
         lines = []
