@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from early_exit.data.image_files import Found, describe, folder_identity, walk
-from early_exit.data.sources import Files, Sources
+from early_exit.data.sources import Files, Source, Sources
 from early_exit.errors import UserError
 from early_exit.system.names import in_a_line, is_hidden
 
@@ -59,8 +59,8 @@ def class_folders(root: Path) -> Sources:
     if len(classes) == 1:
         raise _one_class(train, classes[0])
     files = _files(train, classes)
-    sources = {"train": files, "val": files, "test": _files(test, classes)}
-    return tuple(map(os.fsdecode, classes)), {**sources}
+    sources: dict[str, Source] = {"train": files, "val": files, "test": _files(test, classes)}
+    return tuple(map(os.fsdecode, classes)), sources
 
 
 def is_folder(path: Path) -> bool:
@@ -70,7 +70,7 @@ def is_folder(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise UserError(f"{in_a_line(path)} cannot be read ({error.strerror})") from None
+        raise UserError(f"{in_a_line(path)} cannot be read ({error.strerror or error})") from None
 
 
 def _test_folder(root: Path) -> str:
@@ -202,7 +202,7 @@ def _check_apart(train: Found, test: Found) -> None:
     shared = [*_shared_files(train, test)]
     if shared:
         raise UserError(
-            f"{len(shared)} links, such as {in_a_line(shared[0])}, lead to files that are both in train"
+            f"{len(shared)} links, such as {in_a_line(shared[0])}, lead to files that are in train"
             " and in test, so test images would be trained on; remove these links"
         )
 
@@ -231,9 +231,9 @@ def _shared_files(train: Found, test: Found) -> Iterator[Path]:
 
 
 def _is_listed(found: Found, folder: bytes) -> bool:
-    """Whether a walk listed a folder."""
+    """Whether a walk listed a folder in a class."""
     try:
-        return found.folders.get(folder_identity(folder)) is not None
+        return bool(found.folders.get(folder_identity(folder)))
     except OSError:
         return False
 

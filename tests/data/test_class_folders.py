@@ -201,6 +201,11 @@ class TestApart:
         (folders / link / "ape" / "x.JPEG").symlink_to(f"../../{target}/ape/0.JPEG")
         assert_names(refusal(load_folders, folders), folders / link / "ape" / "x.JPEG", 1)
 
+    def test_an_image_beside_the_class_folders_is_in_no_class(self, folders):
+        add(folders / "train" / "x.png")
+        (folders / "val" / "ape" / "x.png").symlink_to("../../train/x.png")
+        assert load_folders(folders).size("test") == 13
+
     def test_two_links_to_one_file(self, folders, tmp_path):
         image = add(tmp_path / "pool" / "1.png")
         (folders / "train" / "ape" / "x.png").symlink_to(image)
