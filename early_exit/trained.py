@@ -28,7 +28,7 @@ from early_exit.system.device import (
     describe_device,
     set_up,
 )
-from early_exit.system.files import locked
+from early_exit.system.files import locked, status
 from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint
@@ -109,7 +109,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     """The paths of `file` in a run's evaluations that have it, by the name of the evaluation, in
     order. A name that begins with a dot was never finished.
 
-    Raises UserError for evaluations that cannot be listed.
+    Raises UserError for evaluations that cannot be read.
     """
     directory = run_dir / "eval"
     try:
@@ -119,7 +119,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     except OSError as error:
         raise UserError(f"{directory} cannot be read ({error.strerror})") from None
     paths = {name: directory / name / file for name in names}
-    return {name: path for name, path in paths.items() if os.path.exists(path)}
+    return {name: path for name, path in paths.items() if status(path)}
 
 
 def training_command(run_dir: Path) -> list[str]:

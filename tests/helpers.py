@@ -14,6 +14,7 @@ With DOUBLE=1 in the environment the network and its training are computed in fl
 """
 
 import dataclasses
+import errno
 import functools
 import importlib
 import itertools
@@ -490,6 +491,18 @@ def fail_to_list(monkeypatch, folder: Path, code: int) -> None:
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan)
+
+
+def forbid(monkeypatch, path: Path) -> None:
+    """Makes every look at a path fail, as where it lies in a folder of another user."""
+    look = os.stat
+
+    def stat(other, **options):
+        if str(other) == str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), other)
+        return look(other, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
 
 
 def file_names(loaded: folders.Data, split: str) -> list[str]:

@@ -16,6 +16,7 @@ from helpers import (
     assert_close,
     assert_names,
     few_digits,
+    forbid,
     refusal,
     require_precision,
     tiny_network,
@@ -61,6 +62,12 @@ class TestEvaluations:
 
     def test_there_is_none(self, tmp_path):
         assert trained.evaluations(tmp_path, "report.json") == {}
+
+    def test_one_that_may_not_be_looked_at(self, tmp_path, monkeypatch):
+        (tmp_path / "eval" / "mine").mkdir(parents=True)
+        forbid(monkeypatch, tmp_path / "eval" / "mine" / "report.json")
+        message = refusal(trained.evaluations, tmp_path, "report.json")
+        assert_names(message, tmp_path / "eval" / "mine" / "report.json")
 
     def test_some_that_cannot_be_listed(self, tmp_path, monkeypatch):
         (tmp_path / "eval").mkdir()

@@ -15,6 +15,7 @@ import numpy as np
 from early_exit.data.image_files import Found, describe, folder_identity, walk
 from early_exit.data.sources import Files, Source, Sources
 from early_exit.errors import UserError
+from early_exit.system.files import status
 from early_exit.system.names import in_a_line, is_hidden
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,8 @@ def class_folders(root: Path) -> Sources:
 
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at `path`. Raises UserError if that cannot be found out."""
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"{in_a_line(path)} cannot be read ({error.strerror or error})") from None
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def _test_folder(root: Path) -> str:

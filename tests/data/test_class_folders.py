@@ -8,7 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import assert_names, fail_to_list, file_names, load_folders, make_folders, refusal
+from helpers import (
+    assert_names,
+    fail_to_list,
+    file_names,
+    forbid,
+    load_folders,
+    make_folders,
+    refusal,
+)
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -223,13 +231,6 @@ class TestUnreadable:
         assert_names(refusal(load_folders, folders), folders / where, os.strerror(code))
 
     def test_a_folder_that_may_not_be_looked_at(self, folders, monkeypatch):
-        look = os.stat
-
-        def stat(path, **options):
-            if str(path) == str(folders / "val"):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-            return look(path, **options)
-
-        monkeypatch.setattr(os, "stat", stat)
+        forbid(monkeypatch, folders / "val")
         message = refusal(load_folders, folders)
         assert_names(message, folders / "val", os.strerror(errno.EACCES))
