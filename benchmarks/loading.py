@@ -10,6 +10,7 @@ process of its own with the same number of workers; the printed ratio is the med
 """
 
 import argparse
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from early_exit.errors import UserError
 from early_exit.system.device import choose_device, describe_device, keep_freed_memory
 
 IMAGES = 600  # generated
+CONFIG = folders.FolderConfig(val_size=1)
 
 
 def reference(args: argparse.Namespace) -> Iterator:
@@ -65,7 +67,7 @@ def ours(args: argparse.Namespace) -> Iterator:
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()  # as the trainer does
-    config = folders.FolderConfig(workers=args.workers, train_crop=args.crop, val_size=1)
+    config = dataclasses.replace(CONFIG, workers=args.workers, train_crop=args.crop)
     source = folders.load(config, Path(args.dir)).to(device, torch.channels_last)
     for epoch in itertools.count():
         yield from source.train_batches(args.batch_size, 0, epoch)
@@ -124,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dir is None:
             args.dir = generated
             make_images(Path(generated))
-        elif not (Path(args.dir) / "train").is_dir():
-            raise UserError(f"there is no {args.dir}/train; give a directory of class folders")
-        images = sum(1 for _ in Path(args.dir).glob("train/*/*")) - 1  # one is held out as val
+        images = folders.load(CONFIG, Path(args.dir)).size("train")
         if images < args.batch_size:
             raise UserError(f"{args.dir} holds {images} images, fewer than one batch; lower -b")
         loops = {"torchvision's pipeline": reference, "ours": ours}

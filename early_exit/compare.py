@@ -24,6 +24,7 @@ from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.files import atomic_directory, write_text
+from early_exit.system.names import is_system_name
 
 FILES = ("table.md", "table.csv", "table.json", comparison.FIGURE)
 
@@ -41,7 +42,10 @@ def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -
 
     Raises UserError if `out` has other files.
     """
-    others = {path.name for path in out.iterdir()} - set(FILES) if out.is_dir() else set()
+    names = (
+        {name for name in os.listdir(out) if not is_system_name(name)} if out.is_dir() else set()
+    )
+    others = names - set(FILES)
     if others or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds other files than a comparison's; choose another --out")
     with atomic_directory(out) as partial:

@@ -24,6 +24,7 @@ from early_exit.cli import flags, program, settings
 from early_exit.data.image_files import find_images
 from early_exit.errors import UserError
 from early_exit.system.device import set_up
+from early_exit.system.names import in_a_line
 
 PROG = "early_exit.predict"
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     exit_width = max(len(name) for name in (*classifier.policy.exit_names, "exit"))
     if not args.json:
         print(f"{'class':{width}}    sure  {'exit':{exit_width}}  of the MACs  image")
-    skipped: list[Path] = []
+    skipped: list[Path | UserError] = []
     predictions = []
     for name, found in predict(classifier, _names(args.images), args.batch_size, skipped):
         predictions.append(found)
@@ -82,19 +83,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"skipped {len(skipped)} of {len(skipped) + len(predictions)} images")
 
 
-def _names(given: Sequence[str]) -> Iterator[Path]:
+def _names(given: Sequence[str]) -> Iterator[Path | UserError]:
     for name in given:
         if name == "-":
-            yield from find_images(line for line in map(str.strip, sys.stdin) if line)
+            yield from find_images((line for line in map(str.strip, sys.stdin) if line), _tell)
         else:
-            yield from find_images([name])
+            yield from find_images([name], _tell)
+
+
+def _tell(line: str) -> None:
+    """Prints a line about the images on standard error."""
+    print(f"{PROG}: {in_a_line(line)}", file=sys.stderr)
 
 
 def predict(
-    classifier: Classifier, names: Iterator[Path], batch_size: int, skipped: list[Path]
+    classifier: Classifier,
+    names: Iterator[Path | UserError],
+    batch_size: int,
+    skipped: list[Path | UserError],
 ) -> Iterator[tuple[Path, Prediction]]:
-    """Every readable image with its prediction; the others are named on standard error and added
-    to `skipped`."""
+    """Every readable image with its prediction; the others, and the errors among `names`, are
+    printed on standard error and added to `skipped`."""
     batch: list[tuple[Path, np.ndarray]] = []
 
     def flush() -> Iterator[tuple[Path, Prediction]]:
@@ -105,9 +114,11 @@ def predict(
 
     for name in names:
         try:
+            if isinstance(name, UserError):
+                raise name
             batch.append((name, classifier.read(name)))
         except UserError as error:
-            print(f"{PROG}: skipping: {in_a_line(error)}", file=sys.stderr)
+            _tell(f"skipping: {error}")
             skipped.append(name)
         if len(batch) == batch_size:
             yield from flush()
@@ -118,14 +129,6 @@ def as_json(name: Path, prediction: Prediction) -> str:
     """One line of JSON."""
     values = dataclasses.asdict(prediction)
     return json.dumps({"image": str(name), "class": values.pop("name"), **values})
-
-
-def in_a_line(value: object) -> str:
-    """A value as text in one line, with what cannot be printed escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in str(value)
-    )
 
 
 def summary(predictions: Sequence[Prediction], classifier: Classifier) -> str:

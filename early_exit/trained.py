@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from early_exit.system.device import (
     describe_device,
     set_up,
 )
-from early_exit.system.files import locked
+from early_exit.system.files import locked, status
+from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import plan_phases
@@ -105,12 +107,19 @@ def check_run_directory(run_dir: Path) -> None:
 
 def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     """The paths of `file` in a run's evaluations that have it, by the name of the evaluation, in
-    order. A name that begins with a dot was never finished."""
-    return {
-        path.parent.name: path
-        for path in sorted(run_dir.glob(f"eval/*/{file}"))
-        if not path.parent.name.startswith(".")
-    }
+    order. A name that begins with a dot was never finished.
+
+    Raises UserError for evaluations that cannot be read.
+    """
+    directory = run_dir / "eval"
+    try:
+        names = sorted(name for name in os.listdir(directory) if not is_hidden(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read ({error.strerror})") from None
+    paths = {name: directory / name / file for name in names}
+    return {name: path for name, path in paths.items() if status(path)}
 
 
 def training_command(run_dir: Path) -> list[str]:

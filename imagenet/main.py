@@ -10,6 +10,7 @@ Flags override the preset (--config), and the preset overrides the defaults.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from early_exit import config as configs
 from early_exit.cli import flags, program, settings, training_flags
 from early_exit.data import folders
+from early_exit.data.class_folders import LooseImages
 from early_exit.data.folders import FolderConfig, FolderRun
 from early_exit.errors import UserError
 from early_exit.model.cost import with_every_exit
@@ -30,6 +32,11 @@ from imagenet import networks, weights
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 DATA = ROOT / "data" / "imagenet"
+# Moves the 50,000 images of val into their class folders, as in PyTorch's own ImageNet example.
+SORT_VAL = (
+    "wget -qO- https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+    " | bash"
+)
 # The recipe of the first ResNets on ImageNet (He et al. 2015, section 3.4), in 90 epochs.
 CLASSIC = {
     "model": {"arch": "resnet50", "exits": [], "head": networks.DEFAULT_HEAD},
@@ -63,7 +70,14 @@ def build_network(config: FolderRun, num_classes: int) -> MultiExitNetwork:
 def load_data(config: FolderConfig) -> folders.Data:
     """The class folders that the configuration describes; default: data/imagenet in the
     repository."""
-    return folders.load(config, DATA)
+    try:
+        return folders.load(config, DATA)
+    except LooseImages as error:
+        if not error.example.startswith("ILSVRC2012_val_"):
+            raise
+        raise UserError(
+            f"{error}; for ImageNet's val run: cd {shlex.quote(str(error.folder))} && {SORT_VAL}"
+        ) from None
 
 
 def static_networks(config: FolderRun, num_classes: int) -> list[StaticNetwork]:

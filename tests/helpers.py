@@ -14,6 +14,7 @@ With DOUBLE=1 in the environment the network and its training are computed in fl
 """
 
 import dataclasses
+import errno
 import functools
 import importlib
 import itertools
@@ -478,6 +479,30 @@ def folder_config(root: Path | str, **settings: Any) -> FolderConfig:
 def load_folders(root: Path | str, **settings: Any) -> folders.Data:
     """Loads what `make_folders` made, with `folder_config`."""
     return folders.load(folder_config(root, **settings), ROOT / "data" / "imagenet")
+
+
+def fail_to_list(monkeypatch, folder: Path, code: int) -> None:
+    """Makes every listing of a folder fail, which file permissions do not do for root."""
+    scandir, failing = os.scandir, os.path.realpath(os.fsencode(folder))
+
+    def scan(path):
+        if os.path.realpath(os.fsencode(path)) == failing:
+            raise OSError(code, os.strerror(code), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+
+
+def forbid(monkeypatch, path: Path) -> None:
+    """Makes every look at a path fail, as where it lies in a folder of another user."""
+    look = os.stat
+
+    def stat(other, **options):
+        if str(other) == str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), other)
+        return look(other, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
 
 
 def file_names(loaded: folders.Data, split: str) -> list[str]:

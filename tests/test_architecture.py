@@ -255,7 +255,7 @@ for name in ("torchvision", "matplotlib", "sklearn", "tensorboard"):
 
 
 # class folders are decoded by torchvision, which is imported first for these
-WITH_TORCHVISION = ("data.folders", "data.sources", "data.workers")
+WITH_TORCHVISION = ("data.class_folders", "data.folders", "data.sources", "data.workers")
 
 
 def importing(directory: Path, *modules: str, first: str = "import sys") -> str:

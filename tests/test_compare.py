@@ -112,6 +112,9 @@ def test_an_earlier_comparison_is_replaced_and_nothing_else(made_run, compared, 
     assert compared(directory, "--out", out)[0] == 0
     assert compared(directory, "--out", out, "--no-plots")[0] == 0
     assert not (out / "curves.png").exists()
+    for name in (".DS_Store", "Thumbs.db"):  # of a file browser
+        (out / name).touch()
+    assert compared(directory, "--out", out, "--no-plots")[0] == 0
     code, _, err = compared(directory, "--out", directory)
     assert code == 2
     assert_names(err, directory, "--out")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TASK, assert_names, finish, refusal
+from helpers import ROOT, TASK, assert_names, fail_to_list, finish, refusal
 
 from early_exit import predict
 from early_exit.classifier import load
@@ -103,9 +103,25 @@ class TestCommand:
         assert r"new\nline.png" in shown.out and r"bad\nname.png" in shown.err
         assert len(shown.err.splitlines()) == 1
 
-    def test_a_document_in_a_folder_is_not_an_image(self, evaluated_run, photos, capsys):
-        (photos / "a" / "text.pdf").write_text("no image")
-        assert len(printed(capsys, evaluated_run, photos, "--json")) == 7
+    def test_what_is_no_image_is_left_out_and_counted(self, evaluated_run, photos, capsys):
+        for name in ("text.pdf", "data.h5", "photo.heic", "._0.png", ".ipynb_checkpoints"):
+            (photos / "a" / name).write_text("no image")
+        (photos / "a" / "loop").symlink_to("..")
+        predict.main([str(evaluated_run), str(photos), "--json", *FLAGS])
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 7
+        (line,) = err.splitlines()
+        assert_names(line, photos, ".pdf", ".h5", ".heic", 1)
+        (photos / "a" / "0.png").rename(photos / "a" / ".hidden")
+        predict.main([str(evaluated_run), str(photos / "a" / ".hidden"), "--json", *FLAGS])
+        assert len(capsys.readouterr().out.splitlines()) == 1  # named, so it is read
+
+    @pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+    def test_a_folder_that_cannot_be_listed(self, evaluated_run, photos, capsys, monkeypatch, code):
+        fail_to_list(monkeypatch, photos / "b", code)
+        assert_names(refusal(predict.main, [str(evaluated_run), str(photos), *FLAGS]), 1, 5)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert_names(line, photos / "b", os.strerror(code))
 
     def test_a_batch_size_below_one(self, evaluated_run):
         message = refusal(predict.main, [str(evaluated_run), "x.png", "-b", "0"])

@@ -1,6 +1,8 @@
 """A run read from its directory: its records, its val images, and which weights it has."""
 
+import errno
 import logging
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from helpers import (
     assert_close,
     assert_names,
     few_digits,
+    forbid,
     refusal,
     require_precision,
     tiny_network,
@@ -45,6 +48,36 @@ def plain(tmp_path_factory) -> Path:
 def copy(run, tmp_path) -> Path:
     """A copy of `run`, to be changed."""
     return shutil.copytree(run, tmp_path / "run")
+
+
+class TestEvaluations:
+    def test_by_name_in_order(self, tmp_path):
+        for name in ("b", "a", ".a.partial", "empty", "@eaDir"):
+            (tmp_path / "eval" / name).mkdir(parents=True)
+            if name != "empty":
+                (tmp_path / "eval" / name / "report.json").touch()
+        found = trained.evaluations(tmp_path, "report.json")
+        assert list(found) == ["a", "b"]
+        assert found["a"] == tmp_path / "eval" / "a" / "report.json"
+
+    def test_there_is_none(self, tmp_path):
+        assert trained.evaluations(tmp_path, "report.json") == {}
+
+    def test_one_that_may_not_be_looked_at(self, tmp_path, monkeypatch):
+        (tmp_path / "eval" / "mine").mkdir(parents=True)
+        forbid(monkeypatch, tmp_path / "eval" / "mine" / "report.json")
+        message = refusal(trained.evaluations, tmp_path, "report.json")
+        assert_names(message, tmp_path / "eval" / "mine" / "report.json")
+
+    def test_some_that_cannot_be_listed(self, tmp_path, monkeypatch):
+        (tmp_path / "eval").mkdir()
+
+        def fail(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+        monkeypatch.setattr(os, "listdir", fail)
+        message = refusal(trained.evaluations, tmp_path, "report.json")
+        assert_names(message, tmp_path / "eval", os.strerror(errno.EACCES))
 
 
 def splits_of(directory: Path, val_from: str = "train", cut_seed: int = 0) -> trained.Splits:

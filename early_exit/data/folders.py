@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 
 from early_exit.config import Config, DataConfig
 from early_exit.data.base import NormalisedImages
-from early_exit.data.sources import class_folders, noise
+from early_exit.data.class_folders import class_folders
+from early_exit.data.sources import noise
 from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
 from early_exit.data.workers import (
     Batch,
@@ -32,6 +33,7 @@ from early_exit.data.workers import (
     processors,
 )
 from early_exit.errors import UserError
+from early_exit.system.names import in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +240,7 @@ def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
     """The class folders under `config.root`, or noise if `config.dummy` is set.
 
     default_root: the directory if `config.root` is not set. Raises UserError for directories that
-    `class_folders` rejects, and for a val that is empty or leaves no image for train.
+    `class_folders` rejects, and for a val that is empty or leaves no image of a class for train.
     """
     if config.dummy:
         classes, sources = noise(config.dummy, config.train_crop, config.val_crop)
@@ -248,6 +250,8 @@ def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
     count = len(train.targets)
     val = stratified(train.targets, _val_size(config.val_size, count), config.split_seed)
     rest = np.setdiff1d(np.arange(count), val)
+    if not config.dummy:
+        _check_every_class(classes, train.targets, rest, val)
     everything = np.arange(len(test.targets))
     return Data(
         name=config.dataset,
@@ -271,6 +275,32 @@ def _val_size(wanted: float | None, count: int) -> int:
             " for training"
         )
     return size
+
+
+def _check_every_class(
+    classes: Sequence[str], targets: np.ndarray, train: np.ndarray, val: np.ndarray
+) -> None:
+    """Raises UserError if a class has no image in train, and logs how many have none in val.
+
+    targets: of all images; train, val: their rows in it.
+    """
+    without = {}
+    for name, rows in (("train", train), ("val", val)):
+        counts = np.bincount(targets[rows], minlength=len(classes))
+        without[name] = [in_a_line(classes[label]) for label in np.flatnonzero(counts == 0).tolist()]
+    if without["train"]:
+        raise UserError(
+            f"no image is left for training of {len(without['train'])} of {len(classes)} classes,"
+            f" such as {without['train'][0]}, once val is cut out; add images of it, lower"
+            " --val-size, or remove the class from train and val"
+        )
+    if without["val"]:
+        log.info(
+            "val has no image of %d of %d classes, such as %s; a larger --val-size may have",
+            len(without["val"]),
+            len(classes),
+            without["val"][0],
+        )
 
 
 def _workers_per_process(per_machine: int | None) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from early_exit.errors import Unavailable, UserError
+from early_exit.system.names import in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ def write_errors(path: Path) -> Iterator[None]:
             raise
         kind = UserError if cause.errno in PERMANENT else Unavailable
         raise kind(f"{path} cannot be written: {cause.strerror or cause}") from None
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What the system knows about a path; None if there is nothing. Raises UserError if that cannot
+    be found out, as in a folder of another user."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{in_a_line(path)} cannot be read ({error.strerror or error})") from None
 
 
 @contextmanager

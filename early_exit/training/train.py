@@ -23,6 +23,7 @@ from early_exit.system import distributed, provenance
 from early_exit.system.device import describe_device, set_up
 from early_exit.system.distributed import Group
 from early_exit.system.files import locked, write_text
+from early_exit.system.names import is_system_name
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.epochs import run_phases
@@ -233,7 +234,9 @@ def check_not_overwritten(directory: Path, resume: str | None) -> None:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; choose another --save-dir")
     # a directory with only a lock is of a run that ended before it began
-    exists = directory.is_dir() and any(path.name != ".lock" for path in directory.iterdir())
+    exists = directory.is_dir() and any(
+        name != ".lock" and not is_system_name(name) for name in os.listdir(directory)
+    )
     elsewhere = resume not in (None, "auto") and not (
         Path(resume).resolve().is_relative_to(directory.resolve())
     )

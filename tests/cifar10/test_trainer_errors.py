@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from helpers import (
-    TINY,
-    assert_names,
-)
+from helpers import TINY, assert_names, refusal
 
 from early_exit.system import files
 from early_exit.training import checkpoint
+from early_exit.training.train import check_not_overwritten
 
 
 class TestFlagsOfOtherScripts:
@@ -62,6 +60,13 @@ class TestErrors:
         message = error(*TINY, "--save-dir", tmp_path)
         assert_names(message, tmp_path, "--resume auto", "--save-dir")
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_a_directory_with_nothing_of_the_users(self, tmp_path):
+        (tmp_path / "lost+found").mkdir()  # of a new volume
+        (tmp_path / ".DS_Store").touch()
+        check_not_overwritten(tmp_path, None)
+        (tmp_path / ".git").mkdir()
+        assert_names(refusal(check_not_overwritten, tmp_path, None), tmp_path)
 
     def test_a_finished_run_directory(self, error, joint):
         before = {path: path.stat().st_mtime_ns for path in joint.iterdir()}

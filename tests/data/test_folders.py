@@ -1,11 +1,13 @@
 """Class folders: how they are cut into splits, and that the position decides each batch."""
 
+import logging
 import re
 
 import pytest
 import torch
 from helpers import (
     FOLDERS,
+    assert_names,
     file_names,
     folder_config,
     load_folders,
@@ -64,6 +66,20 @@ class TestCut:
     @pytest.mark.parametrize("asked", [24, 100, 0.01])
     def test_a_cut_without_train_or_val_images(self, folders, asked):
         assert re.search(r"\b24 images\b", refusal(load_folders, folders, val_size=asked))
+
+    def test_a_class_whose_images_are_all_held_out(self, folders):
+        for path in (folders / "train" / "bee").glob("[1-7].JPEG"):
+            path.unlink()
+        assert load_folders(folders, val_size=2).size("train") == 15
+        assert_names(refusal(load_folders, folders, val_size=14), "bee", "--val-size")
+
+    def test_classes_without_a_held_out_image_are_counted(self, folders, caplog):
+        caplog.set_level(logging.INFO)
+        load_folders(folders)
+        assert caplog.messages == []
+        load_folders(folders, val_size=2)
+        (line,) = caplog.messages
+        assert_names(line, "1 of 3", "cat")
 
     def test_other_files_make_another_hash(self, folders):
         before = load_folders(folders)

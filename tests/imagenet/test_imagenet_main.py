@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from urllib.error import URLError
@@ -222,6 +223,18 @@ class TestCheck:
     def test_data_that_is_not_there(self, main, tmp_path):
         code, _, err = main(tmp_path / "none", "--check")
         assert code == 2 and err.count("\n") == 1 and str(tmp_path / "none") in err
+
+    def test_imagenets_val_without_class_folders(self, main, tmp_path):
+        root = make_folders(tmp_path / "a b", train=1)
+        for folder in list((root / "val").iterdir()):
+            shutil.rmtree(folder)
+        (root / "val" / "ILSVRC2012_val_00000293.JPEG").touch()
+        code, _, err = main(root, "--check")
+        assert code == 2 and err.count("\n") == 1
+        assert f"cd '{root}/val' && wget " in err
+        (root / "val" / "ILSVRC2012_val_00000293.JPEG").rename(root / "val" / "0.JPEG")
+        code, _, err = main(root, "--check")
+        assert code == 2 and "wget" not in err
 
     def test_steps_that_cannot_be_shared(self, main, folders):
         code, _, err = main(folders, *QUICK, "--accumulate", 4, "--check")
