@@ -155,6 +155,7 @@ def load(
             f" {loaded.weights}; evaluate it again"
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
+    policy.check_thresholds(len(loaded.classes))
     if loaded.config.run.compile:
         loaded.network.compile_stages()
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32

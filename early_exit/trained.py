@@ -31,6 +31,7 @@ from early_exit.system.files import locked
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import plan_phases
+from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     device = choose_device(config.run.device)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         network = task.build_network(config, len(state["classes"]))
-    checkpoint.load_into(network, checkpoint.reported(state), path)
+    load_into(network, checkpoint.reported(state), path)
     weights = f"weights {_weights_hash(network)} of {_describe_weights(config, network, state)}"
     network.to(device).to(memory_format=config.run.memory_format).eval()
     return Loaded(

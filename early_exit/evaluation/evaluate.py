@@ -21,6 +21,7 @@ from early_exit.choosing.goals import (
     FixedThresholds,
     Goal,
     LatencyBudget,
+    check_given,
     choose,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy
@@ -110,6 +111,7 @@ def evaluate(
     if chosen.draw:
         page.check_packages()  # before inference, which may take an hour
     trained = load_run(Path(run_dir), task, overrides or {})
+    check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     if trained.config.run.compile:
         trained.network.compile_stages()
         trained.network.backbone.compile(dynamic=True)

@@ -24,6 +24,7 @@ from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import Phase, plan_phases
+from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Average, Tally
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     position = Position(**saved["position"])
     # a new phase starts from the weights that would be reported
     weights = checkpoint.reported(saved) if position.starts_phase else saved["network"]
-    checkpoint.load_into(run.network, weights, path)
+    load_into(run.network, weights, path)
     run.unseen_val, run.last_good = saved["unseen_val"], str(path)
     check_remaining_epochs(run, path, position, changes)
     log.info(

@@ -35,6 +35,7 @@ from early_exit.training.state import (
     restore,
     save,
 )
+from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def adopt(
     check_writable(run_dir)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         built = task.build_network(config, len(data.classes))
-    checkpoint.load_into(built, network.state_dict(), Path("the network"))
+    load_into(built, network.state_dict(), Path("the network"))
     check_network(network)
     run = Run(
         config=config,
