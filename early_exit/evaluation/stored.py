@@ -95,6 +95,8 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
         raise UserError(f"there is no run, evaluation or report at {path}")
     stored = evaluations(path, "report.json")
     if not stored:
+        if any(path.glob("*/eval/*/report.json")):
+            raise UserError(f"{path} is a directory of runs; name the runs, as in {path}/*")
         raise UserError(f"{path} has no evaluation yet; make one: {evaluation_command(path)}")
     wanted = [name for name in names if name in stored] if names else list(stored)
     if not wanted:

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
+def is_writable(path: Path) -> bool:
+    """Whether a directory can be made or written at `path`, found out without trying to."""
+    parent = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return parent.is_dir() and os.access(parent, os.W_OK)
+
+
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turns an error while writing to `path` into one line.

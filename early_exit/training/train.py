@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from early_exit.model.network import MultiExitNetwork, convert_sync_batchnorm
 from early_exit.system import distributed, provenance
 from early_exit.system.device import describe_device, set_up
 from early_exit.system.distributed import Group
-from early_exit.system.files import locked, write_text
+from early_exit.system.files import is_writable, locked, write_text
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.epochs import run_phases
@@ -246,9 +245,8 @@ def check_not_overwritten(directory: Path, resume: str | None) -> None:
 
 def check_writable(directory: Path) -> None:
     """Raises UserError if the run directory cannot be made or written, without trying to."""
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} cannot be written; choose another --save-dir")
+    if not is_writable(directory):
+        raise UserError(f"{directory} cannot be written; choose another --save-dir")
 
 
 def write_settings(run: Run) -> None:
