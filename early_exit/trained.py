@@ -20,6 +20,7 @@ from early_exit.data.base import Data
 from early_exit.errors import UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
+from early_exit.output import source_run
 from early_exit.system.device import (
     autocast_context,
     choose_device,
@@ -44,6 +45,7 @@ class Loaded:
     """A trained network, on its device, in eval mode."""
 
     run_dir: Path
+    """The run, or the output of its evaluations (`early_exit.output`)."""
     config: Config
     network: MultiExitNetwork
     classes: tuple[str, ...]
@@ -126,12 +128,14 @@ def training_command(run_dir: Path) -> list[str]:
 def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     """The network of a run's newest checkpoint, using the machine as `EVALUATION` says.
 
-    overrides: settings of the run that are changed, nested as in a preset.
+    run_dir: the run, which is only read, or the output of its evaluations. overrides: settings of
+    the run that are changed, nested as in a preset.
     """
-    check_run_directory(run_dir)
-    path, state = checkpoint.newest(run_dir)
+    source = source_run(run_dir)
+    check_run_directory(source)
+    path, state = checkpoint.newest(source)
     if path is None or state is None:
-        raise UserError(f"{run_dir} holds no checkpoint; train it first")
+        raise UserError(f"{source} holds no checkpoint; train it first")
     settings = configs.merge(state["config"], {"run": EVALUATION})
     config = configs.build(task.config, configs.merge(settings, overrides))
     device = choose_device(config.run.device)
@@ -193,7 +197,7 @@ def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
-    """The record of a split of the run's own data, from the run directory if it is there."""
+    """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
     info = RecordInfo(
         split=split,
@@ -205,16 +209,18 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         weights=trained.weights,
         device=describe_device(trained.device),
     )
-    directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
+    name = f"{split}-{trained.precision}"
+    directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
-        if directory.exists():
-            try:
-                stored = ExitRecord.load(directory)
-            except UserError as error:
-                log.warning("%s; recording it again", error)
-            else:
-                if stored.info == info:
-                    return stored
+        for place in dict.fromkeys((directory, source_run(trained.run_dir) / "records" / name)):
+            if place.exists():
+                try:
+                    stored = ExitRecord.load(place)
+                except UserError as error:
+                    log.warning("%s; recording it again", error)
+                else:
+                    if stored.info == info:
+                        return stored
         log.info("recording every exit on %s", split)
         return record(
             network,

@@ -14,6 +14,7 @@ from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.model.losses import resolve_weights
+from early_exit.output import source_run
 from early_exit.trained import evaluations, training_command
 
 # Settings that change the speed or the output of a training, not what is learned.
@@ -136,7 +137,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
     run = path.parent.parent.parent if path.parent.parent.name == "eval" else path.parent
-    settings = _settings(run, report)
+    settings = _settings(source_run(run), report)
     choice, environment = report["choice"], report["environment"]
     cuts = report.get("cuts")
     macs, accuracy = _curve(report)
