@@ -17,7 +17,7 @@ from early_exit.choosing.overthinking import confusion, correct_answers
 from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
 from early_exit.data.base import Data
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
@@ -179,15 +179,15 @@ def _describe_weights(config: Config, network: MultiExitNetwork, state: dict) ->
 def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    Raises UserError if the data are not those that the run held out its val images from.
+    Raises DataError if the data are not those that the run held out its val images from.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
     data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
     if data.val_hash != loaded.val_hash:
-        raise UserError(
+        raise DataError(
             f"{run_dir} held out other val images ({loaded.val_hash}) than this data set gives"
-            f" ({data.val_hash}); check the data under --data"
+            f" ({data.val_hash})"
         )
     return Trained(
         **vars(loaded),

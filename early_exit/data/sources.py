@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import v2
 
 from early_exit.data.pixels import as_rgb
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 
 NOISE_CLASSES = 1000
 
@@ -96,9 +96,9 @@ def class_folders(root: Path) -> Sources:
     between train and val.
     """
     if not root.is_dir():
-        raise UserError(
+        raise DataError(
             f"there is no directory {root}; expected images in {root}/train/CLASS and"
-            f" {root}/val/CLASS; pass another directory, or try --dummy, which needs no data"
+            f" {root}/val/CLASS"
         )
     classes, train = _list_files(root / "train")
     test_classes, test = _list_files(root / "val")
@@ -109,7 +109,7 @@ def class_folders(root: Path) -> Sources:
 def _list_files(folder: Path) -> tuple[tuple[str, ...], Files]:
     """The class names of a folder, sorted, and its images in order."""
     if not folder.is_dir():
-        raise UserError(f"there is no {folder}; expected {folder}/CLASS/*.JPEG, a folder per class")
+        raise DataError(f"there is no {folder}; expected {folder}/CLASS/*.JPEG, a folder per class")
     try:
         classes, index = find_classes(folder)
     except FileNotFoundError:

@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, Any]:
         path = path / NAME
     state = weight_files.read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        hint = "; load other weights with --backbone" if isinstance(state, dict) else ""
+        hint = "; a trainer loads other weights with --backbone" if isinstance(state, dict) else ""
         raise UserError(f"{path} is not a checkpoint of this program{hint}")
     return state
 

@@ -15,7 +15,7 @@ from early_exit import config as configs
 from early_exit.config import Config, LossConfig
 from early_exit.data.base import Data
 from early_exit.data.splits import Shard
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import provenance
@@ -237,17 +237,17 @@ def check_fixed_settings(
 
 
 def check_same_data(data: Data, path: Path, saved: dict[str, Any]) -> None:
-    """Raises UserError if the data have other classes or another val than the checkpoint's."""
+    """Raises DataError if the data have other classes or another val than the checkpoint's."""
     if saved["classes"] != list(data.classes):
-        raise UserError(
+        raise DataError(
             f"{path} was trained on {len(saved['classes'])} classes"
             f" ({_first_names(saved['classes'])}), the data has {len(data.classes)}"
-            f" ({_first_names(data.classes)}); check the path of the data"
+            f" ({_first_names(data.classes)})"
         )
     if saved["val_hash"] != data.val_hash:
-        raise UserError(
+        raise DataError(
             f"{path} held out other val images ({saved['val_hash']}) than this data set gives"
-            f" ({data.val_hash}); check the data under --data"
+            f" ({data.val_hash})"
         )
 
 
