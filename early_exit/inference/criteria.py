@@ -160,13 +160,19 @@ def check_threshold(
     if not never and (threshold >= low - slack if slack else threshold > low):
         return
     unit = f" ({traits.unit})" if traits.unit else ""
-    # a percentage, or an entropy instead of a score
-    meant = [value for value in (threshold / 100, -threshold) if low < value <= high]
+    meant = None
+    if high == 1 and 2 <= threshold <= 100:  # a percentage
+        meant = threshold / 100
+    elif high <= 0 and low < -threshold:  # an entropy instead of a score
+        meant = -threshold
     flag = f"{owner}=" if owner.startswith("--") else ""
-    hint = f"; try {flag}{meant[0]:g}" if meant else ""
+    hint = "" if meant is None else f"; try {flag}{meant:g}"
+    span = f"{low:g} to {high:g}"
+    if math.inf in (-low, high):
+        span = f"at most {high:g}" if high < math.inf else f"at least {low:g}"
     raise UserError(
         f"{owner} {threshold:g} is out of range: {'no' if never else 'every'} score reaches it;"
-        f" scores of {name}{unit} are {low:g} to {high:g}{hint}"
+        f" scores of {name}{unit} are {span}{hint}"
     )
 
 

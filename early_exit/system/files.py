@@ -24,8 +24,8 @@ PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR
 
 def is_writable(path: Path) -> bool:
     """Whether a directory can be made or written at `path`, found out without trying to."""
-    parent = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return parent.is_dir() and os.access(parent, os.W_OK)
+    parent = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    return os.path.isdir(parent) and os.access(parent, os.W_OK)
 
 
 @contextmanager

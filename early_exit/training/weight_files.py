@@ -111,8 +111,6 @@ def read(path: Path, blanks: bool = False) -> Any:
     that has any is refused. Nothing in the file is run. Raises UserError if the file cannot be
     read, which says what it is if that can be told.
     """
-    if not path.exists():
-        raise UserError(f"there is no checkpoint at {path}; check the path")
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -124,6 +122,8 @@ def read(path: Path, blanks: bool = False) -> Any:
             return _read_torch(path, blanks)
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint at {path}; check the path") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # torch may raise anything on a file of another kind
