@@ -93,9 +93,11 @@ def parser() -> flags.Parser:
 
 def is_comparison(path: Path) -> bool:
     """Whether this program wrote a directory: a comparison, or the directory of several."""
-    if path.is_dir() and not evaluations(path, "report.json"):
-        return any(path.glob("table.json")) or any(path.glob("*/table.json"))
-    return False
+    if not path.is_dir() or evaluations(path, "report.json"):
+        return False
+    inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+    several = bool(inside) and all((child / "table.json").is_file() for child in inside)
+    return several or (path / "table.json").is_file()
 
 
 def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluation]:

@@ -19,6 +19,12 @@ Weights = Mapping[str, Tensor]
 
 # Parts of names that torch's wrappers add: DataParallel, compile, FSDP, activation checkpoints.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Names in torchvision's own files of DenseNets and ViTs, and those that its networks have today.
+RENAMED = (
+    (r"(\bdenselayer\d+\.(?:norm|conv))\.(\d\.)", r"\1\2"),
+    (r"\bmlp\.linear_1\.", "mlp.0."),
+    (r"\bmlp\.linear_2\.", "mlp.3."),
+)
 # Counters that others leave in a state dict and no network computes with: those of BatchNorm, of
 # torch's AveragedModel and of thop's profiler.
 COUNTERS = {"num_batches_tracked", "n_averaged", "total_ops", "total_params"}
@@ -107,13 +113,17 @@ def _candidates(where: str, weights: Weights, own: Weights) -> Iterator[Candidat
 
 
 def _unwrapped(weights: Weights, own: Weights) -> dict[str, Tensor]:
-    """The weights without the parts of names that torch's wrappers add, unless the network has
-    them itself."""
+    """The weights under today's names, without the parts that torch's wrappers add, unless the
+    network has such parts itself."""
     parts = WRAPPERS - {part for name in own for part in name.split(".")}
-    return {
-        ".".join(part for part in name.split(".") if part not in parts): value
-        for name, value in weights.items()
-    }
+    unwrapped = {}
+    for name, value in weights.items():
+        new = ".".join(part for part in name.split(".") if part not in parts)
+        if new not in own:
+            for old_part, new_part in RENAMED:
+                new = re.sub(old_part, new_part, new)
+        unwrapped[new] = value
+    return unwrapped
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

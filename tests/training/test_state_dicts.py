@@ -187,6 +187,18 @@ class TestWhatPeopleHave:
     def test_another_network_beside_it_is_not_taken(self, arrives, weights):
         assert arrives({"teacher_ema": dict(small_net(8).state_dict()), "student": weights})
 
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("block1.denselayer2.norm.1.weight", "block1.denselayer2.norm1.weight"),
+            ("encoder.layers.layer_0.mlp.linear_2.bias", "encoder.layers.layer_0.mlp.3.bias"),
+        ],
+    )
+    def test_older_names_of_torchvision(self, old, new):
+        own = {new: torch.ones(1), "fc.weight": torch.zeros(1)}
+        content = {f"module.{old}": own[new], "module.fc.weight": own["fc.weight"]}
+        assert same(find_weights(content, own, Path("file.pt")), own)
+
 
 class TestOurs:
     def test_of_a_checkpoint_of_ours_the_backbone_is_taken(self, tmp_path, weights):
