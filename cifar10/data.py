@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from early_exit.data.in_memory import Data, ImageSet, cut
 from early_exit.data.splits import stratified
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.system.files import locked
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,9 @@ def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> 
             return [read(True), read(False)]
         except (*READ_ERRORS, http.client.HTTPException) as error:
             reason = " ".join(str(error).split()) or "the files there are damaged; remove them"
-            raise UserError(
+            raise DataError(
                 f"{name} is not in {root} and downloading {url} failed ({reason}); put the original"
-                f" {folder} there, or use --dataset digits, which needs no download"
+                f" {folder} there, or train with --dataset digits, which needs no download"
             ) from None
 
 
@@ -123,7 +123,7 @@ def _digits(_root: Path, split_seed: int) -> Data:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "--dataset digits needs scikit-learn; run: pip install -r requirements.txt"
+            "the data set digits needs scikit-learn; run: pip install -r requirements.txt"
         ) from None
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # (N, 1, 8, 8), 0..16

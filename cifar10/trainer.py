@@ -101,7 +101,10 @@ def parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    program.train_or_score(args, TASK, script_defaults(args), RUNS, ROOT / "cifar10" / "eval.py")
+    with program.with_data_advice("name the directory of the data set with --data"):
+        program.train_or_score(
+            args, TASK, script_defaults(args), RUNS, ROOT / "cifar10" / "eval.py"
+        )
 
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def load(
             f" {loaded.weights}; evaluate it again"
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
+    policy.check_thresholds(len(loaded.classes))
     if loaded.config.run.compile:
         loaded.network.compile_stages()
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
@@ -184,7 +185,10 @@ def find_evaluation(run: Path, name: str | None = None) -> Path:
     check_run_directory(run)
     names = list(evaluations(run, "policy.yaml"))
     if not names:
-        raise UserError(f"{run} has no evaluation yet; run the eval.py beside its trainer on it")
+        raise UserError(
+            f"{run} has no evaluation yet; run the eval.py beside its trainer on it,"
+            " or name the directory that was given to its --out"
+        )
     wanted = name or (names[0] if len(names) == 1 else DEFAULT_EVALUATION)
     if wanted not in names:
         which = f"no evaluation {name}" if name else "several evaluations"

@@ -5,9 +5,11 @@
     python -m early_exit.compare runs/a-0 runs/a-1 runs/a-2           seeds: mean ± deviation
     python -m early_exit.compare runs/a-0 runs/a-1 --each             the same, one row per run
     python -m early_exit.compare runs/a/eval/risk1 runs/b --labels certified cheap
+    python -m early_exit.compare runs/*                               all runs that are evaluated
 
 Runs whose settings differ only in the seed, evaluated under the same name, form one group. Policies
-were chosen on val when the runs were evaluated; test is only reported.
+were chosen on val when the runs were evaluated; test is only reported. Of several RUNs, as from
+runs/*, comparisons are passed over, and what has no evaluation is named on standard error.
 """
 
 import os
@@ -23,9 +25,11 @@ from early_exit.evaluation import comparison, comparison_plot
 from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
-from early_exit.system.files import atomic_directory, write_text
+from early_exit.system.files import atomic_directory, is_writable, write_text
 from early_exit.system.names import is_system_name
+from early_exit.trained import evaluations
 
+PROG = "early_exit.compare"
 FILES = ("table.md", "table.csv", "table.json", comparison.FIGURE)
 
 
@@ -58,9 +62,7 @@ def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -
 
 def parser() -> flags.Parser:
     """The flags of a comparison."""
-    parser = flags.build_parser(
-        "early_exit.compare", "python -m early_exit.compare RUN [RUN ...] [flags]", __doc__
-    )
+    parser = flags.build_parser(PROG, "python -m early_exit.compare RUN [RUN ...] [flags]", __doc__)
     parser.add_argument(
         "runs",
         type=Path,
@@ -93,33 +95,58 @@ def parser() -> flags.Parser:
     return parser
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether this program wrote a directory: a comparison, or the directory of several."""
+    if not path.is_dir() or evaluations(path, "report.json"):
+        return False
+    inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+    several = bool(inside) and all((child / "table.json").is_file() for child in inside)
+    return several or (path / "table.json").is_file()
+
+
 def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluation]:
     """The evaluations of the command line, each once.
 
-    names: the evaluations of run directories to use; default: all. Raises UserError if the data
-    sets differ, or if no run has an evaluation of a name.
+    names: the evaluations of run directories to use; default: all. Of several runs, one that has no
+    evaluation that can be read is named on standard error and skipped. Raises UserError if a path
+    does not exist, if nothing remains, if the data sets differ, or if no run has an evaluation of a
+    name.
     """
-    paths = {path.resolve(): path for run in runs for path in find_reports(run, names)}
-    found = [read_evaluation(path) for path in paths.values()]
-    first = found[0]
-    for other in found:
+    found: dict[Path, Evaluation] = {}
+    for run in runs:
+        if is_comparison(run):
+            if len(runs) == 1:
+                raise UserError(f"{run} is a comparison; name the runs to compare")
+            continue
+        try:
+            for path in find_reports(run, names):
+                found.setdefault(path.resolve(), read_evaluation(path))
+        except UserError as error:
+            if len(runs) == 1 or not run.exists():
+                raise
+            print(f"{PROG}: skipping: {error}", file=sys.stderr)
+    unknown = set(names) - {evaluation.name for evaluation in found.values()}
+    if unknown:
+        raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")
+    if not found:
+        raise UserError(f"none of the {len(runs)} paths has an evaluation; evaluate a run first")
+    first, *others = found.values()
+    for other in others:
         if other.dataset != first.dataset:
             raise UserError(
                 f"{first.path} is on {first.dataset} and {other.path} on {other.dataset}; accuracy"
-                " on different data sets cannot be compared"
+                " on different data sets cannot be compared, so name runs on one of them"
             )
-    unknown = set(names) - {evaluation.name for evaluation in found}
-    if unknown:
-        raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")
-    return found
+    return list(found.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the evaluations, writes the comparison and prints the table."""
     args = parser().parse_args(argv)
-    evaluations = read_evaluations(args.runs, args.eval)
-    groups = labelled(group_runs(evaluations, args.each), args.labels)
+    groups = labelled(group_runs(read_evaluations(args.runs, args.eval), args.each), args.labels)
     out = Path(os.path.abspath(args.out)) if args.out else default_directory(groups)
+    if not is_writable(out):
+        raise UserError(f"{out} cannot be written; name another directory with --out")
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "early_exit.compare", *map(str, words)])
     write(groups, out, command, with_figure=not args.no_plots)
@@ -130,4 +157,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, "early_exit.compare")
+    program.run(main, PROG)

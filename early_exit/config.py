@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from early_exit.errors import UserError
 from early_exit.model.heads import HEADS
+from early_exit.system.files import read_yaml
 
 Schedule = Literal["step", "cosine"]
 Regime = Literal["joint", "mixed", "frozen", "cdl"]
@@ -254,19 +254,9 @@ class Config:
 
 def load_preset(path: Path) -> dict[str, Any]:
     """The nested values of a YAML preset, not converted. Raises UserError if it cannot be read."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no preset at {path}; check --config") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; a preset must be a mapping")
-    return values
+    if not path.exists():
+        raise UserError(f"there is no preset at {path}; check --config")
+    return read_yaml(path, "a preset")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

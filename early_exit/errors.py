@@ -11,6 +11,13 @@ class UserError(ValueError):
     code = 2
 
 
+class DataError(UserError):
+    """The data set is not where it was looked for, or is another one than the run's.
+
+    The message names no flag: each script adds how it is told where the data set is.
+    """
+
+
 class Unavailable(UserError):
     """A resource is unavailable now: the disk is full, or another process uses the directory.
 

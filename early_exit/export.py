@@ -23,6 +23,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation.markdown import provenance
 from early_exit.evaluation.report import Choice
 from early_exit.evaluation.upgrade import read_report
+from early_exit.output import source_run
 from early_exit.system.files import atomic_directory, atomic_file, write_text
 from early_exit.trained import training_command
 from early_exit.training import checkpoint
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.directory} exists; name a new directory, or remove it")
     evaluation = find_evaluation(args.run, args.eval)
     classifier = load(evaluation, task=args.task, device="cpu")
-    run = evaluation.parent.parent
+    run = source_run(evaluation.parent.parent)
     state = checkpoint.load(run)
     with atomic_directory(args.directory) as partial:
         with atomic_file(partial / checkpoint.NAME) as file:

@@ -18,9 +18,10 @@ from early_exit.choosing.overthinking import confusion, correct_answers
 from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
 from early_exit.data.base import Data
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
+from early_exit.output import source_run
 from early_exit.system.device import (
     autocast_context,
     choose_device,
@@ -33,6 +34,7 @@ from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import plan_phases
+from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Loaded:
     """A trained network, on its device, in eval mode."""
 
     run_dir: Path
+    """The run, or the output of its evaluations (`early_exit.output`)."""
     config: Config
     network: MultiExitNetwork
     classes: tuple[str, ...]
@@ -134,18 +137,20 @@ def training_command(run_dir: Path) -> list[str]:
 def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     """The network of a run's newest checkpoint, using the machine as `EVALUATION` says.
 
-    overrides: settings of the run that are changed, nested as in a preset.
+    run_dir: the run, which is only read, or the output of its evaluations. overrides: settings of
+    the run that are changed, nested as in a preset.
     """
-    check_run_directory(run_dir)
-    path, state = checkpoint.newest(run_dir)
+    source = source_run(run_dir)
+    check_run_directory(source)
+    path, state = checkpoint.newest(source)
     if path is None or state is None:
-        raise UserError(f"{run_dir} holds no checkpoint; train it first")
+        raise UserError(f"{source} holds no checkpoint; train it first")
     settings = configs.merge(state["config"], {"run": EVALUATION})
     config = configs.build(task.config, configs.merge(settings, overrides))
     device = choose_device(config.run.device)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         network = task.build_network(config, len(state["classes"]))
-    checkpoint.load_into(network, checkpoint.reported(state), path)
+    load_into(network, checkpoint.reported(state), path)
     weights = f"weights {_weights_hash(network)} of {_describe_weights(config, network, state)}"
     network.to(device).to(memory_format=config.run.memory_format).eval()
     return Loaded(
@@ -183,15 +188,15 @@ def _describe_weights(config: Config, network: MultiExitNetwork, state: dict) ->
 def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    Raises UserError if the data are not those that the run held out its val images from.
+    Raises DataError if the data are not those that the run held out its val images from.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
     data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
     if data.val_hash != loaded.val_hash:
-        raise UserError(
+        raise DataError(
             f"{run_dir} held out other val images ({loaded.val_hash}) than this data set gives"
-            f" ({data.val_hash}); check the data under --data"
+            f" ({data.val_hash})"
         )
     return Trained(
         **vars(loaded),
@@ -201,7 +206,7 @@ def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
-    """The record of a split of the run's own data, from the run directory if it is there."""
+    """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
     info = RecordInfo(
         split=split,
@@ -213,16 +218,18 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         weights=trained.weights,
         device=describe_device(trained.device),
     )
-    directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
+    name = f"{split}-{trained.precision}"
+    directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
-        if directory.exists():
-            try:
-                stored = ExitRecord.load(directory)
-            except UserError as error:
-                log.warning("%s; recording it again", error)
-            else:
-                if stored.info == info:
-                    return stored
+        for place in dict.fromkeys((directory, source_run(trained.run_dir) / "records" / name)):
+            if place.exists():
+                try:
+                    stored = ExitRecord.load(place)
+                except UserError as error:
+                    log.warning("%s; recording it again", error)
+                else:
+                    if stored.info == info:
+                        return stored
         log.info("recording every exit on %s", split)
         return record(
             network,

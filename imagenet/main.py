@@ -233,14 +233,16 @@ def add_workers_flag(group: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
-    program.train_or_score(
-        args,
-        TASK,
-        script_defaults(args),
-        RUNS,
-        ROOT / "imagenet" / "eval.py",
-        default_split="test",
-    )
+    advice = "name the directory of the data set before the flags, or try --dummy, which needs none"
+    with program.with_data_advice(advice):
+        program.train_or_score(
+            args,
+            TASK,
+            script_defaults(args),
+            RUNS,
+            ROOT / "imagenet" / "eval.py",
+            default_split="test",
+        )
 
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,7 @@ HOUSE = (
     ("choosing",),
     ("task",),
     ("training",),
+    ("output",),
     ("trained",),
     ("evaluation",),
     ("classifier",),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -163,6 +164,60 @@ def test_the_same_evaluation_twice_is_one_row(made_run, compared, tmp_path):
         directory, directory / "eval" / "budget-50", "--out", tmp_path / "out", "--no-plots"
     )
     assert code == 0 and out.count("| net |") == 1
+
+
+def test_everything_in_a_directory_can_be_compared_again(made_run, compared, tmp_path):
+    """As a shell expands runs/*, with what the first comparison wrote."""
+    runs = tmp_path / "runs"
+    made_run("a"), made_run("b", settings={"optim": {"epochs": 3}})
+    compared(runs / "a", "--out", runs / "table", "--no-plots")
+    first = compared(*sorted(runs.iterdir()), "--no-plots")
+    assert (runs / "compare").is_dir()
+    again = compared(*sorted(runs.iterdir()), "--no-plots")
+    assert again == first
+    assert first[0] == 0 and first[2] == ""
+
+
+def test_what_is_not_evaluated_is_named_and_the_rest_compared(made_run, compared, tmp_path):
+    runs = tmp_path / "runs"
+    made_run("a"), made_run("other", evaluation="mine")
+    for name in ("empty", "not-evaluated"):
+        (runs / name).mkdir()
+    (runs / "not-evaluated" / "checkpoint.pt").touch()
+    (runs / "notes.txt").write_text("to do")
+    (runs / "torn" / "eval" / "x").mkdir(parents=True)
+    (runs / "torn" / "eval" / "x" / "report.json").write_text("{")
+    code, out, err = compared(*sorted(runs.iterdir()), "--no-plots", "--eval", "budget-50")
+    assert code == 0
+    assert len(err.splitlines()) == 5 and "Traceback" not in err
+    assert_names(err, *(runs / name for name in ("empty", "notes.txt", "not-evaluated", "other")))
+    assert out.splitlines()[2].startswith("| a |")
+
+
+@pytest.mark.parametrize("names", [("none",), ("none", "a"), ("empty",), ("empty", "empty2")])
+def test_a_path_that_is_not_there_and_nothing_at_all_are_errors(
+    made_run, compared, tmp_path, names
+):
+    made_run("a")
+    for name in ("empty", "empty2"):
+        (tmp_path / "runs" / name).mkdir()
+    code, out, err = compared(*(tmp_path / "runs" / name for name in names))
+    assert (code, out) == (2, "")
+    assert err.splitlines()
+
+
+def test_a_directory_of_runs_and_a_comparison_are_told(made_run, compared, tmp_path):
+    compared(made_run("a"), "--no-plots")
+    for path, named in (("runs", "runs/*"), ("runs/compare", "comparison")):
+        code, _, err = compared(tmp_path / path)
+        assert code == 2 and named in err and err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_names_the_flag(made_run, compared, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, _, err = compared(made_run("a"), "--no-plots")
+    assert code == 2
+    assert_names(err, "--out")
 
 
 def test_errors_of_the_user_end_in_one_line(made_run, compared):

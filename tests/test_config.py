@@ -148,8 +148,18 @@ class TestPresetFile:
 
     def test_not_text(self, tmp_path):
         path = tmp_path / "preset.yaml"
-        path.write_bytes(b"\xff\xfe\x00\x81")
+        path.write_bytes(b"a: \x81\xff")
         assert_names(refusal(configs.load_preset, path), path, "YAML")
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_encodings_of_editors(self, tmp_path, encoding):
+        path = tmp_path / "preset.yaml"
+        path.write_bytes("optim:\r\n  lr: 1e-3  # größer\r\n".encode(encoding))
+        assert configs.build(Config, configs.load_preset(path)).optim.lr == 0.001
+
+    def test_a_tab_is_named_with_its_line(self, preset):
+        path = preset("optim:\n\tlr: 0.1\n")
+        assert_names(refusal(configs.load_preset, path), path, "line 2")
 
     def test_a_list(self, preset):
         path = preset("- optim\n- run\n")

@@ -93,7 +93,7 @@ class TestBackbonesSplit:
     def public(cls, plain, tmp_path_factory) -> Path:
         """A frozen run on a backbone of which nothing is known."""
         root = tmp_path_factory.mktemp("public")
-        torch.save(checkpoint.load_backbone(plain)[0], root / "public.th")
+        torch.save(checkpoint.load_backbone(plain, {})[0], root / "public.th")
         backbone = str(root / "public.th")
         return tiny_run(root / "run", TASK, backbone=backbone, regime="frozen")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from early_exit.choosing.search import (
     most_accurate,
 )
 from early_exit.errors import UserError
-from early_exit.inference.criteria import get_traits
+from early_exit.inference.criteria import check_threshold, get_traits
 from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost
@@ -110,8 +111,8 @@ class FixedThresholds(Goal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_not_minus_infinity(self.thresholds)
-        _check_range(self.thresholds, self.criterion)
+        for threshold in self.thresholds:
+            check_threshold(self.criterion, threshold, "--thresholds")
 
     def __str__(self) -> str:
         return "thresholds " + " ".join(f"{value:g}" for value in self.thresholds)
@@ -126,7 +127,6 @@ class FixedPolicy(Goal):
     def __post_init__(self) -> None:
         object.__setattr__(self, "criterion", self.policy.criterion)
         object.__setattr__(self, "calibrate", any(t != 1 for t in self.policy.temperatures))
-        _check_not_minus_infinity(self.policy.thresholds)
 
     def __str__(self) -> str:
         return "given policy"
@@ -148,6 +148,11 @@ class Risk(Goal):
         for flag, value in (("--risk", self.risk), ("--confidence", self.confidence)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{flag} is {100 * value:g}; it must be between 0 and 100")
+        if self.confidence is not None and self.confidence <= 0.01:
+            raise UserError(
+                f"--confidence is in percent, got {100 * self.confidence:g}; try"
+                f" {10000 * self.confidence:g}"
+            )
         if self.loss not in guarantees.LOSSES:
             raise UserError(
                 f"there is no loss {self.loss!r}; choose one of {', '.join(guarantees.LOSSES)}"
@@ -173,7 +178,9 @@ class ConditionalDeepLearning(Goal):
         if self.criterion != Goal.criterion:
             raise UserError(f"--delta is a probability; remove --criterion {self.criterion}")
         if not 0.5 <= self.delta < 1:
-            raise UserError(f"--delta must be in 0.5 to below 1, got {self.delta:g}")
+            percent = 0.5 <= self.delta / 100 < 1
+            hint = f"; try --delta {self.delta / 100:g}" if percent else ""
+            raise UserError(f"--delta must be in 0.5 to below 1, got {self.delta:g}{hint}")
         if not 0 <= self.epsilon < math.inf:
             raise UserError(f"--epsilon must be at least 0, got {100 * self.epsilon:g}")
 
@@ -181,22 +188,19 @@ class ConditionalDeepLearning(Goal):
         return f"delta {self.delta:g} epsilon {100 * self.epsilon:g} % of MACs"
 
 
-def _check_not_minus_infinity(thresholds: tuple[float, ...]) -> None:
-    if -math.inf in thresholds:
-        raise UserError("a threshold is minus infinity; give a finite number")
-
-
-def _check_range(thresholds: tuple[float, ...], criterion: str) -> None:
-    """Raises UserError for a threshold that no score, or every score, reaches by definition."""
-    traits = get_traits(criterion)
-    for threshold in thresholds:
-        if math.isfinite(threshold) and not traits.lowest <= threshold <= traits.highest:
-            unit = f" ({traits.unit})" if traits.unit else ""
-            negated = f"; try --thresholds={-threshold:g}" if traits.highest <= 0 else ""
-            raise UserError(
-                f"--thresholds {threshold:g} is out of range: scores of {criterion}{unit} are"
-                f" {traits.lowest:g} to {traits.highest:g}{negated}"
-            )
+def check_given(goal: Goal, num_classes: int, exit_names: Sequence[str]) -> None:
+    """Raises UserError if the thresholds or the policy that a goal gives do not fit the network, or
+    if a threshold is one that no score, or every score, reaches."""
+    early_exits = len(exit_names) - 1
+    match goal:
+        case FixedThresholds(thresholds=given):
+            for threshold in one_each(given, len(exit_names)):
+                check_threshold(goal.criterion, threshold, "--thresholds", num_classes, early_exits)
+        case ConditionalDeepLearning(delta=delta):
+            check_threshold(goal.criterion, delta, "--delta", num_classes, early_exits)
+        case FixedPolicy(policy=policy):
+            policy.check_exits(exit_names, "the network")
+            policy.check_thresholds(num_classes)
 
 
 def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None) -> Policy:
@@ -205,11 +209,11 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = N
     times: for a latency budget. Raises UserError if the goal cannot be reached, or if the criterion
     does not fit the exits.
     """
+    check_given(goal, val.num_classes, val.info.exit_names)
     match goal:
         case Risk():
             return _certified(val, goal, cost)
         case FixedPolicy(policy=policy):
-            policy.check_exits(val.info.exit_names, "the network")
             return dataclasses.replace(policy, guarantee=None)
         case FixedThresholds(thresholds=given):
             policy = calibrated(val, goal)

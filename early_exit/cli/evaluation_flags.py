@@ -190,4 +190,11 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="directory under RUN/eval, replaced if it exists (default: named after the goal)",
     )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write records/ and eval/NAME here and only read RUN; predict, export and compare then"
+        " take DIR as they take RUN (default: RUN)",
+    )
     group.add_argument("--no-plots", action="store_true", help="write no plots and no report.html")

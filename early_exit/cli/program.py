@@ -1,6 +1,7 @@
 """What the programs do with their flags, and how they end."""
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -8,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from early_exit.cli.settings import (
     settings_of,
 )
 from early_exit.config import Config
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.markdown import summary
 from early_exit.system import distributed
@@ -35,6 +36,15 @@ from early_exit.training import score as scoring
 from early_exit.training import train as training
 from early_exit.training.state import find_resumed
 from early_exit.training.stopping import Diverged
+
+
+@contextlib.contextmanager
+def with_data_advice(advice: str) -> Iterator[None]:
+    """Adds to a `DataError` how this script is told where the data set is."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{error}; {advice}") from None
 
 
 def train_or_score(
@@ -114,9 +124,9 @@ def score(config: Config, task: Task, split: str, saved: dict | None) -> None:
 
 def evaluate(args: argparse.Namespace, task: Task) -> None:
     """What an evaluation's flags ask for; prints the table."""
-    report, directory = evaluation.evaluate(
-        args.run, task, goal_of(args), **evaluation_options(args)
-    )
+    goal, options = goal_of(args), evaluation_options(args)
+    with with_data_advice("if the data set has moved, name its directory with --data"):
+        report, directory = evaluation.evaluate(args.run, task, goal, **options)
     print(summary(report, directory))
 
 

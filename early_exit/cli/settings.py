@@ -173,6 +173,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
         "name": name,
+        "out": args.out,
         "batch_sizes": tuple(args.batch_sizes),
         "timing_images": args.timing_images,
         "live": not args.no_live,

@@ -86,8 +86,8 @@ def _add_network_flags(parser: argparse.ArgumentParser, default: Config) -> None
         "--backbone",
         setting="model.backbone",
         metavar="FILE",
-        help="trained weights of the plain network, instead of the first phase of mixed, frozen and"
-        " cdl (default: train it)",
+        help="trained weights of the plain network (a run, or a file of torch.save or safetensors),"
+        " instead of the first phase of mixed, frozen and cdl (default: train it)",
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from early_exit.data.image_files import Found, describe, folder_identity, walk
 from early_exit.data.sources import Files, Source, Sources
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.system.files import status
 from early_exit.system.names import in_a_line, is_hidden
 
@@ -46,9 +46,9 @@ def class_folders(root: Path) -> Sources:
     shown = in_a_line(root)
     if not is_folder(root):
         broken = " (it is a link that leads nowhere)" if root.is_symlink() else ""
-        raise UserError(
+        raise DataError(
             f"there is no directory {shown}{broken}; expected images in {shown}/{TRAIN}/CLASS and"
-            f" {shown}/{TEST[0]}/CLASS; pass another directory, or try --dummy, which needs no data"
+            f" {shown}/{TEST[0]}/CLASS"
         )
     if not is_folder(root / TRAIN):
         raise _missing(root, TRAIN)
@@ -83,7 +83,7 @@ def _test_folder(root: Path) -> str:
     return name
 
 
-def _missing(root: Path, name: str) -> UserError:
+def _missing(root: Path, name: str) -> DataError:
     """The error for a directory that lacks train or val, with what may be meant instead."""
     shown = in_a_line(root)
     text = f"there is no {shown}/{name}; expected {shown}/{name}/CLASS/*.JPEG, a folder per class"
@@ -91,11 +91,11 @@ def _missing(root: Path, name: str) -> UserError:
         text += f"; {shown}/{name} is a link that leads nowhere"
     instead = [in_a_line(path) for path in islice(_data_sets_near(root), 3)]
     if instead:
-        return UserError(f"{text}; pass {' or '.join(instead)} instead")
+        return DataError(f"{text}; did you mean {' or '.join(instead)}?")
     names = [in_a_line(path.name) for path in _subfolders(root)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     holds = f"the folders {', '.join(names[:3])}{more}" if names else "no folder"
-    return UserError(f"{text}; {shown} holds {holds}")
+    return DataError(f"{text}; {shown} holds {holds}")
 
 
 def _data_sets_near(root: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from early_exit.choosing.goals import (
     Goal,
     LatencyBudget,
     Risk,
+    check_given,
     choose,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy
@@ -43,6 +44,7 @@ from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import Policy
 from early_exit.metrics import mean_std
 from early_exit.model import energy
+from early_exit.output import prepare_output, source_run
 from early_exit.system import distributed, provenance
 from early_exit.system.device import PRECISIONS, describe_device
 from early_exit.system.files import atomic_directory, locked, write_text
@@ -97,9 +99,12 @@ def evaluate(
     *,
     overrides: dict | None = None,
     name: str | None = None,
+    out: Path | str | None = None,
     **options: Any,
 ) -> tuple[Report, Path]:
     """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory.
+
+    out: a directory to write into instead of the run, which is then only read.
 
     overrides: settings of the run that are changed, nested as in a preset; precision, device and
     threads that they do not name are as `early_exit.trained.EVALUATION` says. name: of the
@@ -110,7 +115,9 @@ def evaluate(
     chosen = Options(**options)
     if chosen.draw:
         page.check_packages()  # before inference, which may take an hour
-    trained = load_run(Path(run_dir), task, overrides or {})
+    output = prepare_output(Path(run_dir), None if out is None else Path(out))
+    trained = load_run(output, task, overrides or {})
+    check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     if trained.config.run.compile:
         trained.network.compile_stages()
         trained.network.backbone.compile(dynamic=True)
@@ -124,7 +131,7 @@ def evaluate(
     report = make_report(
         evaluated, task, measured, cuts, static_rows=tuple(row for row, _ in static)
     )
-    directory = Path(run_dir) / "eval" / (name or default_name(goal))
+    directory = output / "eval" / (name or default_name(goal))
     write(report, evaluated, directory, chosen.draw)
     return report, directory
 
@@ -169,7 +176,7 @@ def make_report(
     curve = rows.curve_points(val, test)
     return Report(
         run=RunInfo(
-            name=trained.run_dir.name,
+            name=source_run(trained.run_dir).name,
             task=task.name,
             dataset=splits.data.name,
             arch=trained.config.model.arch,

@@ -14,6 +14,7 @@ from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.model.losses import resolve_weights
+from early_exit.output import source_run
 from early_exit.trained import evaluations, training_command
 
 # Settings that change the speed or the output of a training, not what is learned.
@@ -95,6 +96,8 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
         raise UserError(f"there is no run, evaluation or report at {path}")
     stored = evaluations(path, "report.json")
     if not stored:
+        if any(path.glob("*/eval/*/report.json")):
+            raise UserError(f"{path} is a directory of runs; name the runs, as in {path}/*")
         raise UserError(f"{path} has no evaluation yet; make one: {evaluation_command(path)}")
     wanted = [name for name in names if name in stored] if names else list(stored)
     if not wanted:
@@ -134,7 +137,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
     run = path.parent.parent.parent if path.parent.parent.name == "eval" else path.parent
-    settings = _settings(run, report)
+    settings = _settings(source_run(run), report)
     choice, environment = report["choice"], report["environment"]
     cuts = report.get("cuts")
     macs, accuracy = _curve(report)

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
     Criterion = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
+Bound = float | Callable[[float, float], float]
+"""A number, or a function of the number of classes and the number of enabled early exits. Where one
+of the two is not known, it is infinity."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """The properties of a criterion that other code depends on."""
 
-    lowest: float = -math.inf
+    lowest: Bound = -math.inf
     """No score is below this."""
-    highest: float = math.inf
+    highest: Bound = math.inf
     """No score is above this."""
     min_early_exits: int = 1
     """Early exits it needs."""
@@ -38,6 +42,16 @@ class Traits:
     """Whether scores are whole numbers, which rounding does not change."""
     unit: str = ""
     """What a score is, if the criterion's name does not tell."""
+
+    def range(
+        self, num_classes: float = math.inf, early_exits: float = math.inf
+    ) -> tuple[float, float]:
+        """The lowest and the highest score."""
+        low, high = (
+            bound(num_classes, early_exits) if callable(bound) else bound
+            for bound in (self.lowest, self.highest)
+        )
+        return low, high
 
 
 def declare(**traits: Any) -> Callable[[Criterion], Criterion]:
@@ -51,15 +65,17 @@ def declare(**traits: Any) -> Callable[[Criterion], Criterion]:
     return attach
 
 
-@declare(lowest=0.0, highest=1.0)
+@declare(lowest=lambda classes, _: 1 / classes, highest=1.0)
 def max_prob(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
-    """The probability of the best class, in (0, 1]."""
+    """The probability of the best class, in [1/K, 1]."""
     # 1 / sum exp(logit - best): the largest entry of the softmax without the other ones
     best = logits.amax(dim=-1, keepdim=True)
     return logits, (logits - best).exp().sum(dim=-1).reciprocal(), None
 
 
-@declare(highest=0.0, unit="minus the entropy in nats")
+@declare(
+    lowest=lambda classes, _: -math.log(classes), highest=0.0, unit="minus the entropy in nats"
+)
 def entropy(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
     """Minus the entropy in nats, in [-ln K, 0].
 
@@ -77,7 +93,13 @@ def margin(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor,
     return logits, best - second, None
 
 
-@declare(lowest=0.0, min_early_exits=2, keeps_state=True, counts=True)
+@declare(
+    lowest=0.0,
+    highest=lambda _, early_exits: early_exits - 1,
+    min_early_exits=2,
+    keeps_state=True,
+    counts=True,
+)
 def patience(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """How many exits in a row have repeated the answer before them (PABEE, arXiv:2006.04152).
 
@@ -105,7 +127,7 @@ CRITERIA: dict[str, Criterion] = {
 
 def get_criterion(name: str) -> Criterion:
     """The criterion called `name`."""
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:
         raise UserError(f"there is no criterion {name!r}; choose one of {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
@@ -113,6 +135,45 @@ def get_criterion(name: str) -> Criterion:
 def get_traits(name: str) -> Traits:
     """What the criterion called `name` declares."""
     return getattr(get_criterion(name), "traits", Traits())
+
+
+def check_threshold(
+    name: str,
+    threshold: float,
+    owner: str,
+    num_classes: float = math.inf,
+    early_exits: float = math.inf,
+    slack: float = 0.0,
+) -> None:
+    """Raises UserError for a threshold that no score can reach or that every score reaches.
+
+    Infinity is accepted: it says that no image exits. owner: the flag or what else the threshold
+    belongs to. slack: a threshold that is at most this below the lowest score is accepted too; 0:
+    one that equals it is not.
+    """
+    traits = get_traits(name)
+    low, high = traits.range(num_classes, early_exits)
+    if math.isnan(threshold) or threshold == -math.inf:
+        value = "nan" if math.isnan(threshold) else "minus infinity"
+        raise UserError(f"{owner} {value} is not a threshold; expected a score of {name}")
+    never = high < threshold < math.inf
+    if not never and (threshold >= low - slack if slack else threshold > low):
+        return
+    unit = f" ({traits.unit})" if traits.unit else ""
+    meant = None
+    if high == 1 and 2 <= threshold <= 100:  # a percentage
+        meant = threshold / 100
+    elif high <= 0 and low < -threshold:  # an entropy instead of a score
+        meant = -threshold
+    flag = f"{owner}=" if owner.startswith("--") else ""
+    hint = "" if meant is None else f"; try {flag}{meant:g}"
+    span = f"{low:g} to {high:g}"
+    if math.inf in (-low, high):
+        span = f"at most {high:g}" if high < math.inf else f"at least {low:g}"
+    raise UserError(
+        f"{owner} {threshold:g} is out of range: {'no' if never else 'every'} score reaches it;"
+        f" scores of {name}{unit} are {span}{hint}"
+    )
 
 
 def apply_criterion(

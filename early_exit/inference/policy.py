@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from early_exit.errors import UserError
-from early_exit.inference.criteria import apply_criterion, get_traits
-from early_exit.system.files import write_text
+from early_exit.inference.criteria import apply_criterion, check_threshold, get_traits
+from early_exit.system.files import read_yaml, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NEVER = math.inf  # a threshold no score reaches
+SLACK = 1e-5  # of the lowest score, for the rounding of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         traits = get_traits(self.criterion)
-        object.__setattr__(self, "exit_names", tuple(self.exit_names))
+        object.__setattr__(self, "exit_names", _values("exit_names", self.exit_names, str))
         num_exits = len(self.exit_names)
-        for name, kind, default, length in (
-            ("thresholds", float, None, num_exits - 1),
-            ("temperatures", float, 1.0, num_exits),
-            ("enabled", bool, True, num_exits - 1),
+        for name, convert, default, length in (
+            ("thresholds", _number, None, num_exits - 1),
+            ("temperatures", _number, 1.0, num_exits),
+            ("enabled", _flag, True, num_exits - 1),
         ):
-            values = tuple(map(kind, getattr(self, name)))
+            values = _values(name, getattr(self, name), convert)
             if not values and default is not None:
                 values = (default,) * length
             if len(values) != length:
@@ -64,6 +65,8 @@ class Policy:
             raise UserError(f"temperatures must be positive, got {self.temperatures}")
         if any(math.isnan(threshold) for threshold in self.thresholds):
             raise UserError(f"each threshold must be a number, got {self.thresholds}")
+        if not isinstance(self.guarantee, Mapping | None):
+            raise UserError(f"guarantee must be a mapping, got {self.guarantee!r}")
         if sum(self.enabled) < traits.min_early_exits > 1:
             raise UserError(
                 f"the criterion {self.criterion} needs {traits.min_early_exits} early exits, got"
@@ -82,6 +85,17 @@ class Policy:
                 f"the policy is for exits {', '.join(self.exit_names)}, {owner} has"
                 f" {', '.join(names)}; choose thresholds for these"
             )
+
+    def check_thresholds(self, num_classes: int) -> None:
+        """Raises UserError for an enabled exit with a threshold that no score, or every score,
+        reaches. One that equals the lowest score may have been chosen on val and is accepted."""
+        for name, threshold, enabled in zip(
+            self.exit_names, self.thresholds, self.enabled, strict=False
+        ):
+            if enabled:
+                owner = f"in the policy, the threshold of {name},"
+                exits = sum(self.enabled)
+                check_threshold(self.criterion, threshold, owner, num_classes, exits, SLACK)
 
     def with_threshold(self, threshold: float) -> Policy:
         """The same policy with one threshold for all early exits, and no guarantee."""
@@ -117,15 +131,55 @@ class Policy:
     @classmethod
     def load(cls, path: Path | str) -> Policy:
         """Reads what `save` wrote; equal to it, thresholds to the last bit."""
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"there is no policy at {path}; eval.py writes one")
+        values = read_yaml(path, "a policy")
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        unknown = [repr(name) for name in values if name not in fields]
+        missing = [name for name in ("exit_names", "thresholds") if name not in values]
+        if unknown or missing:
+            words = [*(f"an unknown entry {name}" for name in unknown)]
+            words += [f"no {name}" for name in missing]
+            raise UserError(
+                f"{path} is not a policy: it has {' and '.join(words)}; a policy has"
+                f" {', '.join(fields)}"
+            )
         try:
-            values = yaml.safe_load(Path(path).read_text())
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**values)
-        except FileNotFoundError:
-            raise UserError(f"there is no policy at {path}; eval.py writes one") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except UserError:
-            raise
-        except (yaml.YAMLError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{path} is not a policy that eval.py wrote") from None
+        except UserError as error:
+            raise UserError(f"{path} is not a policy: {error}") from None
+
+
+def _values(name: str, values: Any, convert: Callable[[Any], Any]) -> tuple:
+    """A field's values, converted. Raises UserError, naming the field and the value."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"{name} must be a list, got {values!r}")
+    converted = []
+    for value in values:
+        try:
+            converted.append(convert(value))
+        except (ValueError, TypeError):
+            raise UserError(f"{name} has {value!r}; expected {KINDS[name]}") from None
+    return tuple(converted)
+
+
+KINDS = {
+    "exit_names": "names",
+    "thresholds": "numbers",
+    "temperatures": "numbers",
+    "enabled": "true or false",
+}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    """A bool; of torch or numpy too, but no text: bool("false") is True."""
+    if isinstance(value, str) or value not in (0, 1):
+        raise TypeError
+    return bool(value)

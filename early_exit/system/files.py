@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from early_exit.errors import Unavailable, UserError
 from early_exit.system.names import in_a_line
@@ -19,6 +21,12 @@ from early_exit.system.names import in_a_line
 log = logging.getLogger(__name__)
 
 PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether a directory can be made or written at `path`, found out without trying to."""
+    parent = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    return os.path.isdir(parent) and os.access(parent, os.W_OK)
 
 
 @contextmanager
@@ -137,3 +145,21 @@ def _close_in_children() -> None:
     """Closes the locks in forked processes: a lock is held until every process that inherited it
     has closed it, so a worker that outlives its parent would keep the directory locked."""
     os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
+
+
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """The mapping in a YAML file in UTF-8 or UTF-16; an empty file gives an empty one.
+
+    kind: what the file is, for messages. Raises UserError if it cannot be read.
+    """
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; {kind} must be a mapping")
+    return values

@@ -2,8 +2,7 @@
 
 import logging
 import os
-import pickle
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system.files import atomic_file
+from early_exit.training import weight_files
+from early_exit.training.state_dicts import Weights, find_weights, load_into
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -44,9 +45,9 @@ def load(path: Path) -> dict[str, Any]:
         if state is not None:
             return state
         path = path / NAME
-    state = _read(path)
+    state = weight_files.read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        hint = "; load other weights with --backbone" if isinstance(state, dict) else ""
+        hint = "; a trainer loads other weights with --backbone" if isinstance(state, dict) else ""
         raise UserError(f"{path} is not a checkpoint of this program{hint}")
     return state
 
@@ -80,85 +81,27 @@ def reported(state: dict[str, Any]) -> dict[str, Tensor]:
     return state.get("average") or state["network"]
 
 
-def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A plain network's weights, from a checkpoint of this program or from any state dict.
+def load_backbone(path: Path, own: Mapping[str, Tensor]) -> tuple[Weights, dict[str, Any]]:
+    """A plain network's weights, from a checkpoint of this program or from any file of weights.
 
-    Returns the state dict, under the plain network's names (without the prefix `backbone.` or
-    `module.`), and the rest of the checkpoint, which is empty for a state dict.
+    own: the network's state dict. Returns the weights under the network's names, and the rest of
+    the checkpoint, which is empty for another file.
     """
-    state = load(path) if path.is_dir() else _read(path)
-    if isinstance(state, dict) and state.get("format") == FORMAT:
-        prefix = "backbone."
+    content = load(path) if path.is_dir() else weight_files.read(path, blanks=True)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        content, prefix = load(path), "backbone."  # without blanks
         weights = {
             name.removeprefix(prefix): value
-            for name, value in reported(state).items()
+            for name, value in reported(content).items()
             if name.startswith(prefix)
         }
-        return weights, {k: v for k, v in state.items() if k not in ("network", "average")}
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{path} holds no state dict, which --backbone expects")
-    return {name.removeprefix("module."): value for name, value in state.items()}, {}
+        return weights, {k: v for k, v in content.items() if k not in ("network", "average")}
+    return find_weights(content, own, path), {}
 
 
 def load_backbone_into(network: MultiExitNetwork, path: Path) -> dict[str, Any]:
     """Loads a plain network's weights into the backbone; returns the rest of the checkpoint."""
-    weights, meta = load_backbone(path)
-    load_into(network.backbone, weights, path)
+    weights, meta = load_backbone(path, network.backbone.state_dict())
+    owner = f"the plain network of {network.num_classes} classes"
+    load_into(network.backbone, weights, path, owner)
     return meta
-
-
-def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """`load_state_dict(strict=True)`, but a mismatch raises UserError with one line that names the
-    first difference. path: where the weights were read, for that line."""
-    own = module.state_dict()
-    for name in own:
-        if name not in weights:
-            if name.endswith(".num_batches_tracked"):
-                continue  # files older than torch 0.4.1 lack it, and strict loading allows that
-            raise UserError(
-                f"{path} has no {name!r}, which this network needs: it was made for another"
-                " --arch or other --exits"
-            )
-        if weights[name].shape != own[name].shape:
-            raise UserError(
-                f"{path} holds {name!r} of shape {tuple(weights[name].shape)}, this network has"
-                f" {tuple(own[name].shape)}: it was made for another --arch, other --exits or"
-                " another number of classes"
-            )
-    extra = next((name for name in weights if name not in own), None)
-    if extra:
-        raise UserError(
-            f"{path} holds {extra!r}, which this network does not have: it was made for another"
-            " --arch or other --exits"
-        )
-    module.load_state_dict(weights)
-
-
-def _read(path: Path) -> Any:
-    """What `torch.load` returns. Raises UserError if the file cannot be read."""
-    if not path.exists():
-        raise UserError(f"there is no checkpoint at {path}; check the path")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch does not verify checksums
-                damaged = archive.testzip()
-            if damaged:
-                raise UserError(f"{path} is damaged (its part {damaged} fails its checksum)")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} does not hold only weights: it is damaged, not a checkpoint, or holds other"
-            " objects, which are not loaded for safety"
-        ) from None
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # torch may raise anything on a file of another kind
-        raise UserError(
-            f"{path} cannot be read as a checkpoint: it is incomplete or damaged"
-        ) from None

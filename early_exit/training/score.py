@@ -14,6 +14,7 @@ from early_exit.system.device import autocast_context, set_up
 from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally, score_batches
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def score(
         data = task.load_data(config.data)
     network = task.build_network(config, len(data.classes))
     if saved:
-        checkpoint.load_into(network, checkpoint.reported(saved), Path("the checkpoint"))
+        owner = " ".join(["--arch", config.model.arch, "--exits", *network.exit_names[:-1]])
+        load_into(network, checkpoint.reported(saved), Path("the checkpoint"), owner)
         meta = saved
     elif network.num_exits > 1:
         raise UserError(

@@ -15,7 +15,7 @@ from early_exit import config as configs
 from early_exit.config import Config, LossConfig
 from early_exit.data.base import Data
 from early_exit.data.splits import Shard
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import provenance
@@ -24,6 +24,7 @@ from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import Phase, plan_phases
+from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Average, Tally
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     position = Position(**saved["position"])
     # a new phase starts from the weights that would be reported
     weights = checkpoint.reported(saved) if position.starts_phase else saved["network"]
-    checkpoint.load_into(run.network, weights, path)
+    load_into(run.network, weights, path)
     run.unseen_val, run.last_good = saved["unseen_val"], str(path)
     check_remaining_epochs(run, path, position, changes)
     log.info(
@@ -236,17 +237,17 @@ def check_fixed_settings(
 
 
 def check_same_data(data: Data, path: Path, saved: dict[str, Any]) -> None:
-    """Raises UserError if the data have other classes or another val than the checkpoint's."""
+    """Raises DataError if the data have other classes or another val than the checkpoint's."""
     if saved["classes"] != list(data.classes):
-        raise UserError(
+        raise DataError(
             f"{path} was trained on {len(saved['classes'])} classes"
             f" ({_first_names(saved['classes'])}), the data has {len(data.classes)}"
-            f" ({_first_names(data.classes)}); check the path of the data"
+            f" ({_first_names(data.classes)})"
         )
     if saved["val_hash"] != data.val_hash:
-        raise UserError(
+        raise DataError(
             f"{path} held out other val images ({saved['val_hash']}) than this data set gives"
-            f" ({data.val_hash}); check the data under --data"
+            f" ({data.val_hash})"
         )
 
 

@@ -22,7 +22,7 @@ from early_exit.model.network import MultiExitNetwork, convert_sync_batchnorm
 from early_exit.system import distributed, provenance
 from early_exit.system.device import describe_device, set_up
 from early_exit.system.distributed import Group
-from early_exit.system.files import locked, write_text
+from early_exit.system.files import is_writable, locked, write_text
 from early_exit.system.names import is_system_name
 from early_exit.task import Task
 from early_exit.training import checkpoint
@@ -36,6 +36,7 @@ from early_exit.training.state import (
     restore,
     save,
 )
+from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def adopt(
     check_writable(run_dir)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         built = task.build_network(config, len(data.classes))
-    checkpoint.load_into(built, network.state_dict(), Path("the network"))
+    load_into(built, network.state_dict(), Path("the network"))
     check_network(network)
     run = Run(
         config=config,
@@ -248,9 +249,8 @@ def check_not_overwritten(directory: Path, resume: str | None) -> None:
 
 def check_writable(directory: Path) -> None:
     """Raises UserError if the run directory cannot be made or written, without trying to."""
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{parent} cannot be written; choose another --save-dir")
+    if not is_writable(directory):
+        raise UserError(f"{directory} cannot be written; choose another --save-dir")
 
 
 def write_settings(run: Run) -> None:

@@ -11,6 +11,7 @@ from early_exit.choosing.curve import for_budget, for_latency, for_max_drop, sha
 from early_exit.choosing.goals import (
     CURVE_POINTS,
     Budget,
+    ConditionalDeepLearning,
     FixedPolicy,
     FixedThresholds,
     Goal,
@@ -18,6 +19,7 @@ from early_exit.choosing.goals import (
     MaxDrop,
     Risk,
     calibrated,
+    check_given,
     choose,
     fit_and_certify,
     thinned,
@@ -25,6 +27,7 @@ from early_exit.choosing.goals import (
 from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import score_record
 from early_exit.choosing.search import cheapest, exits_that_pay
+from early_exit.errors import UserError
 from early_exit.inference.criteria import CRITERIA, declare, max_prob
 from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import NEVER, Policy
@@ -38,6 +41,9 @@ TIMES = StageTimes(
     without_head=((0.1,), (0.2,), (0.2,), (0.2,)),
     plain=0.7,
 )
+
+
+NAMES = ("a", "b", "c", "final")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("criterion", "thresholds"),
         [
-            ("max_prob", (1.0, 0.0)),
+            ("max_prob", (1.0, 0.01)),
             ("entropy", (-0.4,)),
             ("patience", (3.0, 100.0)),
             ("max_prob", (NEVER,)),  # no image exits
@@ -101,10 +107,79 @@ class TestRefusals:
     def test_minus_infinity_is_refused(self):
         assert "infinity" in refusal(FixedThresholds, (0.5, -math.inf))
 
-    @pytest.mark.parametrize("threshold", [1.5, -0.5])
-    def test_a_given_policy_may_have_any_finite_threshold(self, threshold):
-        policy = Policy(exit_names=("a", "final"), thresholds=(threshold,))
-        assert FixedPolicy(policy).policy is policy
+    @pytest.mark.parametrize(
+        ("criterion", "threshold", "meant"),
+        [("max_prob", 90, "0.9"), ("margin", 50, "0.5"), ("entropy", 0.4, "-0.4")],
+    )
+    def test_what_was_probably_meant_is_named(self, criterion, threshold, meant):
+        message = refusal(FixedThresholds, (threshold,), criterion=criterion)
+        assert_names(message, f"--thresholds={meant}")
+
+    @pytest.mark.parametrize(
+        ("criterion", "threshold"),
+        [
+            ("max_prob", 0.0),
+            ("max_prob", 0.25),
+            ("entropy", -math.log(4)),
+            ("entropy", -5.0),
+            ("margin", 0.0),
+            ("patience", 0.0),
+            ("patience", 3.0),  # the third early exit has counted two agreements at most
+            ("max_prob", math.nan),
+        ],
+    )
+    def test_what_every_score_or_none_reaches_in_four_classes(self, criterion, threshold):
+        with pytest.raises(UserError, match=criterion):
+            check_given(FixedThresholds((threshold,), criterion=criterion), 4, NAMES)
+
+    @pytest.mark.parametrize(
+        ("criterion", "threshold"),
+        [
+            ("max_prob", 0.26),
+            ("max_prob", 1.0),
+            ("entropy", -1.38),
+            ("entropy", 0.0),
+            ("margin", 1e-6),
+            ("margin", 1.0),
+            ("patience", 2.0),
+            ("patience", 0.5),
+            ("margin", NEVER),
+        ],
+    )
+    def test_what_some_scores_reach_in_four_classes(self, criterion, threshold):
+        check_given(FixedThresholds((threshold,), criterion=criterion), 4, NAMES)
+
+    @pytest.mark.parametrize("threshold", [90.0, 1.5, 0.2, -0.5, -math.inf])
+    def test_a_given_policys_thresholds_are_checked_too(self, threshold):
+        policy = Policy(exit_names=("a", "b", "final"), thresholds=(0.5, threshold))
+        with pytest.raises(UserError, match=r"\bb\b"):
+            check_given(FixedPolicy(policy), 4, policy.exit_names)
+
+    @pytest.mark.parametrize(
+        ("criterion", "threshold", "enabled"),
+        [
+            ("margin", 0.0, True),  # the lowest score on val
+            ("max_prob", float(np.float32(1 / 7)), True),
+            ("max_prob", NEVER, True),
+            ("max_prob", 90.0, False),
+        ],
+    )
+    def test_a_policy_that_was_chosen_on_val_can_be_given(self, criterion, threshold, enabled):
+        policy = Policy(
+            exit_names=("a", "final"),
+            thresholds=(threshold,),
+            criterion=criterion,
+            enabled=(enabled,),
+        )
+        check_given(FixedPolicy(policy), 7, policy.exit_names)
+
+    def test_a_criterion_without_a_range_takes_any_number(self, monkeypatch):
+        monkeypatch.setitem(CRITERIA, "mine", lambda logits, state: (logits, logits[:, 0], None))
+        check_given(FixedThresholds((-90.0, 0.0, 90.0), criterion="mine"), 4, NAMES)
+
+    def test_probabilities_in_percent(self):
+        assert_names(refusal(ConditionalDeepLearning, 90), "--delta 0.9")
+        assert_names(refusal(Risk, 0.01, confidence=0.0095), "--confidence", 95)
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_another_number_of_thresholds_is_refused(self, val, count):

@@ -243,7 +243,7 @@ class TestRegimes:
         assert saved["val_hash"] == few_digits(1).val_hash
 
     def test_a_backbone_from_elsewhere_may_have_seen_val(self, plain, tmp_path):
-        weights, _ = checkpoint.load_backbone(plain)
+        weights, _ = checkpoint.load_backbone(plain, {})
         torch.save(
             {"state_dict": {f"module.{n}": v for n, v in weights.items()}}, tmp_path / "public.th"
         )

@@ -52,7 +52,7 @@ class TestEvaluate:
         assert_accuracy(self.shown(out), self.printed(accuracy_bounds(plain, "test")))
 
     def test_weights_that_may_have_seen_val_are_warned_of(self, run, plain, tmp_path, caplog):
-        torch.save(checkpoint.load_backbone(plain)[0], tmp_path / "public.th")
+        torch.save(checkpoint.load_backbone(plain, {})[0], tmp_path / "public.th")
         flags = (*TINY, "-e", "--exits", "none", "--backbone", tmp_path / "public.th")
         assert run(*flags)[0] == 0
         (warning,) = caplog.messages
@@ -73,4 +73,4 @@ class TestEvaluate:
 
     def test_other_exits_than_the_runs_are_refused(self, error, joint):
         message = error("-e", "--resume", joint, "--exits", "layer1")
-        assert "'heads.layer2" in message and "--exits" in message
+        assert "heads.layer2" in message and "--exits" in message

@@ -221,6 +221,7 @@ class TestEvaluationOptions:
             "cut_seed": 0,
             "cuts": 1,
             "name": None,
+            "out": None,
             "batch_sizes": (1, 256),
             "timing_images": 2000,
             "live": True,

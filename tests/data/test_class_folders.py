@@ -109,7 +109,7 @@ class TestLayout:
     def test_no_directory(self, tmp_path):
         message = refusal(load_folders, tmp_path / "nothing")
         assert str(tmp_path / "nothing") in message
-        assert "train/CLASS" in message and "val/CLASS" in message and "--dummy" in message
+        assert "train/CLASS" in message and "val/CLASS" in message
 
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_a_missing_split(self, folders, split):
@@ -135,7 +135,7 @@ class TestLayout:
     def test_a_directory_near_the_data_set(self, tmp_path, given):
         folders = make_folders(tmp_path / "Data" / "set", 1, 1)
         message = refusal(load_folders, tmp_path / given)
-        assert_names(message, tmp_path / given / "train", f"pass {folders} instead")
+        assert_names(message, tmp_path / given / "train", folders)
 
     def test_links_that_lead_nowhere(self, folders, tmp_path):
         (tmp_path / "link").symlink_to("none")

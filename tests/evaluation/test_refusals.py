@@ -116,7 +116,7 @@ class TestRefusals:
         other = Task(tiny_network, lambda settings: few_digits(1, 320, 100, 120))
         monkeypatch.setattr(script, "TASK", other)
         hashes = (few_digits(seed, 320, 100, 120).val_hash for seed in (0, 1))
-        assert_names(refusal(copy), copy, *hashes)
+        assert_names(refusal(copy), copy, *hashes, "--data")
 
     @pytest.mark.parametrize("name", [".", "..", "../../precious", "a/b", "/precious"])
     def test_a_name_with_a_path_is_refused_and_nothing_is_lost(self, refusal, copy, tmp_path, name):

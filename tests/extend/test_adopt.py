@@ -73,7 +73,7 @@ class TestAdopt:
     def test_another_network_than_the_tasks(self, network, tmp_path):
         other = Config(model=ModelConfig(exits=("layer1",)))
         message = refusal(adopt, network, TASK, other, few_digits(0), tmp_path / "run")
-        assert "'heads.layer2" in message
+        assert "heads.layer2" in message
         assert not (tmp_path / "run").exists()
 
     def test_an_existing_directory_is_refused(self, network, evaluated_run):

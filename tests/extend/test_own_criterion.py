@@ -112,8 +112,8 @@ def test_a_tasks_module_may_bring_the_criterion(run_copy, monkeypatch, tmp_path)
     quick_report(run_copy, task, MaxDrop(0.05, criterion="brought"), name="mine")
     del CRITERIA["brought"]
     (tmp_path / "brings_a_criterion.py").write_text(
-        "from early_exit.inference.criteria import CRITERIA, max_prob\nfrom helpers import TASK\n"
-        "CRITERIA['brought'] = max_prob\n"
+        "from early_exit.inference.criteria import CRITERIA\nfrom helpers import TASK\n"
+        "CRITERIA['brought'] = lambda logits, state: (logits, logits.logsumexp(dim=-1), None)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     try:

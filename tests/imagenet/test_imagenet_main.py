@@ -393,7 +393,7 @@ class TestWeights:
         path = weights.download(config, "")
         assert path == weights.download(config, "IMAGENET1K_V1")
         assert asked == [("resnet18", "IMAGENET1K_V1")]
-        loaded, meta = checkpoint.load_backbone(path)
+        loaded, meta = checkpoint.load_backbone(path, net.state_dict())
         assert meta == {}
         assert all(torch.equal(loaded[k], value) for k, value in net.state_dict().items())
 

@@ -161,6 +161,35 @@ def test_a_file_that_is_not_a_policy_is_refused_in_one_line(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("exit_names: [a, final]\nthresholds: [0.5]\nenabled: ['false']", "enabled"),
+        ("exit_names: [a, final]\nthresholds: ['0,5']", "0,5"),
+        ("exit_names: [a, final]\nthresholds: [yes]", "thresholds"),
+        ("exit_names: a final\nthresholds: [0.5]", "exit_names"),
+        ("exit_names: [a, final]\nthresholds: [0.5]\nguarantee: sure", "guarantee"),
+        ("exit_names: [a, final]\nthreshold: [0.5]", "'threshold'"),
+        ("exit_names: [a, final]\nthreshold: [0.5]", "thresholds"),
+        ("exit_names: [a, final]\nthresholds:\n\t- 0.5", "line 3"),
+        ("exit_names: [a, final]\nthresholds: [0.5]\ncriterion: [margin]", "criterion"),
+    ],
+)
+def test_a_policy_written_by_hand_is_told_what_is_wrong(text, named, tmp_path):
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"policy\.yaml.*{named}") as error:
+        Policy.load(tmp_path / "policy.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_what_people_write_by_hand_is_read(tmp_path):
+    text = "exit_names: [1, final]\r\nthresholds: ['1e-1']\r\nenabled: [no]\r\n"
+    (tmp_path / "policy.yaml").write_bytes(text.encode("utf-8-sig"))
+    assert Policy.load(tmp_path / "policy.yaml") == Policy(
+        exit_names=("1", "final"), thresholds=(0.1,), enabled=(False,)
+    )
+
+
 def test_a_directory_instead_of_a_policy_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         Policy.load(tmp_path)

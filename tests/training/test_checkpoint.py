@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from helpers import assert_names, refusal
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from early_exit.errors import Unavailable
 from early_exit.training import checkpoint
@@ -226,14 +226,14 @@ class TestForeignFiles:
         assert_names(message, path)
         assert "--backbone" not in message  # which takes no bare tensor either
 
-    @pytest.mark.parametrize("load", [checkpoint.load, checkpoint.load_backbone])
+    @pytest.mark.parametrize("load", [checkpoint.load, partial(checkpoint.load_backbone, own={})])
     def test_code_in_a_torch_file_is_refused_and_not_run(self, tmp_path, load):
         path, trace = tmp_path / "evil.pt", tmp_path / "was-run"
         torch.save({"format": checkpoint.FORMAT, "network": Executed(trace)}, path)
         assert_names(refusal(load, path), path)
         assert not trace.exists()
 
-    @pytest.mark.parametrize("load", [checkpoint.load, checkpoint.load_backbone])
+    @pytest.mark.parametrize("load", [checkpoint.load, partial(checkpoint.load_backbone, own={})])
     def test_code_in_a_plain_pickle_is_refused_and_not_run(self, tmp_path, load):
         path, trace = tmp_path / "evil.pt", tmp_path / "was-run"
         path.write_bytes(pickle.dumps(Executed(trace), protocol=2))
@@ -250,104 +250,3 @@ class TestForeignFiles:
         path = tmp_path_factory.mktemp("bytes") / "file.pt"
         path.write_bytes(start + content)
         assert str(path) in refusal(checkpoint.load, path)
-
-
-def small_net(width: int = 4) -> nn.Module:
-    """A convolution, BatchNorm and a classifier."""
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(width, 2))
-
-
-class TestLoadInto:
-    def test_weights_arrive(self):
-        torch.manual_seed(0)
-        source, target = small_net(), small_net()
-        source[1].running_mean.fill_(3.0)
-        checkpoint.load_into(target, source.state_dict(), Path("file.pt"))
-        for name, value in source.state_dict().items():
-            assert torch.equal(target.state_dict()[name], value)
-
-    def test_a_missing_name(self):
-        weights = small_net().state_dict()
-        del weights["2.bias"]
-        message = refusal(checkpoint.load_into, small_net(), weights, Path("file.pt"))
-        assert_names(message, "file.pt", "'2.bias'", "--arch", "--exits")
-
-    def test_an_extra_name(self):
-        weights = {**small_net().state_dict(), "3.weight": torch.zeros(1)}
-        message = refusal(checkpoint.load_into, small_net(), weights, Path("file.pt"))
-        assert_names(message, "file.pt", "'3.weight'", "--arch", "--exits")
-
-    def test_another_shape(self):
-        weights = small_net(5).state_dict()
-        message = refusal(checkpoint.load_into, small_net(4), weights, Path("file.pt"))
-        assert_names(message, "file.pt", "'0.weight'", (5, 3, 3, 3), (4, 3, 3, 3))
-
-    def test_a_misfit_changes_nothing(self):
-        weights = {**small_net().state_dict(), "3.weight": torch.zeros(1)}
-        target = small_net()
-        before = {name: value.clone() for name, value in target.state_dict().items()}
-        refusal(checkpoint.load_into, target, weights, Path("file.pt"))
-        assert all(torch.equal(before[n], value) for n, value in target.state_dict().items())
-
-    def test_num_batches_tracked_may_be_absent(self):
-        weights = dict(small_net().state_dict())
-        del weights["1.num_batches_tracked"]
-        target = small_net()
-        checkpoint.load_into(target, weights, Path("file.pt"))
-        assert torch.equal(target[2].weight, weights["2.weight"])
-
-
-class TestLoadBackbone:
-    @pytest.fixture
-    def weights(self):
-        torch.manual_seed(1)
-        return dict(small_net().state_dict())
-
-    @pytest.fixture
-    def load_file(self, tmp_path):
-        """A function that saves an object and loads it as a backbone."""
-
-        def load(content):
-            torch.save(content, tmp_path / "file.pt")
-            return checkpoint.load_backbone(tmp_path / "file.pt")
-
-        return load
-
-    @staticmethod
-    def same(found: dict, expected: dict) -> bool:
-        """Whether two state dicts are equal, names and order included."""
-        return list(found) == list(expected) and all(
-            torch.equal(found[name], expected[name]) for name in expected
-        )
-
-    def test_a_bare_state_dict(self, load_file, weights):
-        found, meta = load_file(weights)
-        assert self.same(found, weights) and meta == {}
-
-    def test_a_module_prefix_is_dropped(self, load_file, weights):
-        found, _ = load_file({f"module.{name}": value for name, value in weights.items()})
-        assert self.same(found, weights)
-
-    def test_a_state_dict_wrapper_is_opened(self, load_file, weights):
-        content = {"state_dict": {f"module.{n}": v for n, v in weights.items()}, "best_prec1": 91.7}
-        found, meta = load_file(content)
-        assert self.same(found, weights) and meta == {}
-
-    def test_of_a_checkpoint_of_ours_the_backbone_is_taken(self, load_file, weights):
-        network = {f"backbone.{name}": value for name, value in weights.items()}
-        network["heads.layer1.0.weight"] = torch.zeros(1)
-        found, meta = load_file(
-            {"format": checkpoint.FORMAT, "network": network, "val_hash": "abc", "unseen_val": None}
-        )
-        assert self.same(found, weights)
-        assert meta == {"format": checkpoint.FORMAT, "val_hash": "abc", "unseen_val": None}
-
-    @pytest.mark.parametrize(
-        "content", [3, [torch.zeros(1)], {"epoch": 3}, {"state_dict": {"weight": 3}}]
-    )
-    def test_what_holds_no_state_dict(self, load_file, tmp_path, content):
-        message = refusal(load_file, content)
-        assert_names(message, tmp_path / "file.pt", "--backbone")
-
-    def test_names_that_are_no_text(self, load_file, tmp_path):
-        assert str(tmp_path / "file.pt") in refusal(load_file, {7: torch.zeros(1)})

@@ -1,0 +1,53 @@
+"""Where evaluations write: into their run, or into another directory that names the run.
+
+Such a directory has `records/` and `eval/NAME/` as a run has, and in place of a checkpoint a file
+`run.txt` with the path of the run. It can be evaluated, exported, compared and used to predict as
+the run itself; the run is only read.
+"""
+
+import os
+from pathlib import Path
+
+from early_exit.errors import UserError
+from early_exit.system.files import atomic_file, is_writable
+from early_exit.training import checkpoint
+
+LINK = "run.txt"
+
+
+def source_run(directory: Path) -> Path:
+    """The run that a directory is the output of; the directory itself if it names none."""
+    try:
+        return Path(os.fsdecode((directory / LINK).read_bytes().rstrip(b"\r\n")))
+    except (FileNotFoundError, NotADirectoryError):
+        return directory
+    except OSError as error:
+        raise UserError(f"{directory / LINK} cannot be read: {error.strerror}") from None
+
+
+def prepare_output(run_dir: Path, out: Path | None = None) -> Path:
+    """The directory that an evaluation of a run writes into: the run, or `out`, which is made.
+
+    Raises UserError if it cannot be written, or if `out` belongs to another run.
+    """
+    run = source_run(run_dir)
+    if not run.is_dir():
+        raise UserError(f"there is no run directory at {run}; training prints its path")
+    if out is None or out.resolve() in (run_dir.resolve(), run.resolve()):
+        places = (run_dir, run_dir / "records", run_dir / "eval")
+        if not all(map(is_writable, places)):
+            raise UserError(
+                f"{run_dir} cannot be written; name a directory for the records and the report"
+                " with --out"
+            )
+        return run_dir
+    if not is_writable(out):
+        raise UserError(f"{out} cannot be written; choose another --out")
+    if (out / checkpoint.NAME).exists():
+        raise UserError(f"{out} is a run itself; choose another --out")
+    if not (out / LINK).exists():
+        with atomic_file(out / LINK) as file:
+            file.write(os.fsencode(run.resolve()) + b"\n")
+    if source_run(out).resolve() != run.resolve():
+        raise UserError(f"{out} has evaluations of {source_run(out)}; choose another --out")
+    return out
