@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from early_exit import config as configs
-from early_exit.data.image_files import read_image
+from early_exit.data.decoding import read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report

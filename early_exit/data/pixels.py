@@ -1,6 +1,6 @@
-"""From image files to bytes, and from bytes to what a network takes.
+"""From RGB images to bytes of the network's size, and from bytes to what a network takes.
 
-Decoding and resizing (`as_rgb`, `as_bytes`, `fitted`) need numpy and Pillow only.
+Resizing (`fitted`, `centre_crop`, `as_bytes`) needs numpy and Pillow only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+THIN = 32  # how many times as long as wide an image is that is not resized as a whole
+
 
 def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
     """The centre of an image, cropped to the aspect ratio of a network's images and resized.
@@ -26,16 +28,25 @@ def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode with three channels of bytes; of 16 bits the upper eight.
+def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
+    """The centre square of an image whose shorter side has been resized: the pixels of torchvision's
+    Resize(resize) and CenterCrop(crop), which public weights were evaluated with.
 
-    Raises ValueError for pixels of neither 8 nor 16 bits, whose white level is unknown.
+    resize: the shorter side, in pixels; crop: the side of the square, at most `resize`. Of an image
+    that is more than `THIN` times as long as wide, only the square is computed: the rest would take
+    gigabytes. Its values can then differ by rounding.
     """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits; 8 and 16 are supported")
-    return image.convert("RGB")
+    shorter, longer = min(image.size), max(image.size)
+    resized = int(resize * longer / shorter)  # rounded as torchvision does
+    width, height = (resize, resized) if image.width <= image.height else (resized, resize)
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    if longer <= THIN * shorter:
+        whole = image.resize((width, height), Image.Resampling.BILINEAR)
+        return whole.crop((left, top, left + crop, top + crop))
+    x, y = image.width / width, image.height / height
+    right, bottom = min((left + crop) * x, image.width), min((top + crop) * y, image.height)
+    box = (left * x, top * y, right, bottom)
+    return image.resize((crop, crop), Image.Resampling.BILINEAR, box)
 
 
 def as_bytes(image: Image.Image, channels: int) -> np.ndarray:
