@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -124,11 +125,13 @@ def _check(image: Image.Image) -> None:
     if not width or not height:
         raise ValueError(f"it has no pixels: {width}x{height}")
     if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"it has {width}x{height} pixels, which are more than {MAX_PIXELS:,} together"
-        )
+        raise ValueError(_too_many(width * height))
     if getattr(image, "format", None) == "EPS":  # Pillow would run Ghostscript
         raise ValueError("an EPS file is a program, not pixels")
+
+
+def _too_many(pixels: int) -> str:
+    return f"it has {pixels:,} pixels, and at most {MAX_PIXELS:,} are decoded"
 
 
 def _orientation(image: Image.Image, notices: list[str]) -> int:
@@ -146,8 +149,9 @@ def _reason(error: Exception, warned: list[str]) -> str:
         return "a folder without images"
     if isinstance(error, UnidentifiedImageError):
         return _in_a_line(["its content is of no kind that Pillow decodes", *warned])
-    if isinstance(error, Image.DecompressionBombError):  # found while decoding
-        return f"it has more than {MAX_PIXELS:,} pixels"
+    if isinstance(error, Image.DecompressionBombError):
+        found = re.search(r"\d+", str(error))
+        return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     return getattr(error, "strerror", None) or _in_a_line([str(error)]) or type(error).__name__

@@ -6,6 +6,7 @@ Resizing (`fitted`, `centre_crop`, `as_bytes`) needs numpy and Pillow only.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,21 @@ def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
     if longer <= THIN * shorter:
         whole = image.resize((width, height), Image.Resampling.BILINEAR)
         return whole.crop((left, top, left + crop, top + crop))
-    x, y = image.width / width, image.height / height
-    right, bottom = min((left + crop) * x, image.width), min((top + crop) * y, image.height)
-    box = (left * x, top * y, right, bottom)
-    return image.resize((crop, crop), Image.Resampling.BILINEAR, box)
+    first_x, last_x, x, right = _needed(left, crop, width, image.width)
+    first_y, last_y, y, bottom = _needed(top, crop, height, image.height)
+    part = image.crop((first_x, first_y, last_x, last_y))
+    return part.resize((crop, crop), Image.Resampling.BILINEAR, (x, y, right, bottom))
+
+
+def _needed(start: int, crop: int, whole: int, size: int) -> tuple[int, int, float, float]:
+    """Along one side, where the pixels begin and end that `crop` pixels from `start` on, of `size`
+    resized to `whole`, are made of; and where in these the crop itself begins and ends (which
+    Pillow keeps in float32, so the numbers must be small)."""
+    scale = size / whole
+    begin, end = start * scale, min((start + crop) * scale, size)
+    around = math.ceil(max(scale, 1)) + 1  # what the filter mixes in
+    first = max(math.floor(begin) - around, 0)
+    return first, min(math.ceil(end) + around, size), begin - first, end - first
 
 
 def as_bytes(image: Image.Image, channels: int) -> np.ndarray:

@@ -107,8 +107,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def _on_background(image: Image.Image) -> Image.Image:
     """An image with transparency on `BACKGROUND`."""
-    if image.mode not in ("RGBA", "LA"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode != "RGBA":
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     page = Image.new("RGB", image.size, BACKGROUND)
     page.paste(image, mask=image)
     return page
