@@ -76,8 +76,8 @@ class Classifier:
         return predictions
 
     def read(self, image: str | Path | Image.Image) -> np.ndarray:
-        """One image as the network takes it, (C, H, W) uint8: rotated as its EXIF data say, cropped
-        and resized as in an evaluation.
+        """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
+        evaluation.
 
         Raises UserError for a file that cannot be read as an image.
         """

@@ -58,7 +58,7 @@ def write_readable(folder: Path) -> None:
         rgb.save(folder / f"turned{orientation}.webp", exif=exif)
     for mode in ("1", "L", "P"):
         rgb.convert(mode).save(folder / f"mode-{mode}.png")
-    for mode in ("CMYK", "YCbCr", "LAB"):
+    for mode in ("CMYK", "LAB"):
         rgb.convert(mode).save(folder / f"mode-{mode}.tif")
     rgb.convert("CMYK").save(folder / "cmyk.jpg")
     alpha = rgb.copy()

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import re
 import threading
 import warnings
@@ -38,6 +39,16 @@ TURNS = {
 MEANINGLESS = ("Metadata Warning",)  # warnings about tags of TIFF files that hold no pixels
 
 _one_at_a_time = threading.RLock()
+
+
+
+def _renew_lock() -> None:
+    """In a new process, where another thread of the old one may have held it."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 ImageSource = str | Path | Image.Image
 
@@ -128,6 +139,7 @@ def _check(image: Image.Image) -> None:
         raise ValueError(_too_many(width * height))
     if getattr(image, "format", None) == "EPS":  # Pillow would run Ghostscript
         raise ValueError("an EPS file is a program, not pixels")
+    rgb.check_white(image)
 
 
 def _too_many(pixels: int) -> str:

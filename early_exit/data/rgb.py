@@ -41,19 +41,18 @@ class Stored:
     def of(cls, image: Image.Image) -> "Stored":
         """How the file of this image does."""
         tiles = getattr(image, "tile", None)
-        if not tiles:
-            return cls()
-        args = tiles[0][3] if isinstance(tiles[0][3], tuple) else (tiles[0][3],)
-        kind = args[0] if args and isinstance(args[0], str) else ""
+        args = tiles[0][3] if tiles else ""
+        kind = (args[0] if isinstance(args, tuple) else args) if args else ""
+        kind = kind if isinstance(kind, str) else ""
         file = getattr(image, "filename", "") or getattr(image, "fp", None)
         match getattr(image, "format", None):
-            case "PPM":
+            case "PPM" if kind:
                 white = args[-1] if isinstance(args[-1], int) else FULL
                 # others are scaled to 16 bits
                 return cls(kind, white, 16 if white < FULL else None, file=file)
             case "TIFF":
                 tags = image.tag_v2  # type: ignore[attr-defined]
-                inverted = kind == "I;16" and tags.get(PHOTOMETRIC) == 0
+                inverted = image.mode == "I;16" and tags.get(PHOTOMETRIC) == 0
                 return cls(kind, 0, _tiff_bits(tags), inverted, file)
         return cls(kind, file=file)
 
@@ -82,12 +81,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     stored = Stored.of(image)
     image.load()
+    check_white(image)
     clear = image.info.get("transparency")
-    if image.mode == "F":
-        raise ValueError(
-            "its pixels are floating-point numbers, whose white level is unknown; save it with 8 or"
-            " 16 bits"
-        )
     if image.mode.startswith("I"):
         return _from_integers(image, stored, clear)
     bits = 16
@@ -103,6 +98,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         return _on_background(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_white(image: Image.Image) -> None:
+    """Raises ValueError for an image of numbers of which none is known to be white. A file need not
+    be decoded for this."""
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers, whose white level is unknown; save it with 8 or"
+            " 16 bits"
+        )
 
 
 def _on_background(image: Image.Image) -> Image.Image:

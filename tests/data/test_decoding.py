@@ -2,13 +2,16 @@
 
 import errno
 import logging
+import multiprocessing
 import os
 import pickle
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +211,39 @@ def test_a_worker_does_not_speak_and_its_notice_is_logged_once(tmp_path, workers
         assert sum(str(path) in message for message in caplog.messages) == 1
     assert len(caplog.messages) == 2
     assert capfd.readouterr().err == ""
+
+
+def test_threads_take_turns(tmp_path):
+    """Each gets its own notice, and Python's filters are as before."""
+    even, odd = save(tmp_path / "even.jpg"), save(tmp_path / "odd.jpg", exif=CORRUPT_EXIF)
+    before = list(warnings.filters), warnings.showwarning
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(decode, [even, odd] * 40))
+    assert {bool(notice) for _, notice in found[::2]} == {False}
+    assert {bool(notice) for _, notice in found[1::2]} == {True}
+    assert (list(warnings.filters), warnings.showwarning) == before
+
+
+def test_a_process_does_not_wait_for_a_thread_of_its_parent(tmp_path):
+    """Which held the lock when the process was made, and is not in it."""
+    path = save(tmp_path / "noise.png")
+    with ThreadPoolExecutor(1) as pool:
+        held, released = threading.Event(), threading.Event()
+
+        def hold():
+            with decoding._one_at_a_time:
+                held.set()
+                released.wait()
+
+        waiting = pool.submit(hold)
+        held.wait()
+        process = multiprocessing.get_context("fork").Process(target=check_header, args=(path,))
+        process.start()
+        released.set()
+        process.join(60)
+        process.kill()  # no harm to one that has ended
+        waiting.result()
+    assert process.exitcode == 0
 
 
 def test_decoding_needs_no_torch():

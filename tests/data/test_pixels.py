@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from early_exit.data import pixels
-from early_exit.data.pixels import THIN, centre_crop
+from early_exit.data.pixels import THIN, as_bytes, centre_crop, fitted
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -62,3 +62,11 @@ class TestCentreCrop:
         image = Image.new("RGB", size, "red")
         assert centre_crop(image, 256, 224).getcolors() == [(224 * 224, (255, 0, 0))]
         assert [one.size for one in made] == [(224, 224)]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (2, 20_000), (100_000, 1)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 24)])
+def test_an_image_of_any_size_is_fitted(size, shape):
+    image = fitted(Image.new("RGB", size, "white"), shape)
+    assert as_bytes(image, shape[0]).shape == shape
+    assert (as_bytes(image, shape[0]) == 255).all()
