@@ -38,8 +38,9 @@ TURNS = {
 }
 MEANINGLESS = ("Metadata Warning",)  # warnings about tags of TIFF files that hold no pixels
 
-_one_at_a_time = threading.RLock()
+ImageSource = str | Path | Image.Image
 
+_one_at_a_time = threading.RLock()
 
 
 def _renew_lock() -> None:
@@ -49,8 +50,6 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-
-ImageSource = str | Path | Image.Image
 
 
 class Unreadable(UserError):

@@ -30,12 +30,13 @@ class Stored:
     kind: str = ""
     """In Pillow's words, such as "RGB;16B"; empty if it is not known."""
     white: int = 0
-    """The value of white that a PNM file states; 0 in others."""
+    """The value of white that a PGM or PPM file states; 0 in others."""
     bits: int | None = None
-    """Of a grey value, if the file says that they are fewer than 16."""
+    """Of a grey value, if the file tells it."""
     inverted: bool = False
     """Whether 0 is white and Pillow does not know it."""
     file: Any = None
+    """Its path, or the open file."""
 
     @classmethod
     def of(cls, image: Image.Image) -> "Stored":
@@ -47,8 +48,8 @@ class Stored:
         file = getattr(image, "filename", "") or getattr(image, "fp", None)
         match getattr(image, "format", None):
             case "PPM" if kind:
-                white = args[-1] if isinstance(args[-1], int) else FULL
-                # others are scaled to 16 bits
+                white = args[-1] if isinstance(args, tuple) else FULL if kind == "I;16B" else 255
+                # Pillow has scaled grey values of another white to 16 bits
                 return cls(kind, white, 16 if white < FULL else None, file=file)
             case "TIFF":
                 tags = image.tag_v2  # type: ignore[attr-defined]

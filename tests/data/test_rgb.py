@@ -76,13 +76,20 @@ def tiff(
 class TestOrdinary:
     """What Pillow converts well is what Pillow gives."""
 
-    @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "jpg", "tif"])
-    def test_rgb(self, tmp_path, suffix):
+    @pytest.mark.parametrize("mode", ["RGB", "L"])
+    @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "jpg", "tif", "ppm", "gif"])
+    @pytest.mark.parametrize("white", [255, 12])  # also if it is dark
+    def test_of_eight_bits(self, tmp_path, suffix, mode, white):
         path = tmp_path / f"plain.{suffix}"
-        Image.effect_noise((SIDE, SIDE), 80).convert("RGB").save(path)
+        noise = Image.effect_noise((SIDE, SIDE), 80).point(lambda value: value * white // 255)
+        noise.convert(mode).save(path)
         with Image.open(path) as file:
-            expected = np.asarray(file)
+            expected = np.asarray(file.convert("RGB"))
         assert np.array_equal(pixels(path), expected)
+
+    def test_a_plain_ppm_of_eight_bits(self, tmp_path):
+        (tmp_path / "dark.ppm").write_bytes(b"P3 1 1 255 1 2 3")
+        assert pixels(tmp_path / "dark.ppm").tolist() == [[[1, 2, 3]]]
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
     def test_other_modes(self, mode):
@@ -246,6 +253,9 @@ class TestBits:
         path = tmp_path / "inverted.tif"
         path.write_bytes(tiff((65535 - (RAMP << 8)).astype("<u2").tobytes(), photometric=0))
         assert np.array_equal(pixels(path)[..., 0], RAMP)
+        with Image.open(path) as image:
+            image.load()
+            assert np.array_equal(pixels(image)[..., 0], RAMP)
 
     def test_integers_of_32_bits_are_read_if_they_have_16(self):
         found = pixels(Image.fromarray(RAMP.astype(np.int32) << 8))
