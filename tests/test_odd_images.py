@@ -27,7 +27,7 @@ REFUSED = {  # by the reason that is given
     "torn.png": "truncated",
     "torn.tif": "",
     "torn.webp": "",
-    "empty.jpg": "",
+    "empty.jpg": "empty",
     "text.jpg": "",
     "html.png": "",
     "bomb.bmp": "2,500,000,000",

@@ -101,7 +101,7 @@ def report(name: str, notice: str) -> None:
 
 @functools.lru_cache(maxsize=2**16)
 def _report(name: str, notice: str) -> None:
-    log.warning("%s is used, but is odd: %s", name, notice)
+    log.warning("%s is used, with a warning: %s", name, notice)
 
 
 def _name_of(source: ImageSource) -> str:
@@ -125,7 +125,8 @@ def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
                 _check(file)
                 yield file, notices
         except Exception as error:  # arbitrary bytes can raise anything in a decoder
-            raise Unreadable(_name_of(source), _reason(error, _texts(caught))) from None
+            reason = _reason(error, source, _texts(caught))
+            raise Unreadable(_name_of(source), reason) from None
         notices += _texts(caught)
 
 
@@ -150,22 +151,28 @@ def _orientation(image: Image.Image, notices: list[str]) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception as error:
-        notices.append(f"its EXIF data cannot be read ({_reason(error, [])})")
+        notices.append(f"its EXIF data cannot be read ({_in_a_line([str(error)])})")
         return 1
 
 
-def _reason(error: Exception, warned: list[str]) -> str:
+def _reason(error: Exception, source: ImageSource, warned: list[str]) -> str:
     """Why an image was refused, in one line."""
-    if isinstance(error, IsADirectoryError):
-        return "a folder without images"
-    if isinstance(error, UnidentifiedImageError):
-        return _in_a_line(["its content is of no kind that Pillow decodes", *warned])
-    if isinstance(error, Image.DecompressionBombError):
-        found = re.search(r"\d+", str(error))
-        return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
-    if isinstance(error, MemoryError):
-        return "there is not enough memory to decode it"
-    return getattr(error, "strerror", None) or _in_a_line([str(error)]) or type(error).__name__
+    text = getattr(error, "strerror", None) or _in_a_line([str(error)]) or type(error).__name__
+    match error:
+        case IsADirectoryError():
+            return "a folder without images"
+        case UnidentifiedImageError():
+            if not isinstance(source, Image.Image) and not os.path.getsize(source):
+                return "the file is empty"
+            return _in_a_line(["its content is of no kind that Pillow decodes", *warned])
+        case Image.DecompressionBombError():
+            found = re.search(r"\d+", text)
+            return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
+        case MemoryError():
+            return "there is not enough memory to decode it"
+        case OSError() if text.startswith("decoder error"):
+            return f"damaged, or compressed in a way that Pillow does not decode ({text})"
+    return text
 
 
 def _texts(caught: list[warnings.WarningMessage]) -> list[str]:
