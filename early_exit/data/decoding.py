@@ -2,7 +2,8 @@
 
 It needs numpy and Pillow only. The pixels are a function of the file: no setting of Pillow changes
 them, and every program reads, and refuses, the same files. Images are decoded one at a time in a
-process, because those settings and Python's filters of warnings belong to the whole process.
+process, because those settings and Python's filters of warnings belong to the whole process;
+threads wait for storage at the same time.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 MAX_PIXELS = 2**28
 """Of one image, before it is decoded. Cameras and phones take up to 200 million; as RGB this many
 take 1 GiB."""
+BUFFER = 2**16  # bytes that are read at once; most headers are shorter
 ORIENTATION = 0x0112  # the tag in EXIF data
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -115,19 +118,21 @@ def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
     """The image, not yet decoded, and a list of what is odd about it, which is whole at the end.
     Errors are raised as Unreadable."""
     notices: list[str] = []
-    with _pillow_at_defaults() as caught:
-        try:
-            with contextlib.ExitStack() as stack:
-                if isinstance(source, Image.Image):
-                    file = source
-                else:
-                    file = stack.enter_context(Image.open(source))
-                _check(file)
-                yield file, notices
-        except Exception as error:  # arbitrary bytes can raise anything in a decoder
-            reason = _reason(error, source, _texts(caught))
-            raise Unreadable(_name_of(source), reason) from None
-        notices += _texts(caught)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            opened: Any = source
+            if not isinstance(source, Image.Image):
+                opened = stack.enter_context(open(source, "rb", BUFFER))
+                opened.peek()  # before other threads wait: storage may be slow
+            caught = stack.enter_context(_pillow_at_defaults())
+            if opened is not source:
+                opened = stack.enter_context(Image.open(opened))
+            _check(opened)
+            yield opened, notices
+    except Exception as error:  # arbitrary bytes can raise anything in a decoder
+        raise Unreadable(_name_of(source), _reason(error, source, _texts(caught))) from None
+    notices += _texts(caught)
 
 
 def _check(image: Image.Image) -> None:
