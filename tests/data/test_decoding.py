@@ -224,6 +224,21 @@ def test_threads_take_turns(tmp_path):
     assert (list(warnings.filters), warnings.showwarning) == before
 
 
+def test_no_thread_waits_for_the_storage_of_another(tmp_path):
+    """A pipe is storage that gives nothing until it is written to."""
+    path, slow = save(tmp_path / "noise.png"), tmp_path / "slow.png"
+    os.mkfifo(slow)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(check_header, slow)
+        with slow.open("wb"):  # once the other end is open
+            try:
+                pool.submit(decode, path).result(60)
+            finally:
+                assert not waiting.done()
+        with pytest.raises(Unreadable):
+            waiting.result(60)
+
+
 def test_a_process_does_not_wait_for_a_thread_of_its_parent(tmp_path):
     """Which held the lock when the process was made, and is not in it."""
     path = save(tmp_path / "noise.png")
