@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from early_exit import config as configs
-from early_exit.data.image_files import read_image
+from early_exit.data.decoding import read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
@@ -76,8 +76,8 @@ class Classifier:
         return predictions
 
     def read(self, image: str | Path | Image.Image) -> np.ndarray:
-        """One image as the network takes it, (C, H, W) uint8: rotated as its EXIF data say, cropped
-        and resized as in an evaluation.
+        """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
+        evaluation.
 
         Raises UserError for a file that cannot be read as an image.
         """

@@ -55,7 +55,8 @@ class Task:
     """
     prepare: Callable[[Config, Image.Image], Image.Image] | None = None
     """Prepares an image file for evaluation: RGB to RGB. Default: the centre of the image, cropped
-    to the network's aspect ratio and resized."""
+    to the network's aspect ratio and resized. For class folders: `early_exit.data.folders.prepare`.
+    """
 
 
 TASKS = {"cifar10": "cifar10.trainer:TASK", "imagenet": "imagenet.main:TASK"}

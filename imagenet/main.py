@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from early_exit import config as configs
 from early_exit.cli import flags, program, settings, training_flags
 from early_exit.data import folders
@@ -97,18 +95,13 @@ def static_networks(config: FolderRun, num_classes: int) -> list[StaticNetwork]:
     ]
 
 
-def prepare(config: FolderRun, image: Image.Image) -> Image.Image:
-    """Resizes and crops an image as in an evaluation."""
-    return folders.eval_transform(config.data)(image)
-
-
 TASK = Task(
     build_network,
     load_data,
     FolderRun,
     name="imagenet",
     static_networks=static_networks,
-    prepare=prepare,
+    prepare=folders.prepare,
 )
 
 

@@ -11,18 +11,21 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from early_exit.config import Config, DataConfig
 from early_exit.data.base import NormalisedImages
 from early_exit.data.class_folders import class_folders
-from early_exit.data.sources import noise
+from early_exit.data.decoding import Unreadable, report
+from early_exit.data.pixels import centre_crop
+from early_exit.data.sources import Transform, noise
 from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
 from early_exit.data.workers import (
     Batch,
@@ -88,18 +91,21 @@ class FolderRun(Config):
     data: FolderConfig = field(default_factory=FolderConfig)
 
 
-def train_transform(config: FolderConfig) -> v2.Transform:
+def train_transform(config: FolderConfig) -> Transform:
     """The augmentation: a random resized crop and a random horizontal flip, of a PIL image."""
     return v2.Compose(
         [v2.RandomResizedCrop(config.train_crop, antialias=True), v2.RandomHorizontalFlip()]
     )
 
 
-def eval_transform(config: FolderConfig) -> v2.Transform:
+def eval_transform(config: FolderConfig) -> Transform:
     """The preparation of val and test images: resize and centre crop, of a PIL image."""
-    return v2.Compose(
-        [v2.Resize(config.val_resize, antialias=True), v2.CenterCrop(config.val_crop)]
-    )
+    return partial(centre_crop, resize=config.val_resize, crop=config.val_crop)
+
+
+def prepare(config: FolderRun, image: Image.Image) -> Image.Image:
+    """`Task.prepare` of a task whose data are class folders: an image as in its evaluation."""
+    return eval_transform(config.data)(image)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class Data(NormalisedImages):
             for batch in batches
             for part in shard.slices(len(batch))
         )
-        for images, targets, unreadable in self._read(keys):
+        for images, targets, unreadable, _ in self._read(keys):
             if images is None or targets is None:
                 raise UserError(
                     f"none of the {len(unreadable)} files of a batch can be read, such as"
@@ -186,13 +192,15 @@ class Data(NormalisedImages):
             [ImageKey(source, int(row), None) for row in rows[part]]
             for part in shard.eval_slices(len(rows), batch_size)
         )
-        for images, targets, _ in self._read(keys):
+        for images, targets, _, _ in self._read(keys):
             if images is not None and targets is not None:
                 yield self._to_device(images, targets)
 
     def _read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
         """The batches of these keys. Raises UserError for one unreadable file too many."""
         for batch in self.pool.read(keys):
+            for name, notice in batch.odd:
+                report(name, notice)
             for file in batch.unreadable:
                 if file.name in self.skipped:
                     continue
@@ -232,8 +240,9 @@ class Data(NormalisedImages):
         source, rows = self.splits[split]
         found = self.images[ImageKey(source, int(rows[index]), None)]
         if isinstance(found, UnreadableFile):
-            raise UserError(f"{found.name} cannot be read as an image ({found.reason})")
-        return found[0].numpy()
+            raise Unreadable(found.name, found.reason)
+        report(found.name, found.notice)
+        return found.image.numpy()
 
 
 def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:

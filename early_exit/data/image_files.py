@@ -1,20 +1,15 @@
-"""Image files: finding them in folders, the same ones for training and for predict, and decoding
-them, with numpy and Pillow only."""
+"""Image files in folders: the same ones for training and for predict."""
 
 import contextlib
 import errno
 import heapq
 import os
 import stat
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
-from early_exit.data.pixels import as_rgb
 from early_exit.errors import UserError
 from early_exit.system.names import in_a_line, is_hidden
 
@@ -39,28 +34,6 @@ SPECIAL = "pipes, sockets and devices"
 NO_SUFFIX = "without a suffix"
 LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link
 SHOWN_KINDS = 6
-
-
-def read_image(source: str | Path | Image.Image) -> Image.Image:
-    """An image file, or an image, as RGB, rotated as its EXIF data say.
-
-    Raises UserError for a file that cannot be decoded.
-    """
-    try:
-        if isinstance(source, Image.Image):
-            return as_rgb(ImageOps.exif_transpose(source))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as file:
-                file.load()
-                return as_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # arbitrary bytes can raise anything in a decoder
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        if isinstance(error, IsADirectoryError):
-            reason = "a folder without images"
-        raise UserError(
-            f"{source} cannot be read as an image ({reason or type(error).__name__})"
-        ) from None
 
 
 Identity = tuple[int, int]

@@ -1,11 +1,12 @@
-"""From image files to bytes, and from bytes to what a network takes.
+"""From RGB images to bytes of the network's size, and from bytes to what a network takes.
 
-Decoding and resizing (`as_rgb`, `as_bytes`, `fitted`) need numpy and Pillow only.
+Resizing (`fitted`, `centre_crop`, `as_bytes`) needs numpy and Pillow only.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+THIN = 32  # how many times as long as wide an image is that is not resized as a whole
 
 
 def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
@@ -26,16 +29,36 @@ def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode with three channels of bytes; of 16 bits the upper eight.
+def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
+    """The centre square of an image whose shorter side has been resized: the pixels of torchvision's
+    Resize(resize) and CenterCrop(crop), which public weights were evaluated with.
 
-    Raises ValueError for pixels of neither 8 nor 16 bits, whose white level is unknown.
+    resize: the shorter side, in pixels; crop: the side of the square, at most `resize`. Of an image
+    that is more than `THIN` times as long as wide, only the square is computed: the rest would take
+    gigabytes. Its values can then differ by rounding.
     """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits; 8 and 16 are supported")
-    return image.convert("RGB")
+    shorter, longer = min(image.size), max(image.size)
+    resized = int(resize * longer / shorter)  # rounded as torchvision does
+    width, height = (resize, resized) if image.width <= image.height else (resized, resize)
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    if longer <= THIN * shorter:
+        whole = image.resize((width, height), Image.Resampling.BILINEAR)
+        return whole.crop((left, top, left + crop, top + crop))
+    first_x, last_x, x, right = _needed(left, crop, width, image.width)
+    first_y, last_y, y, bottom = _needed(top, crop, height, image.height)
+    part = image.crop((first_x, first_y, last_x, last_y))
+    return part.resize((crop, crop), Image.Resampling.BILINEAR, (x, y, right, bottom))
+
+
+def _needed(start: int, crop: int, whole: int, size: int) -> tuple[int, int, float, float]:
+    """Along one side, where the pixels begin and end that `crop` pixels from `start` on, of `size`
+    resized to `whole`, are made of; and where in these the crop itself begins and ends (which
+    Pillow keeps in float32, so the numbers must be small)."""
+    scale = size / whole
+    begin, end = start * scale, min((start + crop) * scale, size)
+    around = math.ceil(max(scale, 1)) + 1  # what the filter mixes in
+    first = max(math.floor(begin) - around, 0)
+    return first, min(math.ceil(end) + around, size), begin - first, end - first
 
 
 def as_bytes(image: Image.Image, channels: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
-from early_exit.data.pixels import as_rgb
+from early_exit.data.decoding import decode
 
 NOISE_CLASSES = 1000
+
+Transform = Callable[[Image.Image], Image.Image]
+"""What is done to an RGB image after it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Files:
         """The path of the file in this row."""
         return str(self.root / os.fsdecode(self.names[row]))
 
-    def image(self, row: int, transform: v2.Transform) -> Tensor:
-        """The transformed image, (H, W, 3) uint8."""
-        with Image.open(self.name(row)) as image:
-            return torch.from_numpy(np.array(transform(as_rgb(image))))
+    def image(self, row: int, transform: Transform) -> tuple[Tensor, str]:
+        """The transformed image, (H, W, 3) uint8, and what is odd about its file, or ""."""
+        image, notice = decode(self.name(row))
+        return torch.from_numpy(np.array(transform(image))), notice
 
     @cached_property
     def digest(self) -> str:
@@ -54,11 +57,11 @@ class Noise:
         """The name of the image in this row."""
         return f"{self.digest} {row}"
 
-    def image(self, row: int, _transform: v2.Transform) -> Tensor:
-        """The image, (H, W, 3) uint8. It is not transformed."""
+    def image(self, row: int, _transform: Transform) -> tuple[Tensor, str]:
+        """The image, (H, W, 3) uint8, of which nothing is odd. It is not transformed."""
         generator = torch.Generator().manual_seed(row)
         shape = (self.side, self.side, 3)
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), ""
 
 
 Source = Files | Noise

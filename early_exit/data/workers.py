@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from torchvision.transforms import v2
 
-from early_exit.data.sources import Source
+from early_exit.data.decoding import Unreadable
+from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
 
 
@@ -39,6 +39,17 @@ class UnreadableFile:
     reason: str
 
 
+class Sample(NamedTuple):
+    """A decoded image."""
+
+    image: Tensor
+    """(H, W, 3) uint8."""
+    target: int
+    name: str
+    notice: str
+    """What is odd about its file, or "". It travels to the main process, which says it once."""
+
+
 class ImageDataset(Dataset):
     """Decodes and transforms the image of a key.
 
@@ -48,28 +59,27 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         sources: dict[str, Source],
-        train_transform: v2.Transform,
-        eval_transform: v2.Transform,
+        train_transform: Transform,
+        eval_transform: Transform,
     ) -> None:
         self.sources = sources
         self.train_transform = train_transform
         self.eval_transform = eval_transform
 
-    def __getitem__(self, key: ImageKey) -> tuple[Tensor, int] | UnreadableFile:
-        """The image (H, W, 3) uint8 and its target; or the file, if it cannot be decoded."""
+    def __getitem__(self, key: ImageKey) -> Sample | UnreadableFile:
+        """The image; or the file, if it cannot be decoded."""
         source = self.sources[key.source]
         try:
             if key.seed_and_epoch is None:
-                image = source.image(key.row, self.eval_transform)
+                image, notice = source.image(key.row, self.eval_transform)
             else:
-                image = self._augmented(key, key.seed_and_epoch)
-        except Exception as error:  # arbitrary bytes can raise anything in a decoder
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return UnreadableFile(source.name(key.row), reason)
-        return image, int(source.targets[key.row])
+                image, notice = self._augmented(key, key.seed_and_epoch)
+        except Unreadable as error:
+            return UnreadableFile(error.name, error.reason)
+        return Sample(image, int(source.targets[key.row]), source.name(key.row), notice)
 
-    def _augmented(self, key: ImageKey, seed_and_epoch: tuple[int, int]) -> Tensor:
-        """The image as the key's seed, epoch and row augment it."""
+    def _augmented(self, key: ImageKey, seed_and_epoch: tuple[int, int]) -> tuple[Tensor, str]:
+        """The image as the key's seed, epoch and row augment it, and what is odd about its file."""
         in_worker = get_worker_info() is not None
         # the transforms draw from torch's global generator, whose state only workers may change
         with nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
@@ -85,16 +95,19 @@ class Batch(NamedTuple):
     targets: Tensor | None
     """(B,)"""
     unreadable: list[UnreadableFile]
+    odd: list[tuple[str, str]]
+    """The name of each file that something is odd about, and what."""
 
 
-def collate(items: list[tuple[Tensor, int] | UnreadableFile]) -> Batch:
+def collate(items: list[Sample | UnreadableFile]) -> Batch:
     """The batch made of what `ImageDataset` returned."""
     unreadable = [item for item in items if isinstance(item, UnreadableFile)]
     decoded = [item for item in items if not isinstance(item, UnreadableFile)]
     if not decoded:
-        return Batch(None, None, unreadable)
-    images, targets = default_collate(decoded)
-    return Batch(images, targets, unreadable)
+        return Batch(None, None, unreadable, [])
+    images, targets = default_collate([(sample.image, sample.target) for sample in decoded])
+    odd = [(sample.name, sample.notice) for sample in decoded if sample.notice]
+    return Batch(images, targets, unreadable, odd)
 
 
 class RequestedBatches:

@@ -18,7 +18,7 @@ from helpers import (
 from PIL import Image
 from torchvision.transforms import v2
 
-from early_exit.data.folders import MEAN, STD
+from early_exit.data.folders import MEAN, STD, train_transform
 from early_exit.data.sources import Files
 from early_exit.data.splits import Shard
 from early_exit.errors import UserError
@@ -135,6 +135,15 @@ class TestImages:
         loaded = load_folders(folders, train_crop=12)
         images, _ = next(loaded.train_batches(6, 0, 0))
         assert images.shape == (6, 3, 12, 12)
+
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 3), (300, 1), (2, 20_000), (20_000, 2)])
+    def test_an_image_of_any_size_is_augmented(self, folders, size):
+        transform = train_transform(folder_config(folders))
+        for seed in range(5):
+            torch.manual_seed(seed)
+            image = transform(Image.new("RGB", size, "white"))
+            assert image.getcolors() == [(16 * 16, (255, 255, 255))]
 
 
 class TestPosition:

@@ -1,15 +1,13 @@
-"""Image files: which ones are found in folders, and how they are decoded."""
+"""Image files: which ones are found in folders."""
 
 import errno
 import os
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import ROOT, assert_names, fail_to_list, refusal
 from PIL import Image
@@ -25,7 +23,6 @@ from early_exit.data.image_files import (
     SUFFIXES,
     describe,
     find_images,
-    read_image,
     walk,
 )
 from early_exit.errors import UserError
@@ -38,56 +35,6 @@ def save(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (SIDE, SIDE), "red").save(path)
     return path
-
-
-class TestReadImage:
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-    def test_every_kind_of_image_is_read_as_rgb(self, mode):
-        image = read_image(Image.new(mode, (20, 10)))
-        assert (image.mode, image.size) == ("RGB", (20, 10))
-
-    def test_a_path_and_an_image_give_the_same(self, tmp_path):
-        path = save(tmp_path / "red.png")
-        images = [read_image(source) for source in (path, str(path), Image.open(path))]
-        assert len({image.tobytes() for image in images}) == 1
-        assert images[0].getpixel((0, 0)) == (255, 0, 0)
-
-    def test_an_image_is_rotated_as_its_exif_data_say(self, tmp_path):
-        image = Image.new("RGB", (SIDE, SIDE))
-        image.paste("white", (0, 0, SIDE, SIDE // 2))  # white above
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-        image.save(tmp_path / "turned.png", exif=exif)
-        pixels = np.asarray(read_image(tmp_path / "turned.png"))
-        assert (pixels[:, SIDE // 2 :] == 255).all() and (pixels[:, : SIDE // 2] == 0).all()
-
-    def test_sixteen_bits_show_what_eight_show(self, tmp_path):
-        ramp = np.arange(SIDE, dtype=np.uint16)[None].repeat(SIDE, 0) * 4096
-        Image.fromarray(ramp).save(tmp_path / "16.png")
-        Image.fromarray((ramp // 256).astype(np.uint8)).save(tmp_path / "8.png")
-        sixteen, eight = (np.asarray(read_image(tmp_path / f"{bits}.png")) for bits in (16, 8))
-        assert np.array_equal(sixteen, eight)
-        assert sixteen.max() == 240
-
-    @pytest.mark.parametrize("mode", ["I", "F"])
-    def test_pixels_without_a_known_white_are_refused(self, mode):
-        assert_names(refusal(read_image, Image.new(mode, (20, 20))), 32)
-
-    def test_a_huge_image_is_read_without_a_warning(self, tmp_path, monkeypatch):
-        path = save(tmp_path / "huge.png")
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert read_image(path).size == (SIDE, SIDE)
-
-    def test_a_file_that_cannot_be_decoded_is_named(self, tmp_path):
-        torn = tmp_path / "torn.png"
-        torn.write_bytes(save(tmp_path / "whole.png").read_bytes()[:40])
-        (tmp_path / "text.jpg").write_text("no image")
-        (tmp_path / "empty").mkdir()
-        for name in ("torn.png", "text.jpg", "empty", "none.png"):
-            assert_names(refusal(read_image, tmp_path / name), tmp_path / name)
-        assert os.strerror(errno.ENOENT) in refusal(read_image, tmp_path / "none.png")
 
 
 def touch(folder: Path, *names: str) -> None:
