@@ -10,11 +10,13 @@ Runs whose settings differ only in the seed, evaluated under the same name, form
 were chosen on val when the runs were evaluated; test is only reported.
 """
 
+import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from early_exit.cli import flags, program
@@ -24,6 +26,9 @@ from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.files import atomic_directory, write_text
+from early_exit.trained import trained_since
+
+log = logging.getLogger(__name__)
 
 FILES = ("table.md", "table.csv", "table.json", comparison.FIGURE)
 
@@ -97,6 +102,12 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
     """
     paths = {path.resolve(): path for run in runs for path in find_reports(run, names)}
     found = [read_evaluation(path) for path in paths.values()]
+    weights = {(evaluation.run, evaluation.weights) for evaluation in found}
+    outdated = {each for each in weights if trained_since(*each)}
+    found = [
+        replace(evaluation, outdated=(evaluation.run, evaluation.weights) in outdated)
+        for evaluation in found
+    ]
     first = found[0]
     for other in found:
         if other.dataset != first.dataset:
@@ -119,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "early_exit.compare", *map(str, words)])
     write(groups, out, command, with_figure=not args.no_plots)
+    for caution in comparison.cautions(groups):
+        log.warning("%s", caution)
     print("\n\n".join([comparison.table(groups), *comparison.notes(groups)]))
     print(f"\ntable:  {out / 'table.md'}, .csv and .json")
     if not args.no_plots:

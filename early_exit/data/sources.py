@@ -16,6 +16,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import v2
 
+from early_exit.data.file_lists import printable
 from early_exit.data.pixels import as_rgb
 from early_exit.errors import UserError
 
@@ -36,10 +37,19 @@ class Files:
         """The path of the file in this row."""
         return str(self.root / os.fsdecode(self.names[row]))
 
+    def short_name(self, row: int) -> str:
+        """The path of the file below the data set's directory."""
+        return f"{self.root.name}/{printable(self.names[row])}"
+
     def image(self, row: int, transform: v2.Transform) -> Tensor:
         """The transformed image, (H, W, 3) uint8."""
         with Image.open(self.name(row)) as image:
             return torch.from_numpy(np.array(transform(as_rgb(image))))
+
+    def read_header(self, row: int) -> None:
+        """Reads the header of the file in this row, which raises anything if it is damaged."""
+        with Image.open(self.name(row)):
+            pass
 
     @cached_property
     def digest(self) -> str:
@@ -58,6 +68,8 @@ class Noise:
     def name(self, row: int) -> str:
         """The name of the image in this row."""
         return f"{self.digest} {row}"
+
+    short_name = name
 
     def image(self, row: int, _transform: v2.Transform) -> Tensor:
         """The image, (H, W, 3) uint8. It is not transformed."""

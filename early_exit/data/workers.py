@@ -38,6 +38,11 @@ class UnreadableFile:
     name: str
     reason: str
 
+    @classmethod
+    def of(cls, name: str, error: Exception) -> "UnreadableFile":
+        """The file that raised this error."""
+        return cls(name, " ".join(str(error).split()) or type(error).__name__)
+
 
 class ImageDataset(Dataset):
     """Decodes and transforms the image of a key.
@@ -64,8 +69,7 @@ class ImageDataset(Dataset):
             else:
                 image = self._augmented(key, key.seed_and_epoch)
         except Exception as error:  # arbitrary bytes can raise anything in a decoder
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return UnreadableFile(source.name(key.row), reason)
+            return UnreadableFile.of(source.name(key.row), error)
         return image, int(source.targets[key.row])
 
     def _augmented(self, key: ImageKey, seed_and_epoch: tuple[int, int]) -> Tensor:

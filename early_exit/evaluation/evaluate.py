@@ -46,7 +46,15 @@ from early_exit.system import distributed, provenance
 from early_exit.system.device import PRECISIONS, describe_device
 from early_exit.system.files import atomic_directory, locked, write_text
 from early_exit.task import Task
-from early_exit.trained import Splits, Trained, cut_record, get_record, get_splits, load_run
+from early_exit.trained import (
+    Splits,
+    Trained,
+    cut_record,
+    get_record,
+    get_splits,
+    load_run,
+    unfinished_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +183,7 @@ def make_report(
             regime=trained.config.run.regime,
             weights=trained.weights,
             settings=configs.without_paths(configs.to_dict(trained.config)),
+            unfinished=unfinished_of(trained.weights),
         ),
         choice=Choice(
             goal=str(goal),
@@ -187,6 +196,7 @@ def make_report(
             val_from=splits.origin,
             val_images=len(splits.val),
             test_images=len(splits.test),
+            left_out=splits.left_out,
         ),
         environment=Environment(
             device=describe_device(trained.device),

@@ -6,6 +6,7 @@ from typing import Any
 
 from early_exit.errors import UserError
 from early_exit.evaluation.report import FORMAT
+from early_exit.trained import unfinished_of
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -42,7 +43,11 @@ def _refuse_constant(word: str) -> None:
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a report of any format in the present one."""
-    return values if values.get("format", 1) == FORMAT else from_format_1(values)
+    report = values if values.get("format", 1) == FORMAT else from_format_1(values)
+    run = report.get("run", {})
+    if "weights" in run and "unfinished" not in run:  # before reports had it
+        run["unfinished"] = unfinished_of(str(run["weights"]))
+    return report
 
 
 OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.data.splits import Shard
 from early_exit.errors import UserError
@@ -14,6 +15,7 @@ from early_exit.system.device import autocast_context, set_up
 from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.phases import unfinished
 from early_exit.training.steps import Tally, score_batches
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ def score(
     network.to(device).to(memory_format=layout).eval()
     if config.run.compile:
         network.compile()
+    if saved and group.is_main:
+        warn_if_unfinished(saved, type(config), network.num_exits)
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     batches = data.eval_batches(split, data.eval_batch, Shard(group.rank, group.world))
@@ -53,4 +57,20 @@ def score(
         network, batches, loss_fn, partial(autocast_context, precision, device), tally
     ):
         pass
-    return network.exit_names, tally.gathered(group)
+    total = tally.gathered(group)
+    if total.images < data.size(split) and group.is_main:
+        left_out = data.size(split) - total.images
+        log.warning(
+            "%d of %d images of %s are left out: their files are unreadable",
+            left_out,
+            data.size(split),
+            split,
+        )
+    return network.exit_names, total
+
+
+def warn_if_unfinished(saved: dict, cls: type[Config], num_exits: int) -> None:
+    """Logs a warning if a checkpoint is of a run that is not finished."""
+    trained = unfinished(configs.build(cls, saved["config"]), num_exits, saved["position"])
+    if trained:
+        log.warning("this run is not finished: its weights are those of %s", trained)
