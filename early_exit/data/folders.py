@@ -170,7 +170,7 @@ class Data(NormalisedImages):
             if images is None or targets is None:
                 raise UserError(
                     f"none of the {len(unreadable)} files of a batch can be read, such as"
-                    f" {unreadable[0].name}; replace or remove them"
+                    f" {unreadable[0]}; replace or remove them"
                 )
             if unreadable:
                 repeated = torch.arange(len(images) + len(unreadable)) % len(images)
@@ -278,7 +278,7 @@ class Data(NormalisedImages):
         source, rows = self.splits[split]
         found = self.images[ImageKey(source, int(rows[index]), None)]
         if isinstance(found, UnreadableFile):
-            raise UserError(f"{found.name} cannot be read as an image ({found.reason})")
+            raise UserError(f"{found} cannot be read as an image")
         return found[0].numpy()
 
 

@@ -30,7 +30,7 @@ def leave_out(unreadable: Iterable[UnreadableFile], known: set[str], allowed: in
     new = [file for file in unreadable if file.name not in known]
     known.update(file.name for file in new)
     if new and len(known) > allowed:
-        examples = ", ".join(f"{file.name} ({file.reason})" for file in new[:NAMED])
+        examples = ", ".join(map(str, new[:NAMED]))
         count = f"{len(new)} files, such as " if len(new) > NAMED else ""
         raise UserError(
             f"{count}{examples} cannot be read as an image, and only {allowed} such files are"
@@ -38,7 +38,7 @@ def leave_out(unreadable: Iterable[UnreadableFile], known: set[str], allowed: in
             f" {max(10, 2 * allowed, len(known))}"
         )
     for file in new:
-        log.warning("skipping %s: %s", file.name, file.reason)
+        log.warning("skipping %s", file)
 
 
 def unreadable_headers(files: Files, rows: np.ndarray) -> list[UnreadableFile]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.transforms import v2
 
+from early_exit.data.file_lists import printable
 from early_exit.data.sources import Source
 from early_exit.data.splits import seed_of
 
@@ -42,6 +43,9 @@ class UnreadableFile:
     def of(cls, name: str, error: Exception) -> "UnreadableFile":
         """The file that raised this error."""
         return cls(name, " ".join(str(error).split()) or type(error).__name__)
+
+    def __str__(self) -> str:
+        return f"{printable(os.fsencode(self.name))} ({self.reason})"
 
 
 class ImageDataset(Dataset):

@@ -44,9 +44,11 @@ def _refuse_constant(word: str) -> None:
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a report of any format in the present one."""
     report = values if values.get("format", 1) == FORMAT else from_format_1(values)
-    run = report.get("run", {})
-    if "weights" in run and "unfinished" not in run:  # before reports had it
-        run["unfinished"] = unfinished_of(str(run["weights"]))
+    run, choice = report.get("run"), report.get("choice")
+    if isinstance(run, dict) and "weights" in run:  # fields that format 2 has got since
+        run.setdefault("unfinished", unfinished_of(str(run["weights"])))
+    if isinstance(choice, dict):
+        choice.setdefault("left_out", [])
     return report
 
 
