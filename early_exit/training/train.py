@@ -90,8 +90,8 @@ def train(
             group.barrier()  # no process reads the directory before it is locked
             position, saved = start_position(run, resume, start_epoch)
             if check:
-                check_files(run)
                 log_plan(run)
+                check_files(run)
             elif position.phase == len(run.phases):
                 log.info("%s is already trained", directory)
             else:
