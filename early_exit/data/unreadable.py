@@ -7,7 +7,7 @@ a good header; it is found only when the image is decoded.
 import logging
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 
@@ -48,13 +48,10 @@ def unreadable_headers(files: Files, rows: np.ndarray) -> list[UnreadableFile]:
         return [found for row in chunk.tolist() if (found := _check(files, row))]
 
     chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-    executor = ThreadPoolExecutor(THREADS)
-    try:
-        with warnings.catch_warnings():  # of the whole process, so here and not in the threads
-            warnings.simplefilter("ignore")
-            return [found for part in executor.map(check, chunks) for found in part]
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)  # after a signal, end at once
+    # its threads are daemons: one that hangs on storage does not keep the program from ending
+    with ThreadPool(THREADS) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the whole process, so here and not in the threads
+        return [found for part in pool.imap(check, chunks) for found in part]
 
 
 def _check(files: Files, row: int) -> UnreadableFile | None:

@@ -8,6 +8,7 @@ import torch
 
 from early_exit import config as configs
 from early_exit.config import Config
+from early_exit.data.file_lists import check_same_classes
 from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.model.losses import joint_loss
@@ -30,6 +31,8 @@ def score(
     device, precision = set_up(config.run)
     with group.main_process_first():
         data = task.load_data(config.data)
+    if saved:
+        check_same_classes(data, Path("the checkpoint"), saved["classes"])
     network = task.build_network(config, len(data.classes))
     if saved:
         checkpoint.load_into(network, checkpoint.reported(saved), Path("the checkpoint"))

@@ -1,5 +1,7 @@
 """Unreadable files are found by their headers, before anything is decoded."""
 
+import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -54,13 +56,19 @@ def test_a_large_image_raises_no_warning(folders, monkeypatch):
         load_folders(folders).check_headers()
 
 
-def test_an_error_of_the_reader_ends_it(folders, monkeypatch):
-    def interrupted(_files, _row):
-        raise KeyboardInterrupt
+def test_a_signal_ends_it_while_storage_hangs(folders, monkeypatch):
+    released = threading.Event()
 
-    monkeypatch.setattr(Files, "read_header", interrupted)
+    def hang(_files, _row):
+        if not released.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            released.wait()
+
+    monkeypatch.setattr(unreadable, "CHUNK", 100)
+    monkeypatch.setattr(Files, "read_header", hang)
     with pytest.raises(KeyboardInterrupt):
         load_folders(folders).check_headers()
+    released.set()
 
 
 @pytest.mark.parametrize(
