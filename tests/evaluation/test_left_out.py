@@ -21,6 +21,7 @@ from helpers import (
     refusal,
     tiny_network,
 )
+from PIL import Image
 
 from early_exit.choosing.goals import MaxDrop
 from early_exit.config import ModelConfig, OptimConfig, RunConfig
@@ -58,7 +59,10 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bad")
     data = load_folders(make_folders(root / "set", 8, 8))
     torn = Path(file_names(data, "val")[1])
-    torn.write_bytes(torn.read_bytes()[:-100])  # its header is whole
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).save(torn)
+    torn.write_bytes(torn.read_bytes()[:-500])
+    Image.open(torn).close()  # its header is whole
     (root / "set" / "val" / "bee" / "3.JPEG").rename(root / "set" / "val" / "bee" / ODD)
     (root / "set" / "val" / "bee" / ODD).write_bytes(b"")
     (root / "set" / "val" / "ape" / "0.JPEG").write_bytes(b"no image")
