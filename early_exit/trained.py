@@ -177,7 +177,7 @@ def trained_since(run_dir: Path, weights: str) -> bool:
     checkpoint or the report does not say."""
     found = re.match(r"weights ([0-9a-f]{16})\b", weights)
     try:
-        _, state = checkpoint.newest(run_dir)
+        state = checkpoint.newest(run_dir)[1] if found else None
     except UserError:
         return False
     if not found or state is None:
@@ -185,19 +185,20 @@ def trained_since(run_dir: Path, weights: str) -> bool:
     return checkpoint.weights_hash(checkpoint.reported(state)) != found[1]
 
 
-def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
+def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train") -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    Raises UserError if the data are not those that the run held out its val images from.
+    val_from: as for `get_splits`. Raises UserError if the data have other classes, and if val is
+    held out from train and the images that the run held out are not there.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
-    data, gone = file_lists.with_val_of(
-        task.load_data(loaded.config.data).normalised_by(loaded.normalisation),
-        run_dir,
-        loaded.classes,
-        loaded.val_hash,
-    )
+    data: Data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
+    file_lists.check_same_classes(data, run_dir, loaded.classes)
+    gone: tuple[str, ...] = ()
+    if val_from == "train":
+        way_on = ", or cut val from the official test set with --val-from test"
+        data, gone = file_lists.with_val_of(data, run_dir, loaded.val_hash, way_on)
     file_lists.log_changed_test(data, run_dir)
     return Trained(
         **vars(loaded),

@@ -201,6 +201,8 @@ def _leaving_out(unreadable: Mapping[int, str], blank: ExitRecord, recorded: int
     """What a record says whose first `recorded` rows are filled, and which lacks the unreadable
     images. Raises UserError if that is not all of them, or none."""
     count, split = len(blank), blank.info.split
+    if recorded == count:
+        return blank.info
     if recorded + len(unreadable) != count or not recorded:
         raise UserError(
             f"{count - recorded} of {count} images of {split} could not be read, and"

@@ -57,15 +57,15 @@ def changes(before: np.ndarray, now: np.ndarray) -> str:
 
 
 def with_val_of(
-    data: Data, path: Path, classes: Sequence[str], val_hash: str
+    data: Data, path: Path, val_hash: str, way_on: str = ""
 ) -> tuple[Data, tuple[str, ...]]:
     """The data with the val images that a run held out, even if files of train were added or
     removed since, and the names of those that are gone.
 
-    path: the run's directory or checkpoint. Raises UserError if the data have other classes, if the
-    files are not known by name, and if more of val are gone than `data.bad_files`.
+    path: the run's directory or checkpoint; way_on: what else the user can do, for messages. Raises
+    UserError if the run does not know its files by name, and if more of val are gone than
+    `data.bad_files`.
     """
-    check_same_classes(data, path, classes)
     if data.val_hash == val_hash:
         return data, ()
     directory = path if path.is_dir() else path.parent
@@ -73,11 +73,11 @@ def with_val_of(
     if train is None or val is None or not isinstance(data, FileData):
         raise UserError(
             f"{path} held out other val images ({val_hash}) than this data set gives"
-            f" ({data.val_hash}); check the data under --data"
+            f" ({data.val_hash}); check the path of the data{way_on}"
         )
     present = [data.file_names(split) for split in ("train", "val")]
     now = np.concatenate([names for names in present if names is not None] or [val[:0]])
-    told = changes(np.concatenate([train, val]), now)
+    told = changes(np.concatenate([train, val]), now) or "only the order has changed"
     gone = np.setdiff1d(val, now)
     if len(gone) > data.bad_files or len(gone) == len(val):
         advice = "put them back, or check the path of the data"
@@ -85,13 +85,14 @@ def with_val_of(
             advice += f", or leave them out with --bad-files {max(10, len(gone))}"
         raise UserError(
             f"of the {len(val)} val images that {path} held out, {_are(gone)} gone"
-            f" ({listed(map(printable, gone))}); of all files of train since then, {told}; {advice}"
+            f" ({listed(map(printable, gone))}); of all files of train since then, {told};"
+            f" {advice}{way_on}"
         )
     log.info(
         "since the training of %s, the files of train have changed: %s; val is the %d images that"
         " it held out%s",
         path,
-        told or "their order",
+        told,
         len(val),
         f", of which {_are(gone)} gone" if len(gone) else "",
     )

@@ -117,7 +117,7 @@ def evaluate(
     chosen = Options(**options)
     if chosen.draw:
         page.check_packages()  # before inference, which may take an hour
-    trained = load_run(Path(run_dir), task, overrides or {})
+    trained = load_run(Path(run_dir), task, overrides or {}, chosen.val_from)
     if trained.config.run.compile:
         trained.network.compile_stages()
         trained.network.backbone.compile(dynamic=True)

@@ -14,7 +14,7 @@ import torch
 from early_exit import config as configs
 from early_exit.config import Config, LossConfig
 from early_exit.data.base import Data
-from early_exit.data.file_lists import with_val_of
+from early_exit.data.file_lists import check_same_classes, with_val_of
 from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.model.cost import Cost, network_cost
@@ -196,7 +196,8 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     before = configs.to_dict(configs.build(type(run.config), saved["config"]))
     changes = list(configs.differences(before, configs.to_dict(run.config)))
     check_fixed_settings(run, path, saved, changes)
-    run.data, _ = with_val_of(run.data, path, saved["classes"], saved["val_hash"])
+    check_same_classes(run.data, path, saved["classes"])
+    run.data, _ = with_val_of(run.data, path, saved["val_hash"])
     position = Position(**saved["position"])
     # a new phase starts from the weights that would be reported
     weights = checkpoint.reported(saved) if position.starts_phase else saved["network"]

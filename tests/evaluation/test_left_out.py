@@ -139,6 +139,7 @@ def test_halves_of_test_are_cut_repeatedly(here):
     assert choice["left_out"] == ["val/ape/0.JPEG", r"val/bee/\xff\n3.JPEG"]
 
 
+@pytest.mark.slow
 def test_galleries_show_them(here):
     evaluated = choose_and_apply(loaded(here), MaxDrop(0.01), Options())
     rows = galleries(evaluated.test, evaluated.splits)["gallery"]
@@ -211,6 +212,21 @@ def test_a_run_that_does_not_remember_its_files_is_evaluated(here):
     assert_names(message, now, checkpoint.load(here / "run")["val_hash"])
 
 
+def test_val_is_not_needed_if_it_is_cut_from_test(here):
+    for name in file_names(loaded(here).data, "val"):
+        Path(name).unlink()
+    assert_names(refusal(report_of, here), "6 are gone", "--val-from test")
+    assert report_of(here, val_from="test")["choice"]["val_images"] == 11
+
+
+def test_other_classes_are_refused(here):
+    for split in ("train", "val"):
+        (here / "set" / split / "ape").rename(here / "set" / split / "ant")
+    for val_from in ("train", "test"):
+        assert_names(refusal(report_of, here, val_from=val_from), "ape, bee, cat", "ant, bee, cat")
+
+
+@pytest.mark.slow
 def test_records_of_an_older_version_are_used(here):
     """Their info.json does not say what they leave out: nothing."""
     for name in ("ape/0.JPEG", f"bee/{ODD}"):
