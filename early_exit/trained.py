@@ -262,7 +262,7 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
             told = file_lists.changes(names, now) or "their order"
             return f"the files of {split} have changed since they were recorded: {told}"
     left_out = stored.info.left_out
-    if len(left_out) > getattr(data, "bad_files", len(left_out)):
+    if isinstance(data, FileData) and len(left_out) > data.bad_files:
         return f"the record of {split} lacks {len(left_out)} images"
     for row, name in zip(left_out, stored.info.left_out_names, strict=True):
         try:

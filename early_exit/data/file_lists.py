@@ -71,9 +71,15 @@ def with_val_of(
     directory = path if path.is_dir() else path.parent
     train, val = (remembered(directory, split, val_hash) for split in ("train", "val"))
     if train is None or val is None or not isinstance(data, FileData):
+        advice = "check the path of the data"
+        if isinstance(data, FileData):
+            advice += (
+                ", or bring back the files of train as they were (for one that was unreadable, an"
+                " empty file of its name and --bad-files will do)"
+            )
         raise UserError(
             f"{path} held out other val images ({val_hash}) than this data set gives"
-            f" ({data.val_hash}); check the path of the data{way_on}"
+            f" ({data.val_hash}), and does not know its files by name; {advice}{way_on}"
         )
     present = [data.file_names(split) for split in ("train", "val")]
     now = np.concatenate([names for names in present if names is not None] or [val[:0]])

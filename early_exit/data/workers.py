@@ -42,7 +42,8 @@ class UnreadableFile:
     @classmethod
     def of(cls, name: str, error: Exception) -> "UnreadableFile":
         """The file that raised this error."""
-        return cls(name, " ".join(str(error).split()) or type(error).__name__)
+        reason = getattr(error, "reason", None) or error
+        return cls(name, " ".join(str(reason).split()) or type(error).__name__)
 
     def __str__(self) -> str:
         return f"{printable(os.fsencode(self.name))} ({self.reason})"

@@ -206,10 +206,13 @@ def test_other_files_of_train_change_no_record(here, caplog):
 def test_a_run_that_does_not_remember_its_files_is_evaluated(here):
     (here / "run" / file_lists.NAME).unlink()
     report_of(here)
-    Path(file_names(loaded(here).data, "train")[0]).unlink()
+    removed = Path(file_names(loaded(here).data, "train")[0])
+    removed.unlink()
     now = load_folders(here / "set").val_hash
     message = refusal(report_of, here)
-    assert_names(message, now, checkpoint.load(here / "run")["val_hash"])
+    assert_names(message, now, checkpoint.load(here / "run")["val_hash"], "--val-from test")
+    removed.touch()  # as the message says
+    report_of(here)
 
 
 def test_val_is_not_needed_if_it_is_cut_from_test(here):
