@@ -12,11 +12,13 @@ were chosen on val when the runs were evaluated; test is only reported. Of sever
 runs/*, comparisons are passed over, and what has no evaluation is named on standard error.
 """
 
+import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from early_exit.cli import flags, program
@@ -27,7 +29,9 @@ from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.files import atomic_directory, is_writable, write_text
 from early_exit.system.names import is_system_name
-from early_exit.trained import evaluations
+from early_exit.trained import evaluations, trained_since
+
+log = logging.getLogger(__name__)
 
 PROG = "early_exit.compare"
 FILES = ("table.md", "table.csv", "table.json", comparison.FIGURE)
@@ -130,7 +134,12 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
         raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")
     if not found:
         raise UserError(f"none of the {len(runs)} paths has an evaluation; evaluate a run first")
-    first, *others = found.values()
+    weights = {(evaluation.run, evaluation.weights) for evaluation in found.values()}
+    outdated = {each for each in weights if trained_since(*each)}
+    first, *others = (
+        replace(evaluation, outdated=(evaluation.run, evaluation.weights) in outdated)
+        for evaluation in found.values()
+    )
     for other in others:
         if other.dataset != first.dataset:
             raise UserError(
@@ -150,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "early_exit.compare", *map(str, words)])
     write(groups, out, command, with_figure=not args.no_plots)
+    for caution in comparison.cautions(groups):
+        log.warning("%s", caution)
     print("\n\n".join([comparison.table(groups), *comparison.notes(groups)]))
     print(f"\ntable:  {out / 'table.md'}, .csv and .json")
     if not args.no_plots:

@@ -20,7 +20,7 @@ from early_exit import config as configs
 from early_exit.classifier import Classifier, find_evaluation, load
 from early_exit.cli import flags, program
 from early_exit.errors import UserError
-from early_exit.evaluation.markdown import provenance
+from early_exit.evaluation.markdown import cautions, provenance
 from early_exit.evaluation.report import Choice
 from early_exit.evaluation.upgrade import read_report
 from early_exit.output import source_run
@@ -145,6 +145,7 @@ def card(
     ]
     paragraphs = [
         f"# {run['arch']}{'' if plain else ' with early exits'}, {run['dataset']}",
+        *cautions(run.get("unfinished"), choice.get("left_out", ())),
         _input_paragraph(classifier),
         _accuracy_paragraph(report, classifier.cost.plain_macs),
         exit_table(report),

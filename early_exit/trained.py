@@ -1,12 +1,12 @@
 """A trained run read from its directory: its network, data, records and evaluations."""
 
-import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from early_exit import config as configs
 from early_exit.choosing.overthinking import confusion, correct_answers
 from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
-from early_exit.data.base import Data
-from early_exit.errors import DataError, UserError
+from early_exit.data import file_lists
+from early_exit.data.base import Data, FileData
+from early_exit.errors import UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
@@ -33,7 +34,7 @@ from early_exit.system.files import locked, status
 from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint
-from early_exit.training.phases import plan_phases
+from early_exit.training.phases import unfinished
 from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class Trained(Loaded):
 
     data: Data
     cost: Cost
+    gone: tuple[str, ...] = ()
+    """Files of val that were removed after the training, and are left out."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Splits:
     data: Data
     origin: str
     """Where val came from, in words."""
+    left_out: tuple[str, ...] = ()
+    """Files of val and test that are unreadable or gone, and so neither in records nor in data."""
 
     @cached_property
     def correct_val(self) -> np.ndarray:
@@ -151,7 +156,14 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         network = task.build_network(config, len(state["classes"]))
     load_into(network, checkpoint.reported(state), path)
-    weights = f"weights {_weights_hash(network)} of {_describe_weights(config, network, state)}"
+    partial_training = unfinished(config, network.num_exits, state["position"])
+    if partial_training:
+        log.warning("%s is not finished: its weights are those of %s", run_dir, partial_training)
+    average = ", running average" if state.get("averaged") else ""
+    weights = (
+        f"weights {checkpoint.weights_hash(network.state_dict())} of"
+        f" {partial_training or 'the last epoch'}{average}"
+    )
     network.to(device).to(memory_format=config.run.memory_format).eval()
     return Loaded(
         run_dir=run_dir,
@@ -167,41 +179,46 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     )
 
 
-def _weights_hash(network: MultiExitNetwork) -> str:
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def unfinished_of(weights: str) -> str | None:
+    """How far a run was trained, of the words that its report has for its weights; None if it was
+    finished."""
+    found = re.search(r" of (epoch \d+ of \d+, phase \w+)", weights)
+    return found and found[1]
 
 
-def _describe_weights(config: Config, network: MultiExitNetwork, state: dict) -> str:
-    """Which weights a checkpoint holds; warns if the run is not finished."""
-    position, phases = state["position"], plan_phases(config, network.num_exits)
-    words = "the last epoch"
-    if position["phase"] < len(phases):
-        phase = phases[position["phase"]]
-        words = f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
-        log.warning("this run is not finished: its weights are those of %s", words)
-    return words + (", running average" if state.get("averaged") else "")
+def trained_since(run_dir: Path, weights: str) -> bool:
+    """Whether a run has other weights now than those that its report is of; False if the run has no
+    checkpoint or the report does not say."""
+    found = re.match(r"weights ([0-9a-f]{16})\b", weights)
+    try:
+        state = checkpoint.newest(source_run(run_dir))[1] if found else None
+    except UserError:
+        return False
+    if not found or state is None:
+        return False
+    return checkpoint.weights_hash(checkpoint.reported(state)) != found[1]
 
 
-def load_run(run_dir: Path, task: Task, overrides: dict) -> Trained:
+def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train") -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    Raises DataError if the data are not those that the run held out its val images from.
+    val_from: as for `get_splits`. Raises DataError if the data have other classes, and if val is
+    held out from train and the images that the run held out are not there.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
-    data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
-    if data.val_hash != loaded.val_hash:
-        raise DataError(
-            f"{run_dir} held out other val images ({loaded.val_hash}) than this data set gives"
-            f" ({data.val_hash})"
-        )
+    data: Data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
+    file_lists.check_same_classes(data, run_dir, loaded.classes)
+    gone: tuple[str, ...] = ()
+    if val_from == "train":
+        way_on = ", or cut val from the official test set with --val-from test"
+        data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, way_on)
+    file_lists.log_changed_test(data, source_run(run_dir))
     return Trained(
         **vars(loaded),
         data=data.to(loaded.device, loaded.config.run.memory_format),
         cost=network_cost(loaded.network),
+        gone=gone,
     )
 
 
@@ -228,10 +245,11 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                 except UserError as error:
                     log.warning("%s; recording it again", error)
                 else:
-                    if stored.info == info:
+                    if not (outdated := _outdated(stored, info, data, place)):
                         return stored
+                    log.info("%s", outdated)
         log.info("recording every exit on %s", split)
-        return record(
+        made = record(
             network,
             data.eval_batches(split, data.eval_batch),
             data.size(split),
@@ -239,7 +257,36 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
             trained.device,
             trained.autocast,
             directory,
+            partial(data.unreadable, split) if isinstance(data, FileData) else dict,
         )
+        file_lists.remember(directory, data, [split])
+        return made
+
+
+def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path) -> str:
+    """Why a stored record is not one of the present network, settings and data, which `info` and
+    `data` are; empty if it is."""
+    split, same_but_files = info.split, replace(stored.info, split_hash=info.split_hash)
+    if replace(same_but_files, left_out=(), left_out_names=()) != info:
+        return f"the record of {split} is of other weights or settings"
+    if stored.info.split_hash != info.split_hash:
+        names = file_lists.remembered(directory, split)
+        now = data.file_names(split) if isinstance(data, FileData) else None
+        if names is None or now is None:
+            return f"the images of {split} have changed since they were recorded"
+        if not np.array_equal(names, now):  # otherwise only other files of train have changed
+            told = file_lists.changes(names, now) or "their order"
+            return f"the files of {split} have changed since they were recorded: {told}"
+    left_out = stored.info.left_out
+    if isinstance(data, FileData) and len(left_out) > data.bad_files:
+        return f"the record of {split} lacks {len(left_out)} images"
+    for row, name in zip(left_out, stored.info.left_out_names, strict=True):
+        try:
+            data.picture(split, row)
+        except UserError:
+            continue
+        return f"{name} can be read now, and is not in the record of {split}"
+    return ""
 
 
 def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
@@ -255,18 +302,33 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
             " which cuts the official test set into val and test"
         )
     test = get_record(trained, "test")
+    left_out, data = test.info.left_out_names, _recorded(trained.data, test)
     if val_from == "train":
-        return Splits(get_record(trained, "val"), test, trained.data, "held out from train")
+        val = get_record(trained, "val")
+        return Splits(
+            val,
+            test,
+            _recorded(data, val),
+            "held out from train",
+            (*trained.gone, *val.info.left_out_names, *left_out),
+        )
     return Splits(
         *cut_record(test, trained.data, cut_seed),
-        trained.data.cut_test(cut_seed),
+        data.cut_test(cut_seed),
         f"half of the official test set, cut by seed {cut_seed}",
+        left_out,
     )
 
 
+def _recorded(data: Data, stored: ExitRecord) -> Data:
+    """The data without the images that a record of one of its splits left out."""
+    info = stored.info
+    return data.without(info.split, info.left_out) if isinstance(data, FileData) else data
+
+
 def cut_record(test: ExitRecord, data: Data, seed: int) -> tuple[ExitRecord, ExitRecord]:
-    """The record of the official test set, cut into val and test."""
-    val_half, test_half = data.test_halves(seed)
+    """The record of the official test set, cut into val and test. data: what it is a record of."""
+    val_half, test_half = _recorded(data, test).test_halves(seed)
     name = f"{data.name} test, cut {seed}"
     return (
         test.subset(val_half, "val", f"{name}, val half"),

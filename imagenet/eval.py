@@ -10,13 +10,13 @@ The report is written to RUN/eval/NAME; thresholds are fitted on val and test is
 from collections.abc import Sequence
 
 from early_exit.cli import evaluation_flags, flags, program
-from imagenet.main import TASK, add_workers_flag
+from imagenet.main import TASK, add_reading_flags
 
 
 def parser() -> flags.Parser:
     """The flags."""
     parser = evaluation_flags.evaluation_parser("imagenet", "main.py", __doc__)
-    add_workers_flag(parser)
+    add_reading_flags(parser)
     return parser
 
 

@@ -169,14 +169,14 @@ def parser() -> flags.Parser:
 
 def _add_data_flags(parser: argparse.ArgumentParser, default: FolderConfig) -> None:
     group = parser.add_argument_group("data")
-    add_workers_flag(group)
+    add_reading_flags(group)
     flags.add_setting(
         group,
-        "--bad-files",
-        setting="data.bad_files",
-        metavar="N",
-        help="unreadable files that each process logs and skips before the run stops"
-        f" (default: {default.bad_files})",
+        "--no-file-check",
+        setting="data.check_files",
+        const=False,
+        help="do not read the headers of all val and test images before training (default: read"
+        " them, to find unreadable files early)",
     )
     for name, meaning in (
         ("train_crop", "side of the random crops for training"),
@@ -210,8 +210,8 @@ def _add_data_flags(parser: argparse.ArgumentParser, default: FolderConfig) -> N
     )
 
 
-def add_workers_flag(group: Any) -> None:
-    """Adds --workers, which training and evaluation share."""
+def add_reading_flags(group: Any) -> None:
+    """Adds the flags for reading files, which training and evaluation share."""
     flags.add_setting(
         group,
         "-j",
@@ -220,6 +220,14 @@ def add_workers_flag(group: Any) -> None:
         metavar="N",
         help="processes per machine that decode images; 0: none (default: one per processor, at"
         " most 8 per GPU)",
+    )
+    flags.add_setting(
+        group,
+        "--bad-files",
+        setting="data.bad_files",
+        metavar="N",
+        help="unreadable files that each process names and leaves out before it stops (default: 0;"
+        " evaluations: as in training)",
     )
 
 

@@ -43,6 +43,8 @@ from cifar10 import data, resnet, trainer
 from cifar10 import eval as evaluation
 from early_exit import config as configs
 from early_exit.choosing.goals import Goal, MaxDrop
+from early_exit.choosing.outcome import Outcome, apply_policy
+from early_exit.choosing.record import ExitRecord
 from early_exit.cli import program
 from early_exit.config import (
     BackbonePhaseConfig,
@@ -56,6 +58,7 @@ from early_exit.data import folders
 from early_exit.data.folders import FolderConfig
 from early_exit.errors import UserError
 from early_exit.evaluation.evaluate import evaluate
+from early_exit.inference.policy import Policy
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import distributed
 from early_exit.task import Task
@@ -455,6 +458,11 @@ def crash() -> None:
 def ask_to_stop() -> None:
     """What a batch system does before the time is up."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def replay(record: ExitRecord, policy: Policy) -> Outcome:
+    """A policy applied to a record, which gives the answers and exits of live inference."""
+    return apply_policy(policy, record, record.cost)
 
 
 def make_folders(root: Path, train: int = 8, val: int = 4) -> Path:

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, replay
 
 from early_exit.choosing.goals import Budget, MaxDrop, Risk, choose
-from early_exit.choosing.record import replay
 from early_exit.config import Config
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.evaluate import evaluate

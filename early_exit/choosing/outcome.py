@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from early_exit.choosing.record import ExitRecord, Scores, score_record
+from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost
+
+ROUNDING = 1e-5  # live inference may exit or answer differently if a decision is closer than this
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,43 @@ def outcome_of(scored: Scores, policy: Policy, cost: Cost) -> Outcome:
     """The outcome for scores that were made with the policy's criterion, temperatures and enabled
     exits; its thresholds may differ from those."""
     return Outcome(scored, policy, cost, scored.exit_index(policy))
+
+
+def disagreements(
+    record: ExitRecord, policy: Policy, answers: np.ndarray, exit_index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares live inference with the policy applied to the record.
+
+    answers, exit_index: (images,), of live inference. Returns two (images,) masks: the images whose
+    answer or exit differs, and those of them that rounding does not explain. Rounding explains a
+    difference if, at an exit that the image reached, the score is within `ROUNDING` of the
+    threshold, or the logits of the two best classes are within `ROUNDING` of each other.
+    """
+    outcome = apply_policy(policy, record, record.cost)
+    differs = (outcome.answers != answers) | (outcome.exit_index != exit_index)
+    unexplained = np.zeros_like(differs)
+    for image in np.flatnonzero(differs).tolist():
+        last = max(outcome.exit_index[image], exit_index[image])
+        reached = [index for index in range(last + 1) if policy.is_enabled(index)]
+        gaps = [
+            *_threshold_gaps(outcome.scored.scores[image], policy, reached),
+            *_class_gaps(record, image, reached),
+        ]
+        unexplained[image] = min(gaps) > ROUNDING
+    return differs, unexplained
+
+
+def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:
+    """The distances of an image's scores (exits,) from the thresholds of the early exits reached;
+    none if scores are counts, which are exact."""
+    if get_traits(policy.criterion).counts:
+        return []
+    early = [index for index in reached if index < policy.num_exits - 1]
+    return [abs(scores[index] - policy.thresholds[index]) for index in early]
+
+
+def _class_gaps(record: ExitRecord, image: int, reached: list[int]) -> np.ndarray:
+    """How far the best logit of an image is above the second best, at each exit reached."""
+    row = image if record.rows is None else record.rows[image]
+    second, best = np.sort(record.logits[row, reached], axis=-1)[:, -2:].T
+    return best - second

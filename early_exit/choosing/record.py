@@ -5,9 +5,9 @@ Every question about thresholds is answered from it, without the network.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from early_exit.errors import UserError
-from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import Policy
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.model.cost import Cost
@@ -24,7 +23,6 @@ from early_exit.system.files import atomic_directory, write_text
 
 MAPPED_BYTES = 64 << 20  # the logits of a larger record are memory-mapped
 CHUNK_BYTES = 8 << 20  # logits read at once, so that a mapped record never fills the memory
-ROUNDING = 1e-5  # live inference may exit or answer differently if a decision is closer than this
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,11 @@ class RecordInfo:
     weights: str
     """Hash of the network's weights, and which they are, such as those of the last epoch."""
     device: str
+    left_out: tuple[int, ...] = ()
+    """The images of the split that could not be read, by their index in it; the record's images are
+    the others, in order."""
+    left_out_names: tuple[str, ...] = ()
+    """Their files."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class ExitRecord:
 
     def subset(self, indices: np.ndarray, split: str, split_hash: str) -> "ExitRecord":
         """The images at `indices` as the record of another split. Mapped logits are not copied."""
-        info = RecordInfo(**{**vars(self.info), "split": split, "split_hash": split_hash})
+        info = replace(
+            self.info, split=split, split_hash=split_hash, left_out=(), left_out_names=()
+        )
         targets = self.targets[indices]
         if isinstance(self.logits, np.memmap):
             rows = indices if self.rows is None else self.rows[indices]
@@ -130,26 +135,32 @@ def record(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     directory: Path | None = None,
+    unreadable: Callable[[], Mapping[int, str]] = dict,
 ) -> ExitRecord:
     """Runs every exit on `count` images and stores the logits, in memory or in a `directory`, which
     is written whole or not at all.
 
-    batches: images (B, C, H, W) and targets (B,). Raises UserError if the batches have fewer than
-    `count` images, because a record without the images that could not be read would be one of
-    another split; and if logits are not finite.
+    batches: images (B, C, H, W) and targets (B,). unreadable: called after them, gives the images
+    of the split that they left out, the name of each by its index. Raises UserError if the batches
+    have fewer than `count` images and that does not explain it; and if logits are not finite.
     """
     shape = (count, network.num_exits, network.num_classes)
     if directory is None:
         blank = ExitRecord(np.empty(shape, np.float32), np.empty(count, np.int64), info)
-        _fill(blank, network, batches, device, autocast)
-        return blank
+        recorded = _fill(blank, network, batches, device, autocast)
+        info = _leaving_out(unreadable(), blank, recorded)
+        return ExitRecord(blank.logits[:recorded], blank.targets[:recorded], info)
     with atomic_directory(directory) as partial:
         logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
         _allocate(partial / "logits.npy")
         blank = ExitRecord(logits, np.empty(count, np.int64), info)
-        _fill(blank, network, batches, device, autocast)
+        recorded = _fill(blank, network, batches, device, autocast)
+        info = _leaving_out(unreadable(), blank, recorded)
         logits.flush()
-        _write_targets_and_info(partial, blank.targets, info)
+        if recorded < count:
+            np.save(partial / "shorter.npy", logits[:recorded])
+            (partial / "shorter.npy").replace(partial / "logits.npy")
+        _write_targets_and_info(partial, blank.targets[:recorded], info)
     return ExitRecord.load(directory)
 
 
@@ -166,8 +177,8 @@ def _fill(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-) -> None:
-    """Writes the logits and targets of the batches into a blank record."""
+) -> int:
+    """Writes the logits and targets of the batches into a blank record; returns how many."""
     network.eval()
     start, count = 0, len(blank)
     with torch.inference_mode(), autocast():
@@ -183,11 +194,23 @@ def _fill(
             blank.logits[rows] = logits.numpy()
             blank.targets[rows] = target.cpu().numpy()
             start = rows.stop
-    if start != count:
+    return start
+
+
+def _leaving_out(unreadable: Mapping[int, str], blank: ExitRecord, recorded: int) -> RecordInfo:
+    """What a record says whose first `recorded` rows are filled, and which lacks the unreadable
+    images. Raises UserError if that is not all of them, or none."""
+    count, split = len(blank), blank.info.split
+    if recorded == count:
+        return blank.info
+    if recorded + len(unreadable) != count or not recorded:
         raise UserError(
-            f"{count - start} of {count} images of {blank.info.split} could not be read, and a"
-            " record needs all of them; replace the files named above"
+            f"{count - recorded} of {count} images of {split} could not be read, and"
+            f" {len(unreadable)} of them are known; replace the files named above"
         )
+    rows = sorted(unreadable)
+    names = tuple(unreadable[row] for row in rows)
+    return replace(blank.info, left_out=tuple(rows), left_out_names=names)
 
 
 def _check_finite(logits: Tensor, info: RecordInfo) -> None:
@@ -253,63 +276,3 @@ def score_record(record: ExitRecord, policy: Policy) -> Scores:
                 if top5 is not None:
                     top5[rows, index] = in_top5(answer, target).numpy()
     return Scores(scores, answers, record.targets, top5)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A policy on a record.
-
-    answers: (images,) the class answered; exit_index: (images,) the exit each image takes.
-    """
-
-    answers: np.ndarray
-    exit_index: np.ndarray
-
-
-def replay(record: ExitRecord, policy: Policy) -> Replay:
-    """Applies a policy to stored logits, which gives the answers and exits of live inference."""
-    scored = score_record(record, policy)
-    exit_index = scored.exit_index(policy)
-    return Replay(scored.answers[np.arange(len(exit_index)), exit_index], exit_index)
-
-
-def disagreements(
-    record: ExitRecord, policy: Policy, answers: np.ndarray, exit_index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compares live inference with the policy's replay on the record.
-
-    answers, exit_index: (images,), of live inference. Returns two (images,) masks: the images whose
-    answer or exit differs, and those of them that rounding does not explain. Rounding explains a
-    difference if, at an exit that the image reached, the score is within `ROUNDING` of the
-    threshold, or the logits of the two best classes are within `ROUNDING` of each other.
-    """
-    scored = score_record(record, policy)
-    replayed = scored.exit_index(policy)
-    replayed_answers = scored.answers[np.arange(len(replayed)), replayed]
-    differs = (replayed_answers != answers) | (replayed != exit_index)
-    unexplained = np.zeros_like(differs)
-    for image in np.flatnonzero(differs).tolist():
-        last = max(replayed[image], exit_index[image])
-        reached = [index for index in range(last + 1) if policy.is_enabled(index)]
-        gaps = [
-            *_threshold_gaps(scored.scores[image], policy, reached),
-            *_class_gaps(record, image, reached),
-        ]
-        unexplained[image] = min(gaps) > ROUNDING
-    return differs, unexplained
-
-
-def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:
-    """The distances of an image's scores (exits,) from the thresholds of the early exits reached;
-    none if scores are counts, which are exact."""
-    if get_traits(policy.criterion).counts:
-        return []
-    early = [index for index in reached if index < policy.num_exits - 1]
-    return [abs(scores[index] - policy.thresholds[index]) for index in early]
-
-
-def _class_gaps(record: ExitRecord, image: int, reached: list[int]) -> np.ndarray:
-    """How far the best logit of an image is above the second best, at each exit reached."""
-    row = image if record.rows is None else record.rows[image]
-    second, best = np.sort(record.logits[row, reached], axis=-1)[:, -2:].T
-    return best - second

@@ -134,7 +134,7 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
     """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
     signal with the state saved, 1 anything else."""
     level = logging.WARNING if distributed.rank() else logging.INFO
-    logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", level=level, handlers=_log_handlers())
     try:
         exit_on_sigterm()
         check_torchvision()
@@ -148,6 +148,14 @@ def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+
+
+def _log_handlers() -> list[logging.Handler]:
+    """What is logged goes to standard output, and warnings to standard error."""
+    words, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    words.addFilter(lambda entry: entry.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
+    return [words, warnings]
 
 
 def _fail(prog: str, message: object, code: int) -> int:

@@ -1,8 +1,8 @@
 """What training and evaluation need of a data set."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,6 +65,31 @@ class Data(Protocol):
 
     def picture(self, split: str, index: int) -> np.ndarray:
         """One image as (H, W, 3) uint8."""
+
+
+@runtime_checkable
+class FileData(Data, Protocol):
+    """A data set of files, which can be unreadable, and can change after a training."""
+
+    bad_files: int
+    """How many unreadable files are left out before an error."""
+
+    def file_names(self, split: str) -> np.ndarray | None:
+        """The name of every file of a split, as bytes; None if its images are not files."""
+
+    def check_headers(self) -> None:
+        """Reads the headers of val and test. Raises UserError if too many are unreadable."""
+
+    def unreadable(self, split: str) -> dict[int, str]:
+        """The images of a split that were found unreadable so far: the name of each file by its
+        index. `eval_batches` leaves them out."""
+
+    def without(self, split: str, indices: Sequence[int]) -> "FileData":
+        """The same data without these images of a split."""
+
+    def holding_out(self, names: np.ndarray, val_hash: str) -> "FileData":
+        """The same data whose val is the files of these names that are still there, and whose train
+        is the other files of train and val. val_hash: identifies this val."""
 
 
 class NormalisedImages:

@@ -23,10 +23,11 @@ from torchvision.transforms import v2
 from early_exit.config import Config, DataConfig
 from early_exit.data.base import NormalisedImages
 from early_exit.data.class_folders import class_folders
-from early_exit.data.decoding import Unreadable, report
+from early_exit.data.decoding import report
 from early_exit.data.pixels import centre_crop
-from early_exit.data.sources import Transform, noise
+from early_exit.data.sources import Files, Transform, noise
 from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
+from early_exit.data.unreadable import leave_out, unreadable_headers
 from early_exit.data.workers import (
     Batch,
     ImageDataset,
@@ -63,6 +64,8 @@ class FolderConfig(DataConfig):
     of train if that is less."""
     bad_files: int = 0
     """Unreadable files that a process skips before the run stops."""
+    check_files: bool = True
+    """Whether the headers of all val and test images are read before training."""
     dummy: int = 0
     """Train on this many images of noise instead of files; 0: on files."""
 
@@ -175,7 +178,7 @@ class Data(NormalisedImages):
             if images is None or targets is None:
                 raise UserError(
                     f"none of the {len(unreadable)} files of a batch can be read, such as"
-                    f" {unreadable[0].name}; replace or remove them"
+                    f" {unreadable[0]}; replace or remove them"
                 )
             if unreadable:
                 repeated = torch.arange(len(images) + len(unreadable)) % len(images)
@@ -201,18 +204,63 @@ class Data(NormalisedImages):
         for batch in self.pool.read(keys):
             for name, notice in batch.odd:
                 report(name, notice)
-            for file in batch.unreadable:
-                if file.name in self.skipped:
-                    continue
-                self.skipped.add(file.name)
-                if len(self.skipped) > self.bad_files:
-                    raise UserError(
-                        f"{file.name} cannot be read as an image ({file.reason}), and only"
-                        f" {self.bad_files} such files are skipped; replace the file, or skip more"
-                        f" of them with --bad-files {max(10, 2 * self.bad_files)}"
-                    )
-                log.warning("skipping %s: %s", file.name, file.reason)
+            leave_out(batch.unreadable, self.skipped, self.bad_files)
             yield batch
+
+    def check_headers(self) -> None:
+        """Reads the headers of val and test. Raises UserError if too many are unreadable."""
+        found, count = [], 0
+        for split in ("val", "test"):
+            source, rows = self.splits[split]
+            files = self.images.sources[source]
+            if isinstance(files, Files):
+                found += unreadable_headers(files, rows)
+                count += len(rows)
+        leave_out(found, self.skipped, self.bad_files)
+        if count:
+            log.info(
+                "read the headers of %d val and test images: %d are unreadable; damage behind a"
+                " header is found when the image is decoded",
+                count,
+                len(found),
+            )
+
+    def file_names(self, split: str) -> np.ndarray | None:
+        """The path of every file of a split below DIR/train or DIR/val, as bytes; None for noise."""
+        source, rows = self.splits[split]
+        files = self.images.sources[source]
+        return files.names[rows] if isinstance(files, Files) else None
+
+    def unreadable(self, split: str) -> dict[int, str]:
+        """The images of a split that were found unreadable so far: the path of each file below DIR
+        by its index."""
+        if not self.skipped:
+            return {}
+        source, rows = self.splits[split]
+        files = self.images.sources[source]
+        return {
+            index: files.short_name(row)
+            for index, row in enumerate(rows.tolist())
+            if files.name(row) in self.skipped
+        }
+
+    def without(self, split: str, indices: Sequence[int]) -> "Data":
+        """The same data without these images of a split."""
+        if not len(indices):
+            return self
+        source, rows = self.splits[split]
+        splits = {**self.splits, split: (source, np.delete(rows, indices))}
+        return dataclasses.replace(self, splits=splits)
+
+    def holding_out(self, names: np.ndarray, val_hash: str) -> "Data":
+        """The same data whose val is the files of these names that are still there, and whose train
+        is the other files of train and val. val_hash: identifies this val."""
+        files = self.images.sources["train"]
+        assert isinstance(files, Files), "noise has no names"
+        held_out = np.isin(files.names, names)
+        rest, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        splits = {**self.splits, "train": ("train", rest), "val": ("val", val)}
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
 
     def _to_device(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3) uint8 to normalised images (B, 3, H, W) on the device."""
@@ -240,7 +288,7 @@ class Data(NormalisedImages):
         source, rows = self.splits[split]
         found = self.images[ImageKey(source, int(rows[index]), None)]
         if isinstance(found, UnreadableFile):
-            raise Unreadable(found.name, found.reason)
+            raise UserError(f"{found} cannot be read as an image")
         report(found.name, found.notice)
         return found.image.numpy()
 
@@ -252,6 +300,7 @@ def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
     `class_folders` rejects, and for a val that is empty or leaves no image of a class for train.
     """
     if config.dummy:
+        _check_no_file_settings(config)
         classes, sources = noise(config.dummy, config.train_crop, config.val_crop)
     else:
         classes, sources = class_folders(Path(config.root or default_root))
@@ -271,6 +320,18 @@ def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
         workers=_workers_per_process(config.workers),
         bad_files=config.bad_files,
     )
+
+
+def _check_no_file_settings(config: FolderConfig) -> None:
+    """Raises UserError for settings that have no effect on noise."""
+    for flag, setting, given in (
+        ("--bad-files", "data.bad_files", config.bad_files > 0),
+        ("--no-file-check", "data.check_files", not config.check_files),
+    ):
+        if given:
+            raise UserError(
+                f"{flag} ({setting}) has no effect on --dummy, which reads no files; remove it"
+            )
 
 
 def _val_size(wanted: float | None, count: int) -> int:

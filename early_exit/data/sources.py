@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from early_exit.data.decoding import decode
+
+from early_exit.data.decoding import check_header, decode
+from early_exit.data.file_lists import printable
 
 NOISE_CLASSES = 1000
 
@@ -34,10 +36,18 @@ class Files:
         """The path of the file in this row."""
         return str(self.root / os.fsdecode(self.names[row]))
 
+    def short_name(self, row: int) -> str:
+        """The path of the file below the data set's directory."""
+        return f"{self.root.name}/{printable(self.names[row])}"
+
     def image(self, row: int, transform: Transform) -> tuple[Tensor, str]:
         """The transformed image, (H, W, 3) uint8, and what is odd about its file, or ""."""
         image, notice = decode(self.name(row))
         return torch.from_numpy(np.array(transform(image))), notice
+
+    def read_header(self, row: int) -> None:
+        """Reads the header of the file in this row. Raises Unreadable if it is damaged."""
+        check_header(self.name(row))
 
     @cached_property
     def digest(self) -> str:
@@ -56,6 +66,8 @@ class Noise:
     def name(self, row: int) -> str:
         """The name of the image in this row."""
         return f"{self.digest} {row}"
+
+    short_name = name
 
     def image(self, row: int, _transform: Transform) -> tuple[Tensor, str]:
         """The image, (H, W, 3) uint8, of which nothing is odd. It is not transformed."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from early_exit.data.decoding import Unreadable
+from early_exit.data.file_lists import printable
 from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
 
@@ -37,6 +38,9 @@ class UnreadableFile:
 
     name: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(os.fsencode(self.name))} ({self.reason})"
 
 
 class Sample(NamedTuple):

@@ -109,9 +109,10 @@ def table(groups: Sequence[Group]) -> str:
     ]
     for group in groups:
         cuts = f" ({group.first.cuts} cuts)" if group.first.cuts else ""
+        mark = "" if not cautions([group]) else " (!)"
         lines.append(
             [
-                group.name.replace("|", r"\|"),
+                group.name.replace("|", r"\|") + mark,
                 f"{len(group.members)}{cuts}",
                 group.goal or "-",
                 *(column.cell(group) for column in columns),
@@ -122,7 +123,8 @@ def table(groups: Sequence[Group]) -> str:
 
 def notes(groups: Sequence[Group]) -> list[str]:
     """What the numbers mean and how far they can be trusted, in paragraphs."""
-    found = [_about_columns(groups), *_about_deviations(groups), *_about_splits(groups)]
+    found = [f"(!) {caution}." for caution in cautions(groups)]
+    found += [_about_columns(groups), *_about_deviations(groups), *_about_splits(groups)]
     devices = {member.device for group in groups for member in group.members if member.speedups}
     if devices:
         names = " and ".join(sorted(devices))
@@ -131,6 +133,16 @@ def notes(groups: Sequence[Group]) -> list[str]:
     if differing:
         found.append(f"The runs differ in {', '.join(differing)}.")
     return found
+
+
+def cautions(groups: Sequence[Group]) -> list[str]:
+    """Which evaluations may not have the numbers of the trained run, and why."""
+    return [
+        f"{member.path.parent} is {caution}"
+        for group in groups
+        for member in group.members
+        for caution in member.cautions
+    ]
 
 
 def _about_columns(groups: Sequence[Group]) -> str:
@@ -205,11 +217,12 @@ def to_csv(groups: Sequence[Group]) -> str:
     columns, text = [*exit_columns(groups), *policy_columns(groups)], io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{column.name}_{end}" for column in columns for end in ("mean", "std")]
-    writer.writerow(["group", "goal", "evaluation", "seeds", "cuts", *names])
+    writer.writerow(["group", "goal", "evaluation", "seeds", "cuts", *names, "cautions"])
     for group in groups:
         first, seeds = group.first, len(group.members)
         numbers = [number for column in columns for number in column.mean_and_std(group)]
-        writer.writerow([group.name, group.goal, first.name, seeds, first.cuts, *numbers])
+        row = [group.name, group.goal, first.name, seeds, first.cuts, *numbers]
+        writer.writerow([*row, "; ".join(cautions([group]))])
     return text.getvalue()
 
 
@@ -230,7 +243,14 @@ def _group_values(group: Group) -> dict[str, Any]:
         "label": group.label,
         "goal": group.goal,
         "evaluations": [
-            {"run": str(member.run), "evaluation": member.name, "seed": member.seed}
+            {
+                "run": str(member.run),
+                "evaluation": member.name,
+                "seed": member.seed,
+                "unfinished": member.unfinished,
+                "outdated": member.outdated,
+                "left_out": member.left_out,
+            }
             for member in group.members
         ],
         "seeds": len(group.members),

@@ -49,7 +49,15 @@ from early_exit.system import distributed, provenance
 from early_exit.system.device import PRECISIONS, describe_device
 from early_exit.system.files import atomic_directory, locked, write_text
 from early_exit.task import Task
-from early_exit.trained import Splits, Trained, cut_record, get_record, get_splits, load_run
+from early_exit.trained import (
+    Splits,
+    Trained,
+    cut_record,
+    get_record,
+    get_splits,
+    load_run,
+    unfinished_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +124,7 @@ def evaluate(
     if chosen.draw:
         page.check_packages()  # before inference, which may take an hour
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
-    trained = load_run(output, task, overrides or {})
+    trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     if trained.config.run.compile:
         trained.network.compile_stages()
@@ -183,6 +191,7 @@ def make_report(
             regime=trained.config.run.regime,
             weights=trained.weights,
             settings=configs.without_paths(configs.to_dict(trained.config)),
+            unfinished=unfinished_of(trained.weights),
         ),
         choice=Choice(
             goal=str(goal),
@@ -195,6 +204,7 @@ def make_report(
             val_from=splits.origin,
             val_images=len(splits.val),
             test_images=len(splits.test),
+            left_out=splits.left_out,
         ),
         environment=Environment(
             device=describe_device(trained.device),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
-from early_exit.choosing.outcome import Outcome
-from early_exit.choosing.record import ExitRecord, disagreements
-from early_exit.data.base import Data
+from early_exit.choosing.outcome import Outcome, disagreements
+from early_exit.choosing.record import ExitRecord
+from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
 from early_exit.evaluation.report import LiveResult
 from early_exit.inference import latency
@@ -75,6 +75,9 @@ def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> 
         exits.append(batch.exit_index.cpu().numpy())
         if test.num_classes > MANY_CLASSES:
             top5 += int(in_top5(batch.logits, target).sum())
+    if isinstance(data, FileData) and (lost := data.unreadable("test")):  # since it was recorded
+        kept = np.setdiff1d(np.arange(len(test)), list(lost))
+        test = test.subset(kept, "test", test.info.split_hash)
     classes, exit_index = np.concatenate(answers), np.concatenate(exits)
     differs, unexplained = disagreements(test, policy, classes, exit_index)
     return LiveResult(
@@ -109,7 +112,8 @@ def time_batch(
     for images, _ in data.eval_batches("test", batch_size):
         if (len(batches) + 1) * batch_size > total:
             break
-        batches.append(images)
+        if len(images) == batch_size:  # fewer if a file is unreadable since it was recorded
+            batches.append(images)
     timing = latency.measure(trained.network, batches, policy, autocast=trained.autocast)
     stages = None
     if batch_size <= data.size("val"):

@@ -5,6 +5,7 @@ The page places its figures by the sections' ids, so headings can be reworded fr
 
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from early_exit.evaluation.report import (
 )
 from early_exit.model.energy import PICOJOULES
 
+MAX_NAMES = 10  # of files; all are in report.json
 MAX_CLASSES = 12  # shown; of more, the cheapest and the most expensive half of them
 
 
@@ -64,6 +66,25 @@ def headline(report: Report) -> str:
         f" ({'no loss' if lost <= 0 else f'{lost:.2f} points lost'}), random exits"
         f" {100 * report.random_accuracy:.2f} %"
     )
+
+
+def cautions(unfinished: str | None, left_out: Sequence[str]) -> list[str]:
+    """What a reader must know before the numbers, in paragraphs.
+
+    unfinished: how far the run was trained, if not to its end; left_out: the files without which
+    val and test were used.
+    """
+    found = []
+    if unfinished:
+        found.append(f"**This run is not finished**: its weights are those of {unfinished}.")
+    if left_out:
+        count, names = len(left_out), ", ".join(map(escaped, left_out[:MAX_NAMES]))
+        more = f" and {count - MAX_NAMES} more" if count > MAX_NAMES else ""
+        found.append(
+            f"**{count} {'image is' if count == 1 else 'images are'} left out** of val and test,"
+            f" because the files are unreadable or gone: {names}{more}."
+        )
+    return found
 
 
 def guarantee_text(report: Report, result: GuaranteeResult) -> str:
@@ -268,6 +289,7 @@ def _summary(report: Report) -> str:
     fitted = provenance(report.choice, plain=len(report.exits) == 1, cdl=report.cdl is not None)
     return "\n\n".join(
         [
+            *cautions(report.run.unfinished, report.choice.left_out),
             headline(report) + ".",
             exit_table(report),
             "*MACs*: multiply-adds of everything that runs up to the exit, heads included, as a"
@@ -389,7 +411,11 @@ def provenance(choice: Choice, *, plain: bool, cdl: bool) -> str:
 
 def summary(report: Report, directory: Path) -> str:
     """What the screen shows at the end of an evaluation."""
-    parts = [exit_table(report), headline(report)]
+    parts = [
+        exit_table(report),
+        *cautions(report.run.unfinished, report.choice.left_out),
+        headline(report),
+    ]
     if report.cdl is not None:
         parts += [candidate_table(report), operations_text(report)]
     if report.guarantee:

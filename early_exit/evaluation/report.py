@@ -34,6 +34,8 @@ class RunInfo:
     """Hash of the weights, and which they are."""
     settings: dict[str, Any]
     """The run's configuration, as it was evaluated."""
+    unfinished: str | None = None
+    """How far it was trained, such as `epoch 3 of 10, phase joint`; None if to its end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Choice:
     """Where val came from, in words."""
     val_images: int
     test_images: int
+    left_out: tuple[str, ...] = ()
+    """Files of val and test that could not be read or are gone, and are not among these images."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ IGNORED_SETTINGS = {
     "data.root",
     "data.workers",
     "data.bad_files",
+    "data.check_files",
     "run.device",
     "run.threads",
     "run.compile",
@@ -75,6 +76,26 @@ class Evaluation:
     """Over the plain network, by batch size."""
     precision: str
     device: str
+    unfinished: str | None = None
+    """How far the run was trained; None: to its end."""
+    left_out: int = 0
+    """Images of val and test that could not be read."""
+    weights: str = ""
+    """Hash of the weights, and which they are."""
+    outdated: bool
+    """Whether the run was trained on since (`early_exit.trained.trained_since`)."""
+
+    @property
+    def cautions(self) -> list[str]:
+        """Why its numbers may not be those of the trained run, in words."""
+        found = []
+        if self.unfinished:
+            found.append(f"not finished: {self.unfinished}")
+        if self.outdated:
+            found.append("outdated: the run was trained on since; evaluate it again")
+        if self.left_out:
+            found.append(f"without {self.left_out} unreadable or missing files of val and test")
+        return found
 
     def accuracy_of_exit(self, index: int) -> float | None:
         """Accuracy if every test image exited at one early exit; None if there is no such exit."""
@@ -164,6 +185,10 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         },
         precision=environment.get("precision", "unknown"),
         device=environment.get("device", "unknown"),
+        unfinished=report["run"].get("unfinished"),
+        left_out=len(choice.get("left_out", ())),
+        weights=str(report["run"].get("weights", "")),
+        outdated=False,
     )
 
 

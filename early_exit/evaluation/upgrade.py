@@ -6,6 +6,7 @@ from typing import Any
 
 from early_exit.errors import UserError
 from early_exit.evaluation.report import FORMAT
+from early_exit.trained import unfinished_of
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -42,7 +43,13 @@ def _refuse_constant(word: str) -> None:
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a report of any format in the present one."""
-    return values if values.get("format", 1) == FORMAT else from_format_1(values)
+    report = values if values.get("format", 1) == FORMAT else from_format_1(values)
+    run, choice = report.get("run"), report.get("choice")
+    if isinstance(run, dict) and "weights" in run:  # fields that format 2 has got since
+        run.setdefault("unfinished", unfinished_of(str(run["weights"])))
+    if isinstance(choice, dict):
+        choice.setdefault("left_out", [])
+    return report
 
 
 OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}

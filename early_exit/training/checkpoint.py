@@ -1,5 +1,6 @@
 """Checkpoints: plain dictionaries, written whole or not at all, read with weights_only."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -79,6 +80,14 @@ def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
 def reported(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint that are reported: the average's if there is one."""
     return state.get("average") or state["network"]
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """A short hash of the weights of a network on the CPU."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_backbone(path: Path, own: Mapping[str, Tensor]) -> tuple[Weights, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The phases of a regime."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from early_exit.config import Config, OptimConfig
@@ -65,3 +66,12 @@ def plan_phases(config: Config, num_exits: int) -> list[Phase]:
             f"--regime {config.run.regime} trains only the heads, and all their loss weights are 0"
         )
     return [*phases, Phase("heads", optim, (*weights[:-1], 0.0))]
+
+
+def unfinished(config: Config, num_exits: int, position: Mapping[str, int]) -> str | None:
+    """How far a run is trained whose checkpoint has this position; None if it is finished."""
+    phases = plan_phases(config, num_exits)
+    if position["phase"] >= len(phases):
+        return None
+    phase = phases[position["phase"]]
+    return f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"

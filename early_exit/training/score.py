@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from early_exit import config as configs
 from early_exit.config import Config
+from early_exit.data.file_lists import check_same_classes
 from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.model.losses import joint_loss
@@ -14,6 +16,7 @@ from early_exit.system.device import autocast_context, set_up
 from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.phases import unfinished
 from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally, score_batches
 
@@ -29,6 +32,8 @@ def score(
     device, precision = set_up(config.run)
     with group.main_process_first():
         data = task.load_data(config.data)
+    if saved:
+        check_same_classes(data, Path("the checkpoint"), saved["classes"])
     network = task.build_network(config, len(data.classes))
     if saved:
         owner = " ".join(["--arch", config.model.arch, "--exits", *network.exit_names[:-1]])
@@ -48,6 +53,8 @@ def score(
     network.to(device).to(memory_format=layout).eval()
     if config.run.compile:
         network.compile()
+    if saved and group.is_main:
+        warn_if_unfinished(saved, type(config), network.num_exits)
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     batches = data.eval_batches(split, data.eval_batch, Shard(group.rank, group.world))
@@ -55,4 +62,20 @@ def score(
         network, batches, loss_fn, partial(autocast_context, precision, device), tally
     ):
         pass
-    return network.exit_names, tally.gathered(group)
+    total = tally.gathered(group)
+    if total.images < data.size(split) and group.is_main:
+        left_out = data.size(split) - total.images
+        log.warning(
+            "%d of %d images of %s are left out: their files are unreadable",
+            left_out,
+            data.size(split),
+            split,
+        )
+    return network.exit_names, total
+
+
+def warn_if_unfinished(saved: dict, cls: type[Config], num_exits: int) -> None:
+    """Logs a warning if a checkpoint is of a run that is not finished."""
+    trained = unfinished(configs.build(cls, saved["config"]), num_exits, saved["position"])
+    if trained:
+        log.warning("this run is not finished: its weights are those of %s", trained)

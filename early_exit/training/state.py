@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +14,9 @@ import torch
 from early_exit import config as configs
 from early_exit.config import Config, LossConfig
 from early_exit.data.base import Data
+from early_exit.data.file_lists import check_same_classes, with_val_of
 from early_exit.data.splits import Shard
-from early_exit.errors import DataError, UserError
+from early_exit.errors import UserError
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import provenance
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 # Settings that cannot change when a run is resumed, and the exceptions. Settings of a section that
 # the library does not know belong to the task, and cannot change either.
 FIXED = ("data.", "model.", "run.regime", "run.seed", "optim.batch_size", "optim.decay_norm")
-NOT_FIXED = ("data.root", "data.workers", "data.bad_files")
+NOT_FIXED = ("data.root", "data.workers", "data.bad_files", "data.check_files")
 SECTIONS = {item.name for item in dataclasses.fields(Config)}
 # Settings that have no effect on a run that is already trained.
 TRAINING_ONLY = (
@@ -196,7 +197,8 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     before = configs.to_dict(configs.build(type(run.config), saved["config"]))
     changes = list(configs.differences(before, configs.to_dict(run.config)))
     check_fixed_settings(run, path, saved, changes)
-    check_same_data(run.data, path, saved)
+    check_same_classes(run.data, path, saved["classes"])
+    run.data, _ = with_val_of(run.data, path, saved["val_hash"])
     position = Position(**saved["position"])
     # a new phase starts from the weights that would be reported
     weights = checkpoint.reported(saved) if position.starts_phase else saved["network"]
@@ -234,21 +236,6 @@ def check_fixed_settings(
                 f"{path} was trained with {name} = {_value_text(old)}, this run asks for"
                 f" {_value_text(new)}; keep the old value, or choose another --save-dir"
             )
-
-
-def check_same_data(data: Data, path: Path, saved: dict[str, Any]) -> None:
-    """Raises DataError if the data have other classes or another val than the checkpoint's."""
-    if saved["classes"] != list(data.classes):
-        raise DataError(
-            f"{path} was trained on {len(saved['classes'])} classes"
-            f" ({_first_names(saved['classes'])}), the data has {len(data.classes)}"
-            f" ({_first_names(data.classes)})"
-        )
-    if saved["val_hash"] != data.val_hash:
-        raise DataError(
-            f"{path} held out other val images ({saved['val_hash']}) than this data set gives"
-            f" ({data.val_hash})"
-        )
 
 
 def check_remaining_epochs(
@@ -302,8 +289,3 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, A
 def _value_text(value: Any) -> str:
     """The value of a setting for a message."""
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def _first_names(classes: Sequence[str]) -> str:
-    """`cat, dog, ship, ...`."""
-    return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")

@@ -14,7 +14,8 @@ import yaml
 
 from early_exit import config as configs
 from early_exit.config import Config
-from early_exit.data.base import Data
+from early_exit.data import file_lists
+from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
 from early_exit.model.checks import check_network
 from early_exit.model.heads import POOLED
@@ -92,11 +93,13 @@ def train(
             position, saved = start_position(run, resume, start_epoch)
             if check:
                 log_plan(run)
+                check_files(run)
             elif position.phase == len(run.phases):
                 log.info("%s is already trained", directory)
             else:
+                check_files(run)
                 if group.is_main:
-                    write_settings(run)
+                    write_settings(run, fresh=saved is None)
                 log_network(run)
                 run_phases(run, position, saved)
     return directory
@@ -167,7 +170,7 @@ def adopt(
         average=None,
     )
     with locked(run_dir):
-        write_settings(run)
+        write_settings(run, fresh=True)
         save(run, state, end)
     return run_dir
 
@@ -253,8 +256,20 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"{directory} cannot be written; choose another --save-dir")
 
 
-def write_settings(run: Run) -> None:
-    """Writes config.yaml and versions.json."""
+def check_files(run: Run) -> None:
+    """Reads the headers of the held-out images in the main process, which can take minutes on a
+    network disk; the others wait. Raises UserError if too many are unreadable."""
+    if isinstance(run.data, FileData) and getattr(run.config.data, "check_files", True):
+        with run.group.main_process_first():
+            if run.group.is_main:
+                run.data.check_headers()
+
+
+def write_settings(run: Run, fresh: bool) -> None:
+    """Writes config.yaml and versions.json, and the names of the data's files.
+
+    fresh: whether nothing was trained yet; the names are those at the start of the training.
+    """
     for incomplete in run.directory.glob(f".{checkpoint.NAME}*"):
         incomplete.unlink()  # of a process that was killed while it wrote
     config = yaml.safe_dump(configs.to_dict(run.config), sort_keys=False)
@@ -267,6 +282,8 @@ def write_settings(run: Run) -> None:
         "command": sys.argv,
     }
     write_text(run.directory / "versions.json", json.dumps(versions, indent=2) + "\n")
+    if fresh or not (run.directory / file_lists.NAME).exists():
+        file_lists.remember(run.directory, run.data)
 
 
 def log_plan(run: Run) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import refusal
+from helpers import refusal, replay
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from early_exit.choosing.guarantees import (
     with_losses_as_errors,
 )
 from early_exit.choosing.outcome import apply_policy
-from early_exit.choosing.record import Scores, replay, score_record
+from early_exit.choosing.record import Scores, score_record
 from early_exit.errors import UserError
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, refusal
+from helpers import assert_close, refusal, replay
 
 from early_exit.choosing import record as records
 from early_exit.choosing.goals import MaxDrop, choose
-from early_exit.choosing.record import ExitRecord, disagreements, record, replay, score_record
+from early_exit.choosing.outcome import disagreements
+from early_exit.choosing.record import ExitRecord, record, score_record
 from early_exit.errors import Unavailable
 from early_exit.inference.criteria import CRITERIA
 from early_exit.inference.policy import NEVER, Policy
@@ -377,7 +378,8 @@ def test_replay_disagrees_with_itself_nowhere(hand):
 @pytest.mark.parametrize("kind", ["answers", "exit_index"])
 def test_planted_mistakes_are_found_and_not_explained(hand, kind):
     policy = policy_for(hand)
-    live = {key: value.copy() for key, value in vars(replay(hand, policy)).items()}
+    found = replay(hand, policy)
+    live = {"answers": found.answers.copy(), "exit_index": found.exit_index.copy()}
     live[kind][[0, 2]] = [1, 1]
     differs, unexplained = disagreements(hand, policy, **live)
     assert differs.tolist() == [True, False, True, False]

@@ -74,3 +74,12 @@ class TestEvaluate:
     def test_other_exits_than_the_runs_are_refused(self, error, joint):
         message = error("-e", "--resume", joint, "--exits", "layer1")
         assert "heads.layer2" in message and "--exits" in message
+
+    def test_an_unfinished_run_is_told(self, run, joint, tmp_path, caplog):
+        state = checkpoint.load(joint)
+        position = {"phase": 0, "epoch": 1, "step": 0}
+        torch.save({**state, "position": position}, tmp_path / "early.pt")
+        for path, told in ((tmp_path / "early.pt", True), (joint, False)):
+            caplog.clear()
+            assert run("-e", "--resume", path)[0] == 0
+            assert ("epoch 1 of 2, phase joint" in caplog.text) == told

@@ -7,7 +7,8 @@ import torch
 from helpers import TASK, assert_close, few_digits, quick_report, refusal, tiny_network
 
 from early_exit.choosing.goals import Budget
-from early_exit.choosing.record import ExitRecord, disagreements
+from early_exit.choosing.outcome import disagreements
+from early_exit.choosing.record import ExitRecord
 from early_exit.classifier import load
 from early_exit.config import Config, ModelConfig, OptimConfig, RunConfig
 from early_exit.evaluation.evaluate import evaluate

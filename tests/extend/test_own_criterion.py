@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers import TASK, quick_report, refusal
+from helpers import TASK, quick_report, refusal, replay
 from torch import Tensor
 
 from early_exit.choosing.goals import Budget, MaxDrop, choose
 from early_exit.choosing.outcome import apply_policy
-from early_exit.choosing.record import replay, score_record
+from early_exit.choosing.record import score_record
 from early_exit.classifier import load
 from early_exit.inference.criteria import CRITERIA, declare
 from early_exit.inference.infer import infer

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, bound, refusal, skip_without
+from helpers import assert_close, bound, refusal, replay, skip_without
 from torch import nn
 
-from early_exit.choosing.record import disagreements, replay, score_record
+from early_exit.choosing.outcome import disagreements
+from early_exit.choosing.record import score_record
 from early_exit.errors import UserError
 from early_exit.inference.criteria import CRITERIA
 from early_exit.inference.infer import Rows, infer, run_segments

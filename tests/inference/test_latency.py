@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, replay
 
-from early_exit.choosing.record import replay, score_record
+from early_exit.choosing.record import score_record
 from early_exit.inference.latency import (
     BatchSeconds,
     StageTimes,

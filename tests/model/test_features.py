@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, replay
 from torch import nn
 
-from early_exit.choosing.record import replay
 from early_exit.inference.infer import infer
 from early_exit.inference.latency import measure, stage_times
 from early_exit.inference.policy import NEVER, Policy
