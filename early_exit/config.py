@@ -255,7 +255,7 @@ class Config:
 def load_preset(path: Path) -> dict[str, Any]:
     """The nested values of a YAML preset, not converted. Raises UserError if it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"there is no preset at {path}; check --config") from None
     except OSError as error:

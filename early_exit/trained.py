@@ -27,7 +27,7 @@ from early_exit.system.device import (
     describe_device,
     set_up,
 )
-from early_exit.system.files import locked
+from early_exit.system.files import locked, restore, restore_all
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import plan_phases
@@ -106,6 +106,7 @@ def check_run_directory(run_dir: Path) -> None:
 def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     """The paths of `file` in a run's evaluations that have it, by the name of the evaluation, in
     order. A name that begins with a dot was never finished."""
+    restore_all(run_dir / "eval")
     return {
         path.parent.name: path
         for path in sorted(run_dir.glob(f"eval/*/{file}"))
@@ -116,7 +117,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
 def training_command(run_dir: Path) -> list[str]:
     """The script that trained a run and its flags; empty if the run does not say."""
     try:
-        command = json.loads((run_dir / "versions.json").read_text())["command"]
+        command = json.loads((run_dir / "versions.json").read_text("utf-8"))["command"]
         return [str(word) for word in command]
     except (OSError, ValueError, LookupError, TypeError):
         return []
@@ -206,6 +207,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     )
     directory = trained.run_dir / "records" / f"{split}-{trained.precision}"
     with locked(directory.parent, wait=True):  # another evaluation may be making it
+        restore(directory)
         if directory.exists():
             try:
                 stored = ExitRecord.load(directory)

@@ -118,7 +118,7 @@ class Policy:
     def load(cls, path: Path | str) -> Policy:
         """Reads what `save` wrote; equal to it, thresholds to the last bit."""
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            values = yaml.safe_load(Path(path).read_text("utf-8-sig"))
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**values)
         except FileNotFoundError:

@@ -1,7 +1,6 @@
 """Checkpoints: plain dictionaries, written whole or not at all, read with weights_only."""
 
 import logging
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import atomic_file
+from early_exit.system.files import atomic_file, move, write_errors
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -29,9 +28,10 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     newest = directory / NAME
     with atomic_file(directory / f"{NAME}.new") as file:
         torch.save({"format": FORMAT, **state}, file)
-    if newest.exists():
-        os.replace(newest, directory / PREVIOUS)
-    os.replace(directory / f"{NAME}.new", newest)
+    with write_errors(newest):
+        if newest.exists():
+            move(newest, directory / PREVIOUS)
+        move(directory / f"{NAME}.new", newest)
 
 
 def load(path: Path) -> dict[str, Any]:
