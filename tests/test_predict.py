@@ -77,13 +77,15 @@ class TestCommand:
             b"-dash",
             b'"%s" \xf0\x9f\x90\xb1',
         ]
+        if sys.platform == "darwin":  # its names are UTF-8
+            kept.remove(b"caf\xe9")
         for name in kept:
             Path(os.fsdecode(bytes(photos) + b"/" + name)).write_bytes(image)
         lines = [bytes(photos) + b"/" + name for name in kept]
         lines[2:2] = [b"a\0b", b"x" * 5000]
         stdin(monkeypatch, b"\n".join(lines) + b"\n")
         message = refusal(predict.main, [str(evaluated_run), "-", "--json", *FLAGS])
-        assert_names(message, 2, 7)
+        assert_names(message, 2, 2 + len(kept))
         shown = capsys.readouterr()
         found = [json.loads(line)["image"] for line in shown.out.splitlines()]
         assert [Path(name).name for name in found] == [os.fsdecode(name) for name in kept]

@@ -270,7 +270,8 @@ class TestStrangeFileSystems:
         with path.open("wb") as file:
             file.write(b"head")
             file.truncate(size)
-        assert path.stat().st_blocks * 512 < size
+        if path.stat().st_blocks * 512 >= size:
+            pytest.skip("this file system has no files with holes")
         files.reserve(path)
         assert path.stat().st_blocks * 512 >= size and path.stat().st_size == size
         assert path.read_bytes().rstrip(b"\0") == b"head"
