@@ -114,4 +114,4 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    program.run(main, "trainer.py")
+    program.run(main, "trainer.py", log_on_stdout=True)

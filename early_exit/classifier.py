@@ -25,6 +25,7 @@ from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost, network_cost
+from early_exit.system.files import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import Loaded, check_run_directory, evaluations, load_network
 
@@ -178,6 +179,8 @@ def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
 
 def find_evaluation(run: Path, name: str | None = None) -> Path:
     """The directory of an evaluation: `run` itself if it is one, else that of a run directory."""
+    if run.parent.name == "eval":
+        restore_all(run.parent)
     if (run / "policy.yaml").is_file():
         if name is not None:
             raise UserError(f"{run} is an evaluation already; remove --eval {name}")

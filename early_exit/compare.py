@@ -24,11 +24,13 @@ from pathlib import Path
 from early_exit.cli import flags, program
 from early_exit.errors import UserError
 from early_exit.evaluation import comparison, comparison_plot
+from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.files import atomic_directory, is_writable, write_text
-from early_exit.system.names import is_system_name
+from early_exit.system.names import is_hidden
+from early_exit.system.text import in_a_line
 from early_exit.trained import evaluations, trained_since
 
 log = logging.getLogger(__name__)
@@ -45,23 +47,26 @@ def default_directory(groups: Sequence[Group]) -> Path:
     return first.parent / "compare" / (words or "comparison")
 
 
-def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -> None:
+def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -> bool:
     """Writes the files of a comparison into `out`, all or none, replacing an earlier comparison.
+    Returns whether the figure is among them; it is left out, with one line, if it cannot be drawn.
 
-    Raises UserError if `out` has other files.
+    Raises UserError if `out` has other files; hidden ones do not count.
     """
-    names = (
-        {name for name in os.listdir(out) if not is_system_name(name)} if out.is_dir() else set()
-    )
-    others = names - set(FILES)
+    found = set(os.listdir(out)) if out.is_dir() else set()
+    others = {name for name in found - set(FILES) if not is_hidden(name)}
     if others or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds other files than a comparison's; choose another --out")
+    drawn = False
     with atomic_directory(out) as partial:
-        write_text(partial / "table.md", comparison.to_markdown(groups, command, with_figure))
+        if with_figure:
+            with optional(str(out / comparison.FIGURE)):
+                comparison_plot.draw(groups, partial / comparison.FIGURE)
+                drawn = True
+        write_text(partial / "table.md", comparison.to_markdown(groups, command, drawn))
         write_text(partial / "table.csv", comparison.to_csv(groups))
         write_text(partial / "table.json", comparison.to_json(groups))
-        if with_figure:
-            comparison_plot.draw(groups, partial / comparison.FIGURE)
+    return drawn
 
 
 def parser() -> flags.Parser:
@@ -158,13 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{out} cannot be written; name another directory with --out")
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "early_exit.compare", *map(str, words)])
-    write(groups, out, command, with_figure=not args.no_plots)
+    drawn = write(groups, out, command, with_figure=not args.no_plots)
     for caution in comparison.cautions(groups):
         log.warning("%s", caution)
     print("\n\n".join([comparison.table(groups), *comparison.notes(groups)]))
-    print(f"\ntable:  {out / 'table.md'}, .csv and .json")
-    if not args.no_plots:
-        print(f"figure: {out / comparison.FIGURE}")
+    print(f"\ntable:  {in_a_line(out / 'table.md')}, .csv and .json")
+    if drawn:
+        print(f"figure: {in_a_line(out / comparison.FIGURE)}")
 
 
 if __name__ == "__main__":

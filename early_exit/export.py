@@ -25,6 +25,7 @@ from early_exit.evaluation.report import Choice
 from early_exit.evaluation.upgrade import read_report
 from early_exit.output import source_run
 from early_exit.system.files import atomic_directory, atomic_file, write_text
+from early_exit.system.text import in_a_line
 from early_exit.trained import training_command
 from early_exit.training import checkpoint
 
@@ -163,7 +164,7 @@ def _input_paragraph(classifier: Classifier) -> str:
     """Classes, image size and parameters."""
     classes, cost = classifier.classes, classifier.cost
     channels, height, width = classifier.loaded.network.image_shape
-    names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    names = ", ".join(map(in_a_line, classes[:20])) + (", ..." if len(classes) > 20 else "")
     return (
         f"{len(classes)} classes ({names}); images of {width}x{height} pixels,"
         f" {'grey' if channels == 1 else 'RGB'}."

@@ -6,7 +6,7 @@
     python -m early_exit.predict runs/mine - < names.txt      files named on standard input
 
 The thresholds are those of an evaluation of the run (--eval). An image that cannot be read is named
-and skipped; the exit code is then 2.
+on standard error and skipped; the exit code is then 2.
 """
 
 import dataclasses
@@ -14,17 +14,21 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from early_exit.classifier import Classifier, Prediction, load
 from early_exit.cli import flags, program, settings
 from early_exit.data.image_files import find_images
-from early_exit.errors import UserError
+from early_exit.data.name_list import read_names
+from early_exit.errors import Unavailable, UserError
 from early_exit.system.device import set_up
-from early_exit.system.names import in_a_line
+from early_exit.system.text import in_a_line, path_text
 
 PROG = "early_exit.predict"
 
@@ -38,6 +42,12 @@ def parser() -> flags.Parser:
         nargs="+",
         metavar="IMAGE",
         help="image files, folders of them, or - for names on standard input, one per line",
+    )
+    parser.add_argument(
+        "-0",
+        "--null",
+        action="store_true",
+        help="the names on standard input end with a NUL byte, as those of find -print0",
     )
     parser.add_argument(
         "--json", action="store_true", help="print a line of JSON per image instead of a table"
@@ -61,34 +71,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     classifier = load(args.run, args.eval, task=args.task, overrides=settings.settings_of(args))
     set_up(classifier.loaded.config.run)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
-    width = max(len(name) for name in (*classifier.classes, "class"))
-    exit_width = max(len(name) for name in (*classifier.policy.exit_names, "exit"))
-    if not args.json:
-        print(f"{'class':{width}}    sure  {'exit':{exit_width}}  of the MACs  image")
-    skipped: list[Path | UserError] = []
+    table = None if args.json else Table(classifier)
+    if table:
+        print(table.heading())
+    skipped: list[str] = []
     predictions = []
-    for name, found in predict(classifier, _names(args.images), args.batch_size, skipped):
+    for path, found in predict(
+        classifier, _names(args.images, args.null), args.batch_size, skipped
+    ):
         predictions.append(found)
-        print(
-            as_json(name, found)
-            if args.json
-            else f"{found.name:{width}} {100 * found.confidence:5.1f} %"
-            f"  {found.exit:{exit_width}}  {100 * found.macs_share:9.1f} %  {in_a_line(name)}"
-        )
-    if predictions and not args.json:
+        print(table.row(path, found) if table else as_json(path, found), flush=True)
+    if predictions and table:
         print(summary(predictions, classifier))
     if skipped:
         raise UserError(f"skipped {len(skipped)} of {len(skipped) + len(predictions)} images")
 
 
-def _names(given: Sequence[str]) -> Iterator[Path | UserError]:
+def _names(given: Sequence[str], null: bool) -> Iterator[str]:
+    """The names of the command line, with those on standard input in the place of -."""
     for name in given:
-        if name == "-":
-            yield from find_images((line for line in map(str.strip, sys.stdin) if line), _tell)
+        if name != "-":
+            yield name
+        elif sys.stdin is None:
+            raise UserError("standard input is closed; - reads the names of images from it")
         else:
-            yield from find_images([name], _tell)
+            try:
+                yield from read_names(cast(io.BufferedReader, sys.stdin.buffer), null)
+            except OSError as error:
+                raise Unavailable(
+                    f"standard input cannot be read: {error.strerror or error}"
+                ) from None
 
 
 def _tell(line: str) -> None:
@@ -97,13 +109,10 @@ def _tell(line: str) -> None:
 
 
 def predict(
-    classifier: Classifier,
-    names: Iterator[Path | UserError],
-    batch_size: int,
-    skipped: list[Path | UserError],
+    classifier: Classifier, names: Iterable[str], batch_size: int, skipped: list[str]
 ) -> Iterator[tuple[Path, Prediction]]:
-    """Every readable image with its prediction; the others, and the errors among `names`, are
-    printed on standard error and added to `skipped`."""
+    """Every readable image with its prediction; the others are named on standard error and added
+    to `skipped`. What was read before an error that ends the names is classified."""
     batch: list[tuple[Path, np.ndarray]] = []
 
     def flush() -> Iterator[tuple[Path, Prediction]]:
@@ -112,23 +121,74 @@ def predict(
             batch.clear()
             yield from zip(files, classifier.predict(images), strict=True)
 
-    for name in names:
+    def skip(name: str | Path, error: Exception) -> None:
+        _tell(f"skipping: {error}")
+        skipped.append(str(name))
+
+    def paths() -> Iterator[Path]:
+        for name in names:
+            try:
+                for image in find_images([name], _tell):
+                    if isinstance(image, UserError):
+                        skip(name, image)
+                    else:
+                        yield image
+            except (OSError, ValueError) as error:  # too long for a name, or a NUL in it
+                reason = getattr(error, "strerror", None) or error
+                skip(name, UserError(f"{name} cannot be read ({reason})"))
+
+    found = paths()
+    while True:
         try:
-            if isinstance(name, UserError):
-                raise name
-            batch.append((name, classifier.read(name)))
+            path = next(found, None)
+        except UserError:  # of standard input
+            yield from flush()
+            raise
+        if path is None:
+            break
+        try:
+            batch.append((path, classifier.read(path)))
         except UserError as error:
-            _tell(f"skipping: {error}")
-            skipped.append(name)
+            skip(path, error)
         if len(batch) == batch_size:
             yield from flush()
     yield from flush()
 
 
-def as_json(name: Path, prediction: Prediction) -> str:
+@dataclass(frozen=True)
+class Table:
+    """The answers as a table on the screen."""
+
+    classifier: Classifier
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Of the columns of the classes and of the exits."""
+        classes, exits = self.classifier.classes, self.classifier.policy.exit_names
+        return (
+            max(len(in_a_line(name)) for name in (*classes, "class")),
+            max(len(name) for name in (*exits, "exit")),
+        )
+
+    def heading(self) -> str:
+        """The first line."""
+        width, exit_width = self.widths
+        return f"{'class':{width}}    sure  {'exit':{exit_width}}  of the MACs  image"
+
+    def row(self, path: Path, found: Prediction) -> str:
+        """The line of an image."""
+        width, exit_width = self.widths
+        return (
+            f"{in_a_line(found.name):{width}} {100 * found.confidence:5.1f} %"
+            f"  {found.exit:{exit_width}}  {100 * found.macs_share:9.1f} %"
+            f"  {in_a_line(path_text(path))}"
+        )
+
+
+def as_json(path: Path, prediction: Prediction) -> str:
     """One line of JSON."""
     values = dataclasses.asdict(prediction)
-    return json.dumps({"image": str(name), "class": values.pop("name"), **values})
+    return json.dumps({"image": path_text(path), "class": values.pop("name"), **values})
 
 
 def summary(predictions: Sequence[Prediction], classifier: Classifier) -> str:

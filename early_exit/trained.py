@@ -30,7 +30,7 @@ from early_exit.system.device import (
     describe_device,
     set_up,
 )
-from early_exit.system.files import locked, status
+from early_exit.system.files import locked, restore, restore_all, status
 from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint
@@ -120,6 +120,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     Raises UserError for evaluations that cannot be read.
     """
     directory = run_dir / "eval"
+    restore_all(directory)
     try:
         names = sorted(name for name in os.listdir(directory) if not is_hidden(name))
     except (FileNotFoundError, NotADirectoryError):
@@ -133,7 +134,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
 def training_command(run_dir: Path) -> list[str]:
     """The script that trained a run and its flags; empty if the run does not say."""
     try:
-        command = json.loads((run_dir / "versions.json").read_text())["command"]
+        command = json.loads((run_dir / "versions.json").read_text("utf-8"))["command"]
         return [str(word) for word in command]
     except (OSError, ValueError, LookupError, TypeError):
         return []
@@ -238,6 +239,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     name = f"{split}-{trained.precision}"
     directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
+        restore(directory)
         for place in dict.fromkeys((directory, source_run(trained.run_dir) / "records" / name)):
             if place.exists():
                 try:

@@ -266,4 +266,4 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    program.run(main, "main.py")
+    program.run(main, "main.py", log_on_stdout=True)

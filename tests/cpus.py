@@ -133,4 +133,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of tests have any letters
     sys.exit(main())

@@ -572,7 +572,7 @@ def main() -> None:
         at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(target, signum), batches)
     script.TASK = TASK
     distributed.TIMEOUT = timedelta(seconds=float(os.environ.get("PATIENCE", 600)))
-    program.run(script.main, prog)
+    program.run(script.main, prog, log_on_stdout=script is trainer)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from reports import rows, seeds, write_run
 
 from early_exit import compare
 from early_exit.evaluation import comparison
+from early_exit.system import files
 
 
 @pytest.fixture
@@ -57,6 +58,25 @@ def test_the_figure_shows_the_labels_as_they_are(made_run, tmp_path, monkeypatch
     out = tmp_path / "out"
     compare.main([str(one), str(two), "--labels", *labels, "--out", str(out)])
     assert [name.strip() for name in named[:2]] == labels
+
+
+def test_a_figure_that_cannot_be_drawn_is_left_out(
+    made_run, compared, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    out = tmp_path / "out"
+    code, shown, _ = compared(made_run("a"), "--out", out)
+    assert code == 0 and "figure:" not in shown
+    assert {path.name for path in out.iterdir()} == {"table.md", "table.csv", "table.json"}
+    assert "![" not in (out / "table.md").read_text("utf-8")
+
+
+def test_hidden_files_do_not_count_as_other_files(made_run, compared, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".nfs0001", ".DS_Store"):
+        (out / name).touch()
+    assert compared(made_run("a"), "--out", out, "--no-plots")[0] == 0
 
 
 def test_the_table_stays_whole_whatever_a_label_has(made_run, compared, tmp_path):
@@ -123,10 +143,11 @@ def test_an_earlier_comparison_is_replaced_and_nothing_else(made_run, compared, 
 
 
 def test_a_comparison_that_fails_writes_nothing(made_run, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(_, target):
+        if target.name == "table.json":
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compare.comparison_plot, "draw", full)
+    monkeypatch.setattr(files, "move", full)
     message = refusal(compare.main, [str(made_run("a")), "--out", str(tmp_path / "out")])
     assert "No space left" in message
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -14,7 +14,7 @@ from helpers import ROOT, TASK, assert_names, fail_to_list, finish, refusal
 
 from early_exit import predict
 from early_exit.classifier import load
-from early_exit.errors import UserError
+from early_exit.errors import Unavailable, UserError
 
 FLAGS = ("--task", "helpers:TASK", "--device", "cpu", "--threads", "1")
 
@@ -59,10 +59,62 @@ class TestCommand:
 
     def test_names_on_standard_input(self, evaluated_run, photos, capsys, monkeypatch):
         names = [str(photos / "a" / "0.png"), "", str(photos / "b")]
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names) + "\n"))
+        stdin(monkeypatch, "\n".join(names) + "\n")
         lines = printed(capsys, evaluated_run, "-", photos / "a" / "2.png", "--json")
         shown = [Path(json.loads(line)["image"]).name for line in lines]
         assert shown == ["0.png", "1.png", "3.png", "5.png", "2.png"]
+
+    def test_each_odd_name_on_standard_input_fails_alone(
+        self, evaluated_run, photos, capsys, monkeypatch
+    ):
+        """Spaces, bytes that are not UTF-8, a NUL, a name too long for any file system: those that
+        name a file are answered, in their order."""
+        image = (photos / "a" / "0.png").read_bytes()
+        kept = [
+            b" both ends ",
+            b"caf\xe9",
+            "\u202edlo".encode(),
+            b"-dash",
+            b'"%s" \xf0\x9f\x90\xb1',
+        ]
+        if sys.platform == "darwin":  # its names are UTF-8
+            kept.remove(b"caf\xe9")
+        for name in kept:
+            Path(os.fsdecode(bytes(photos) + b"/" + name)).write_bytes(image)
+        lines = [bytes(photos) + b"/" + name for name in kept]
+        lines[2:2] = [b"a\0b", b"x" * 5000]
+        stdin(monkeypatch, b"\n".join(lines) + b"\n")
+        message = refusal(predict.main, [str(evaluated_run), "-", "--json", *FLAGS])
+        assert_names(message, 2, 2 + len(kept))
+        shown = capsys.readouterr()
+        found = [json.loads(line)["image"] for line in shown.out.splitlines()]
+        assert [Path(name).name for name in found] == [os.fsdecode(name) for name in kept]
+        assert len(shown.err.splitlines()) == 2
+
+    def test_what_was_read_before_standard_input_failed_is_answered(
+        self, evaluated_run, photos, capsys, monkeypatch
+    ):
+        def failing(*_):
+            yield str(photos / "a" / "0.png")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(predict, "read_names", failing)
+        stdin(monkeypatch, "")
+        with pytest.raises(Unavailable, match=os.strerror(errno.EIO)):
+            predict.main([str(evaluated_run), "-", "--json", *FLAGS])
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+    def test_standard_input_that_is_closed(self, evaluated_run, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", None)
+        refusal(predict.main, [str(evaluated_run), "-", *FLAGS])
+
+    def test_names_that_end_with_nul(self, evaluated_run, photos, capsys, monkeypatch):
+        odd = photos / "a" / "new\nline.png"
+        (photos / "a" / "0.png").rename(odd)
+        stdin(monkeypatch, f"{odd}\0{photos / 'b'}\0")
+        lines = printed(capsys, evaluated_run, "-", "-0", "--json")
+        assert json.loads(lines[0])["image"] == str(odd)
+        assert len(lines) == 1 + 3
 
     def test_an_evaluation_can_be_named_by_its_directory(self, evaluated_run, photos, capsys):
         assert printed(capsys, evaluated_run / "eval" / "mine", photos) == printed(
@@ -138,6 +190,13 @@ class TestCommand:
         last = process.stderr.splitlines()[-1]
         assert last.startswith("early_exit.predict: ")
         assert_names(last, 1, 8)
+
+
+def stdin(monkeypatch, content: str | bytes) -> None:
+    """Standard input with this content."""
+    content = content if isinstance(content, bytes) else content.encode()
+    file = io.BufferedReader(io.BytesIO(content))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
 
 
 def as_process(cwd: Path, *arguments: object) -> subprocess.CompletedProcess:

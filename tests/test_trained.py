@@ -24,9 +24,10 @@ from helpers import (
 )
 
 from early_exit import trained
+from early_exit.classifier import find_evaluation
 from early_exit.errors import UserError
 from early_exit.task import Task
-from early_exit.trained import get_record, get_splits, load_network, load_run
+from early_exit.trained import evaluations, get_record, get_splits, load_network, load_run
 from early_exit.training import checkpoint
 
 
@@ -215,3 +216,15 @@ def test_the_reported_weights_are_loaded(copy):
     loaded = load_network(copy, TASK, CPU).network.state_dict()
     name = "backbone.linear.bias"
     assert torch.equal(loaded[name], state["network"][name] + 1)
+
+
+def test_an_evaluation_that_was_being_replaced_is_found_again(evaluated_copy):
+    """A process was killed after it had renamed the old one. What begins with a dot is none."""
+    before = evaluations(evaluated_copy, "policy.yaml")
+    (evaluated_copy / "eval" / "mine").rename(evaluated_copy / "eval" / ".mine.old")
+    for name in (".mine.partial", ".other.deleted", ".nfs0001"):
+        (evaluated_copy / "eval" / name).mkdir()
+        (evaluated_copy / "eval" / name / "policy.yaml").touch()
+    assert evaluations(evaluated_copy, "policy.yaml") == before
+    (evaluated_copy / "eval" / "mine").rename(evaluated_copy / "eval" / ".mine.old")
+    assert find_evaluation(evaluated_copy / "eval" / "mine").name == "mine"

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -24,6 +23,7 @@ from early_exit.choosing.curve import for_max_drop, shared_curve
 from early_exit.choosing.outcome import Outcome, outcome_of
 from early_exit.choosing.record import Scores
 from early_exit.cli import flags, program
+from early_exit.evaluation import plots
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost, count_macs
 from early_exit.model.losses import joint_loss
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"{describe('val', val)}\n{describe('test', test)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"font.size": 16, "axes.titlesize": 17, "axes.labelsize": 16}):
+    with plots.own_settings({"font.size": 16, "axes.titlesize": 17, "axes.labelsize": 16}):
         # without the software's version, the same picture gives the same bytes
         draw(net, splits, test).savefig(args.out, dpi=120, metadata={"Software": None})
 

@@ -3,8 +3,8 @@
 Every question about thresholds is answered from it, without the network.
 """
 
+import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +19,17 @@ from early_exit.inference.policy import Policy
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.model.cost import Cost
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import atomic_directory, write_text
+from early_exit.system.files import (
+    UNSUPPORTED,
+    atomic_directory,
+    atomic_file,
+    reserve,
+    write_errors,
+    write_text,
+)
 
 MAPPED_BYTES = 64 << 20  # the logits of a larger record are memory-mapped
+NO_MAPS = (*UNSUPPORTED, errno.ENODEV)
 CHUNK_BYTES = 8 << 20  # logits read at once, so that a mapped record never fills the memory
 
 
@@ -103,7 +111,7 @@ class ExitRecord:
     def save(self, directory: Path | str) -> None:
         """Writes the record as a directory, whole or not at all."""
         with atomic_directory(Path(directory)) as partial:
-            np.save(partial / "logits.npy", self.logits)
+            _save_array(partial / "logits.npy", self.logits)
             _write_targets_and_info(partial, self.targets, self.info)
 
     @classmethod
@@ -112,18 +120,17 @@ class ExitRecord:
         missing or torn."""
         directory = Path(directory)
         try:
-            info = json.loads((directory / "info.json").read_text())
+            info = json.loads((directory / "info.json").read_text("utf-8"))
             info = {k: tuple(v) if isinstance(v, list) else v for k, v in info.items()}
             large = (directory / "logits.npy").stat().st_size > MAPPED_BYTES
-            # copy-on-write: torch needs a writable array, and the file must not change
-            logits = np.load(directory / "logits.npy", mmap_mode="c" if large else None)
+            logits = _load_array(directory / "logits.npy", large)
             return cls(logits, np.load(directory / "targets.npy"), RecordInfo(**info))
         except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{directory} is not a complete exit record ({error})") from None
 
 
 def _write_targets_and_info(partial: Path, targets: np.ndarray, info: RecordInfo) -> None:
-    np.save(partial / "targets.npy", targets)
+    _save_array(partial / "targets.npy", targets)
     write_text(partial / "info.json", json.dumps(asdict(info), indent=2) + "\n")
 
 
@@ -151,24 +158,46 @@ def record(
         info = _leaving_out(unreadable(), blank, recorded)
         return ExitRecord(blank.logits[:recorded], blank.targets[:recorded], info)
     with atomic_directory(directory) as partial:
-        logits = np.lib.format.open_memmap(partial / "logits.npy", "w+", np.float32, shape)
-        _allocate(partial / "logits.npy")
+        with write_errors(directory):
+            logits = _mapped(partial / "logits.npy", shape)
         blank = ExitRecord(logits, np.empty(count, np.int64), info)
         recorded = _fill(blank, network, batches, device, autocast)
         info = _leaving_out(unreadable(), blank, recorded)
-        logits.flush()
-        if recorded < count:
-            np.save(partial / "shorter.npy", logits[:recorded])
-            (partial / "shorter.npy").replace(partial / "logits.npy")
+        if isinstance(logits, np.memmap) and recorded == count:
+            with write_errors(directory):
+                logits.flush()
+        else:
+            _save_array(partial / "logits.npy", logits[:recorded])
         _write_targets_and_info(partial, blank.targets[:recorded], info)
     return ExitRecord.load(directory)
 
 
-def _allocate(path: Path) -> None:
-    """Reserves the disk space of a mapped file. Without it, the process would end with a bus error
-    when the disk is full."""
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a file, memory-mapped, or in memory if the file system has no memory maps."""
+    try:
+        logits = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    except OSError as error:
+        if error.errno not in NO_MAPS:
+            raise
+        return np.empty(shape, np.float32)
+    reserve(path)
+    return logits
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_file(path) as file:
+        np.save(file, array)
+
+
+def _load_array(path: Path, mapped: bool) -> np.ndarray:
+    """An array of a file. mapped: as a memory map, if the file system has them."""
+    try:
+        # copy-on-write: torch needs a writable array, and the file must not change
+        return np.load(path, mmap_mode="c" if mapped else None)
+    except OSError as error:
+        if not mapped or error.errno not in NO_MAPS:
+            raise
+        return np.load(path)
 
 
 def _fill(

@@ -25,10 +25,11 @@ from early_exit.config import Config
 from early_exit.errors import DataError, UserError
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.markdown import summary
-from early_exit.system import distributed
+from early_exit.system import distributed, streams
 from early_exit.system.device import choose_device
 from early_exit.system.provenance import check_torchvision
 from early_exit.system.signals import Stopped, exit_on_sigterm
+from early_exit.system.text import in_a_line
 from early_exit.task import Task
 from early_exit.trained import EVALUATION
 from early_exit.training import checkpoint
@@ -81,6 +82,8 @@ def train_or_score(
         scored = configs.merge(configs.to_dict(config), changed)
         score(configs.build(task.config, scored), task, args.split or default_split, saved)
         return
+    if not args.check:
+        streams.make_optional()  # a log that nobody reads ends no training
     saved = None  # many megabytes; training reads the checkpoint again under its lock
     if run_dir is None and args.resume is not None:
         path = Path(args.resume)
@@ -130,44 +133,43 @@ def evaluate(args: argparse.Namespace, task: Task) -> None:
     print(summary(report, directory))
 
 
-def run(main: Callable[[Sequence[str] | None], None], prog: str) -> None:
+def run(
+    main: Callable[[Sequence[str] | None], None], prog: str, *, log_on_stdout: bool = False
+) -> None:
     """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
-    signal with the state saved, 1 anything else."""
+    signal with the state saved, 1 anything else.
+
+    log_on_stdout: whether the log is what the script prints, as that of a training; otherwise it
+    goes to standard error. Warnings always do.
+    """
     level = logging.WARNING if distributed.rank() else logging.INFO
-    logging.basicConfig(format="%(message)s", level=level, handlers=_log_handlers())
+    streams.set_up(level, log_on_stdout)
     try:
         exit_on_sigterm()
         check_torchvision()
         main(None)
+        streams.finish(prog)
     except (UserError, Stopped) as error:
         sys.exit(_fail(prog, error, error.code))
     except (Diverged, distributed.Lost) as error:
         sys.exit(_fail(prog, error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail(prog, "interrupted", 130))
-    except BrokenPipeError:
-        sys.stderr.close()
+    except streams.ReaderEnded:
         sys.exit(1)
-
-
-def _log_handlers() -> list[logging.Handler]:
-    """What is logged goes to standard output, and warnings to standard error."""
-    words, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    words.addFilter(lambda entry: entry.levelno < logging.WARNING)
-    warnings.setLevel(logging.WARNING)
-    return [words, warnings]
 
 
 def _fail(prog: str, message: object, code: int) -> int:
     """Prints the one line and returns the code. One of several processes exits at once, because the
     communication with the others cannot be shut down by one of them."""
+    streams.make_optional()  # the first error is the one to tell
     sys.stdout.flush()
     if distributed.rank() > 0:
         # the main process usually prints the same; torchrun ends this one as soon as that exits
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     if not (distributed.rank() and isinstance(message, Stopped)):  # the main process prints it
-        print(f"{prog}: {message}", file=sys.stderr, flush=True)
+        print(f"{prog}: {in_a_line(message)}", file=sys.stderr, flush=True)
     if distributed.world_size() > 1:
         os._exit(code)
     return code

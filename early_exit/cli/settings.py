@@ -165,8 +165,11 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     name = args.name
     if name is None and args.policy:  # two files are two evaluations
         name = f"policy-{args.policy.stem}"
-    if name is not None and (name in ("", "..") or Path(name).name != name):
-        raise UserError(f"--name is {name!r}; give the name of one directory, without a path")
+    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
+        raise UserError(
+            f"--name is {name!r}; give the name of one directory, without a path and without a dot"
+            " at its beginning"
+        )
     return {
         "overrides": settings_of(args),
         "val_from": args.val_from,

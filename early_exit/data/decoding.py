@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from early_exit.data import rgb
 from early_exit.errors import UserError
-from early_exit.system.names import in_a_line
+from early_exit.system.text import in_a_line
 
 log = logging.getLogger(__name__)
 

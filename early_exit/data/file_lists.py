@@ -15,7 +15,7 @@ import numpy as np
 from early_exit.data.base import Data, FileData
 from early_exit.errors import DataError
 from early_exit.system.files import atomic_file
-from early_exit.system.names import in_a_line
+from early_exit.system.text import in_a_line
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from early_exit.data.workers import (
     processors,
 )
 from early_exit.errors import UserError
-from early_exit.system.names import in_a_line
+from early_exit.system.text import in_a_line
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from early_exit.errors import UserError
-from early_exit.system.names import in_a_line, is_hidden
+from early_exit.system.names import is_hidden
+from early_exit.system.text import in_a_line
 
 # Formats of photographs and pictures that Pillow decodes by itself. The list is fixed, because the
 # files of a data set must not depend on the version of Pillow. Not among them: documents and

@@ -12,10 +12,12 @@ from typing import Any
 from early_exit.evaluation.markdown import shown_classes
 from early_exit.evaluation.plots import BLUE, GREEN, GREY, ORANGE, YELLOW
 from early_exit.evaluation.report import ClassRow, CurveSeconds, ExitRow, Report, StaticRow
+from early_exit.system.text import in_a_line, shortened
 
 HEIGHT = 430  # pixels, of the figures of accuracy
 SLIDER_CIRCLE = 15  # pixels
 MAX_NAMED = 8  # names fit beside this many marks of a kind
+MAX_LABEL = 40  # letters of a class's name beside the axis; the whole name is shown on hovering
 PATTERNS = ("", "/", "x", ".", "-", "+", "\\", "|")
 HOVER = "%{y:.2f} % at %{x:.4~g}<extra>%{fullData.name}</extra>"
 
@@ -246,7 +248,8 @@ def _classes_chart(report: Report) -> Chart:
     """Stacked bars: where the images of each class exit."""
     rows = shown_classes(report)
     labels = ["..." if row is None else as_text(row.name) for row in rows]
-    ticks = {"tickvals": list(range(len(labels))), "ticktext": labels}
+    shown = ["..." if row is None else as_text(shortened(row.name, MAX_LABEL)) for row in rows]
+    ticks = {"tickvals": list(range(len(shown))), "ticktext": shown}
     figure = _figure(
         _class_traces(rows, [as_text(row.name) for row in report.exits], labels),
         x="images of the class that exit here, %",
@@ -369,4 +372,4 @@ def _figure(
 
 def as_text(name: str) -> str:
     """A name in a figure, with the HTML escaped that plotly would interpret."""
-    return html.escape(name, quote=False)
+    return html.escape(in_a_line(name), quote=False)

@@ -12,7 +12,9 @@ from typing import Any
 
 from early_exit.evaluation.groups import GRID, Group
 from early_exit.evaluation.labels import differing_settings
+from early_exit.evaluation.markdown import code
 from early_exit.evaluation.stored import Value
+from early_exit.system.text import in_a_line
 
 FIGURE = "curves.png"
 MAX_EXIT_COLUMNS = 8  # with more early exits, their accuracies are only in the CSV and the JSON
@@ -112,7 +114,7 @@ def table(groups: Sequence[Group]) -> str:
         mark = "" if not cautions([group]) else " (!)"
         lines.append(
             [
-                group.name.replace("|", r"\|") + mark,
+                in_a_line(group.name).replace("|", r"\|") + mark,
                 f"{len(group.members)}{cuts}",
                 group.goal or "-",
                 *(column.cell(group) for column in columns),
@@ -147,8 +149,9 @@ def cautions(groups: Sequence[Group]) -> list[str]:
 
 def _about_columns(groups: Sequence[Group]) -> str:
     text = (
-        f"Data set {groups[0].first.dataset}. Policies were chosen on val; test is only reported."
-        " MACs are the chosen policy's multiply-adds per image, including the heads that ran."
+        f"Data set {in_a_line(groups[0].first.dataset)}. Policies were chosen on val; test is"
+        " only reported. MACs are the chosen policy's multiply-adds per image, including the heads"
+        " that ran."
     )
     if 0 < len(exit_columns(groups)) <= MAX_EXIT_COLUMNS:
         text += " *Accuracy of exit X*: if every test image exited there."
@@ -182,7 +185,10 @@ def _about_splits(groups: Sequence[Group]) -> list[str]:
         names_by_split.setdefault(group.first.val_from, {})[group.name] = None
     if len(names_by_split) == 1:
         return []
-    rows = [f"Val {split}: {'; '.join(names)}." for split, names in names_by_split.items()]
+    rows = [
+        f"Val {split}: {'; '.join(map(in_a_line, names))}."
+        for split, names in names_by_split.items()
+    ]
     return [" ".join(["The rows do not share the same test images.", *rows])]
 
 
@@ -197,17 +203,18 @@ CAPTION = (
 def to_markdown(groups: Sequence[Group], command: str, with_figure: bool) -> str:
     """table.md."""
     runs = [
-        f"- {group.label}: " + ", ".join(f"`{member.path.parent}`" for member in group.members)
+        f"- {in_a_line(group.label)}: "
+        + ", ".join(code(str(member.path.parent)) for member in group.members)
         for group in groups
     ]
     figure = [f"![Test accuracy against multiply-adds]({FIGURE})", CAPTION]
     parts = [
-        "# " + " / ".join(group.label for group in groups),
+        "# " + " / ".join(in_a_line(group.label) for group in groups),
         table(groups),
         *notes(groups),
         *(figure if with_figure else []),
         "## How this was made",
-        "\n".join([*runs, f"- command: `{command}`"]),
+        "\n".join([*runs, f"- command: {code(command)}"]),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from early_exit.evaluation import plots
 from early_exit.evaluation.groups import Group
+from early_exit.system.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
             if group.plain:
                 _draw_point(axes, group, colour, fmt=marker, ms=9)
                 axes.annotate(
-                    group.label,
+                    shortened(group.label, plots.MAX_TITLE),
                     (1e-6 * group.macs().mean, 100 * group.accuracy().mean),
                     textcoords="offset points",
                     xytext=(4, 9),
@@ -49,7 +50,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, handlelength=4)
         axes.set_xlabel("multiply-adds per image, millions")
         axes.set_ylabel("accuracy on test, %")
-        axes.set_title(groups[0].first.dataset)
+        axes.set_title(shortened(groups[0].first.dataset, plots.MAX_TITLE))
 
 
 def _draw_point(axes: Axes, group: Group, colour: str, **style: Any) -> None:
@@ -81,7 +82,9 @@ def _draw_curve(axes: Axes, group: Group, colour: str, **style: Any) -> None:
         ms=7,
         mec="white",
         mew=0.6,
-        label=re.sub("^_", " _", group.label),  # matplotlib omits labels that begin with _
+        label=re.sub(
+            "^_", " _", shortened(group.label, plots.MAX_TITLE)
+        ),  # matplotlib omits labels that begin with _
         **style,
     )
     if std.any():

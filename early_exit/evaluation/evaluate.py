@@ -29,11 +29,13 @@ from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
 from early_exit.evaluation import page, plots, rows
+from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.live import Measurements, measure, time_stages
 from early_exit.evaluation.markdown import to_markdown
 from early_exit.evaluation.report import (
     Choice,
     Cuts,
+    EnergyEstimate,
     Environment,
     MeanStd,
     Report,
@@ -121,8 +123,6 @@ def evaluate(
     if distributed.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
     chosen = Options(**options)
-    if chosen.draw:
-        page.check_packages()  # before inference, which may take an hour
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
     trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
@@ -182,6 +182,9 @@ def make_report(
     trained, splits, goal = evaluated.trained, evaluated.splits, evaluated.goal
     val, test, cost = evaluated.val, evaluated.test, evaluated.trained.cost
     curve = rows.curve_points(val, test)
+    energies: tuple[EnergyEstimate, ...] = ()
+    with optional("the estimate of energy"):
+        energies = rows.energies(energy.estimate(trained.network, cost), test)
     return Report(
         run=RunInfo(
             name=source_run(trained.run_dir).name,
@@ -220,7 +223,7 @@ def make_report(
         top5=rows.top5_accuracy(test.scored.in_top5, test.exit_index),
         exits=rows.exit_rows(splits, test),
         classes=rows.class_rows(test, splits.data.classes),
-        energy=rows.energies(energy.estimate(trained.network, cost), test),
+        energy=energies,
         overthinking=overthinking.analyse(splits.test, splits.correct_test, splits.confusion),
         curve=curve,
         cdl=_candidates(splits.val, goal, val),
@@ -290,14 +293,28 @@ def default_name(goal: Goal) -> str:
 
 
 def write(report: Report, evaluated: Evaluated, directory: Path, draw: bool) -> None:
-    """Writes the directory of an evaluation, whole, replacing an earlier one of its name."""
+    """Writes the directory of an evaluation, replacing an earlier one of its name.
+
+    The policy and the numbers are written first, whole or not at all. What is made of them follows,
+    each file alone: one that fails is left out with one line.
+    """
     records = directory.parent.parent / "records"  # the lock that a run's evaluations share
-    with locked(records, wait=True), atomic_directory(directory) as partial:
-        evaluated.test.policy.save(partial / "policy.yaml")
-        write_text(partial / "report.json", to_json(report))
-        pictures = {}
-        if draw:
-            galleries = rows.galleries(evaluated.test, evaluated.splits)
-            pictures = plots.draw_all(report, evaluated.splits, galleries, partial)
-            page.write(report, galleries, partial / "report.html")
-        write_text(partial / "report.md", to_markdown(report, pictures))
+    with locked(records, wait=True):
+        with atomic_directory(directory) as partial:
+            evaluated.test.policy.save(partial / "policy.yaml")
+            write_text(partial / "report.json", to_json(report))
+        pictures = decorate(report, evaluated, directory) if draw else {}
+        with optional(str(directory / "report.md")):
+            write_text(directory / "report.md", to_markdown(report, pictures))
+
+
+def decorate(report: Report, evaluated: Evaluated, directory: Path) -> dict[str, str]:
+    """Draws the pictures and writes the page; returns the captions of the pictures by file name."""
+    test, splits = evaluated.test, evaluated.splits
+    galleries: dict[str, list[rows.Row]] = {}
+    with optional(str(directory / "gallery.png")):
+        galleries = rows.galleries(test, splits)
+    pictures = plots.draw_all(report, splits, galleries, directory)
+    with optional(str(directory / "report.html")):
+        page.write(report, galleries, directory / "report.html")
+    return pictures

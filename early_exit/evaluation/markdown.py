@@ -18,6 +18,7 @@ from early_exit.evaluation.report import (
     Report,
 )
 from early_exit.model.energy import PICOJOULES
+from early_exit.system.text import in_a_line
 
 MAX_NAMES = 10  # of files; all are in report.json
 MAX_CLASSES = 12  # shown; of more, the cheapest and the most expensive half of them
@@ -144,12 +145,16 @@ def operations_text(report: Report) -> str:
         f" {energy.plain / 1e6:.2f} microjoules ({energy.plain / energy.test:.2f} times less)"
         for energy in report.energy
     )
-    return (
+    text = (
         f"A test image takes {mean / 1e6:.3f} M multiply-adds on average, the plain network"
-        f" {report.plain_macs / 1e6:.3f} M: {1 / report.test.macs_share:.2f} times fewer. Estimated"
-        f" energy: {energies}. The estimate is for a 45 nm chip ({prices}; Horowitz, ISSCC 2014)"
-        " that reads every weight once per image and moves the input and output of every layer"
-        " once through SRAM; it is not a measurement."
+        f" {report.plain_macs / 1e6:.3f} M: {1 / report.test.macs_share:.2f} times fewer."
+    )
+    if not report.energy:
+        return text
+    return (
+        f"{text} Estimated energy: {energies}. The estimate is for a 45 nm chip ({prices};"
+        " Horowitz, ISSCC 2014) that reads every weight once per image and moves the input and"
+        " output of every layer once through SRAM; it is not a measurement."
     )
 
 
@@ -250,7 +255,7 @@ def stage_table(report: Report) -> str:
 def title(report: Report) -> str:
     """The title of the page."""
     run = report.run
-    return f"{run.arch} on {run.dataset}, {run.regime}: {report.choice.goal}"
+    return in_a_line(f"{run.arch} on {run.dataset}, {run.regime}: {report.choice.goal}")
 
 
 def sections(report: Report) -> list[Section]:
@@ -370,11 +375,11 @@ def _how(report: Report) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in environment.versions.items())
     return "\n".join(
         [
-            f"- run: `{run.name}`, {run.weights}",
+            f"- run: {code(run.name)}, {run.weights}",
             f"- criterion: {choice.criterion}, {temperatures} temperature scaling",
             f"- device: {environment.device}; precision {environment.precision}",
             f"- {versions}",
-            f"- command: `{environment.command}`",
+            f"- command: {code(environment.command)}",
         ]
     )
 
@@ -453,8 +458,18 @@ def summary(report: Report, directory: Path) -> str:
 
 
 def escaped(name: str) -> str:
-    """A name in Markdown, with the characters escaped that have a meaning there or in HTML."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(name, quote=False))
+    """A name in Markdown, in one line, with the characters escaped that have a meaning there or in
+    HTML."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(in_a_line(name), quote=False))
+
+
+def code(text: str) -> str:
+    """A text as code in Markdown, in one line, also if there are backticks in it."""
+    line = in_a_line(text)
+    if "`" not in line:
+        return f"`{line}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", line))))
+    return f"{fence} {line} {fence}"
 
 
 def _or_dash(share: float | None) -> str:

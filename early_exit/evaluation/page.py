@@ -30,14 +30,13 @@ Converter = Callable[[str], str]
 
 
 def check_packages() -> None:
-    """Raises UserError if matplotlib, plotly or markdown is not installed."""
-    for name in ("matplotlib", "plotly.offline", "markdown"):
+    """Raises UserError if plotly or markdown is not installed."""
+    for name in ("plotly.offline", "markdown"):
         try:
             importlib.import_module(name)
         except ImportError:
             raise UserError(
-                f"plots and the page need {name.partition('.')[0]}; run: pip install -r"
-                " requirements.txt (or pass --no-plots)"
+                f"the page needs {name.partition('.')[0]}; run: pip install -r requirements.txt"
             ) from None
 
 
@@ -67,7 +66,7 @@ def write(report: Report, galleries: Mapping[str, Rows], path: Path) -> None:
 
 
 def _asset(name: str) -> str:
-    return resources.files("early_exit.evaluation").joinpath("assets", name).read_text()
+    return resources.files("early_exit.evaluation").joinpath("assets", name).read_text("utf-8")
 
 
 def _converter() -> Converter:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from early_exit.evaluation.plots import CAPTIONS, Rows
+from early_exit.evaluation.plots import CAPTIONS, MAX_NAME, Rows
 from early_exit.evaluation.report import Picture
+from early_exit.system.text import in_a_line, shortened
 
 MAX_BYTES = 700_000  # of all embedded images together; plotly itself has 4.9 MB
 SIDES = (128, 96, 64, 48, 32)  # pixels; the largest that keeps to MAX_BYTES is used
@@ -66,11 +67,12 @@ def _gallery(rows: EmbeddedRows) -> str:
 
 
 def _figure(picture: Picture, url: str) -> str:
-    words = html.escape(picture.words)
+    words = html.escape(in_a_line(picture.words))
+    label = ", ".join(shortened(line.rstrip(","), MAX_NAME) for line in picture.label.split(",\n"))
     return (
         f"<figure{'' if picture.correct else ' class=wrong'}>"
         f'<img src="{url}" alt="{words}" title="{words}">'
-        f"<figcaption>{html.escape(picture.label)}</figcaption></figure>"
+        f"<figcaption>{html.escape(label)}</figcaption></figure>"
     )
 
 

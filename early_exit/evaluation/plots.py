@@ -5,21 +5,33 @@ All other figures are only on the page (`early_exit.evaluation.charts`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import importlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from early_exit.errors import UserError
+from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.markdown import title
 from early_exit.evaluation.report import Picture, Report
-from early_exit.system.files import atomic_file
+from early_exit.system.files import write_bytes
+from early_exit.system.text import shortened
 from early_exit.trained import Splits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+log = logging.getLogger(__name__)
 
 # Okabe and Ito's colours: they differ for colour-blind readers, and in lightness when printed grey.
 BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#F0E442", "#666666"
@@ -35,6 +47,16 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # a $ in the name of a class or a run does not start mathematics
 }
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans GB",
+    "Arial Unicode MS",
+    "Noto Emoji",
+)
+MAX_NAME = 24  # letters of a class's name in a figure
+MAX_TITLE = 90
 Rows = Sequence[tuple[str, Sequence[Picture]]]
 """The rows of a gallery: a caption and pictures."""
 CAPTIONS = {
@@ -48,17 +70,22 @@ CAPTIONS = {
 def draw_all(
     report: Report, splits: Splits, galleries: Mapping[str, Rows], directory: Path
 ) -> dict[str, str]:
-    """Draws the plots of a report into a directory; returns their captions by file name."""
-    accuracy_vs_macs(report, directory / "accuracy_vs_macs.png")
-    confusion(splits.confusion, splits.correct_test[:, -1], directory / "confusion.png")
-    for name, rows in galleries.items():
-        if rows:
-            gallery(rows, directory / f"{name}.png")
-    return {
-        f"{name}.png": caption
-        for name, caption in CAPTIONS.items()
-        if (directory / f"{name}.png").exists()
+    """Draws the plots of a report into a directory, each alone: one that fails is left out. Returns
+    the captions of the others by file name."""
+    drawings: dict[str, Callable[[Path], None]] = {
+        "accuracy_vs_macs": partial(accuracy_vs_macs, report),
+        "confusion": lambda path: confusion(splits.confusion, splits.correct_test[:, -1], path),
     }
+    drawings |= {name: partial(gallery, rows) for name, rows in galleries.items() if rows}
+
+    captions = {}
+    for name, caption in CAPTIONS.items():
+        path = directory / f"{name}.png"
+        if name in drawings:
+            with optional(str(path)):
+                drawings[name](path)
+                captions[path.name] = caption
+    return captions
 
 
 def accuracy_vs_macs(report: Report, path: Path) -> None:
@@ -97,7 +124,7 @@ def accuracy_vs_macs(report: Report, path: Path) -> None:
         )
         axes.set_xlabel("multiply-adds, % of the plain network")
         axes.set_ylabel("accuracy on test, %")
-        axes.set_title(title(report))
+        axes.set_title(shortened(title(report), MAX_TITLE))
         axes.legend(loc="lower right", fontsize=9)
 
 
@@ -115,7 +142,12 @@ def _draw_exits(axes: Axes, report: Report) -> None:
     )
     for row, point in zip(enabled, points, strict=True):
         axes.annotate(
-            row.name, point, textcoords="offset points", xytext=(9, 1), fontsize=9, color=ORANGE
+            shortened(row.name, MAX_NAME),
+            point,
+            textcoords="offset points",
+            xytext=(9, 1),
+            fontsize=9,
+            color=ORANGE,
         )
     final = report.exits[-1]
     axes.plot(
@@ -180,7 +212,7 @@ def gallery(rows: Rows, path: Path) -> None:
             for picture, axes in zip(pictures, grid_row, strict=False):
                 axes.imshow(picture.pixels, interpolation="nearest")
                 axes.set_title(
-                    picture.label,
+                    "\n".join(shortened(name, MAX_NAME) for name in picture.label.split("\n")),
                     fontsize=8,
                     pad=3,
                     color="black" if picture.correct else ORANGE,
@@ -195,22 +227,75 @@ def figure(
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes, saved to `path` if the block raises nothing; whole or not at all.
 
-    size: in inches; grid: rows and columns of axes. Raises UserError without matplotlib.
+    size: in inches; grid: rows and columns of axes. Needs matplotlib, but not pyplot; the user's
+    settings and backend have no effect.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "plots need matplotlib; run: pip install -r requirements.txt (or pass --no-plots)"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    with own_settings(STYLE):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    with pyplot.rc_context(STYLE):
-        drawn, axes = pyplot.subplots(*grid, figsize=size)
-        try:
-            yield drawn, axes
-            with atomic_file(path) as file:
-                drawn.savefig(file, format="png")
-        finally:
-            pyplot.close(drawn)
+        drawn = Figure(figsize=size)
+        FigureCanvasAgg(drawn)
+        yield drawn, drawn.subplots(*grid)
+        content = io.BytesIO()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            drawn.savefig(content, format="png")
+    write_bytes(path, content.getvalue())
+    _report_missing_glyphs(path.name, [str(warning.message) for warning in caught])
+
+
+@contextmanager
+def own_settings(style: Mapping[str, Any]) -> Iterator[None]:
+    """Matplotlib's defaults with those of `style`; silent on fonts and caches."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        matplotlib = _import_matplotlib()
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(style)
+            matplotlib.rcParams["font.family"] = _font_families()
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _import_matplotlib() -> Any:
+    """The package, also if the environment names a backend that it does not know: that would be an
+    error of the import."""
+    if "matplotlib" in sys.modules:
+        return importlib.import_module("matplotlib")
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # for others in this process
+    return matplotlib
+
+
+def _font_families() -> list[str]:
+    """Matplotlib's own font, and for the letters that it lacks, those of `FALLBACK_FONTS` that are
+    installed."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
+
+
+def _report_missing_glyphs(name: str, messages: Sequence[str]) -> None:
+    """Logs in one line that letters of a figure could not be drawn."""
+    found = [re.match(r"Glyph (\d+) ", message) for message in messages]
+    letters = dict.fromkeys(chr(int(match[1])) for match in found if match)
+    if letters:
+        log.warning(
+            "%s shows boxes instead of letters that no installed font has (%s); install a font for"
+            " them, such as Noto Sans CJK",
+            name,
+            shortened("".join(letters), 20),
+        )

@@ -15,6 +15,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.model.losses import resolve_weights
 from early_exit.output import source_run
+from early_exit.system.files import restore_all
 from early_exit.trained import evaluations, training_command
 
 # Settings that change the speed or the output of a training, not what is learned.
@@ -111,6 +112,8 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    if path.parent.name == "eval":
+        restore_all(path.parent)
     if (path / "report.json").is_file():
         return [path / "report.json"]
     if not path.is_dir():

@@ -15,7 +15,7 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises UserError if it is missing, torn, not a report, or of a newer format.
     """
     try:
-        values = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        values = json.loads(path.read_text("utf-8-sig"), parse_constant=_refuse_constant)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:

@@ -134,7 +134,9 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(
+            r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8", "replace")
+        )
         model = found[1] if found else model
     return f"{model}, {torch.get_num_threads()} threads"
 

@@ -1,4 +1,4 @@
-"""Names of files: which ones no user made, and how to print one in a line."""
+"""Names of files and folders that no user made."""
 
 import os
 
@@ -53,11 +53,3 @@ def is_hidden(name: str | bytes) -> bool:
     """Whether a file or folder of this name is hidden or a system's. `.ipynb_checkpoints` and
     `.git` are the first."""
     return os.fsencode(name).startswith(b".") or is_system_name(name)
-
-
-def in_a_line(value: object) -> str:
-    """A value as text in one line, with what cannot be printed escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in str(value)
-    )

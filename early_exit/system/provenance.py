@@ -32,7 +32,10 @@ def versions() -> dict[str, str]:
     """The versions of Python and the main packages, and the git revision of this source tree."""
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy"):
-        found[package] = importlib.metadata.version(package)
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # built from source
+            found[package] = "unknown"
     found["git"] = git_revision()
     return found
 
@@ -46,7 +49,8 @@ def git_revision() -> str:
         done = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
         )

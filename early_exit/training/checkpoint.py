@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import atomic_file
+from early_exit.system.files import atomic_file, move, write_errors
 from early_exit.training import weight_files
 from early_exit.training.state_dicts import Weights, find_weights, load_into
 
@@ -31,9 +30,10 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     newest = directory / NAME
     with atomic_file(directory / f"{NAME}.new") as file:
         torch.save({"format": FORMAT, **state}, file)
-    if newest.exists():
-        os.replace(newest, directory / PREVIOUS)
-    os.replace(directory / f"{NAME}.new", newest)
+    with write_errors(newest):
+        if newest.exists():
+            move(newest, directory / PREVIOUS)
+        move(directory / f"{NAME}.new", newest)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from early_exit.errors import UserError
 from early_exit.system.files import write_errors, write_text
+from early_exit.system.text import shortened
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         lines = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError):  # the last line may be incomplete
                 record = json.loads(line)
                 if (record["phase_index"], record["epoch"]) < self.start:
@@ -73,17 +75,21 @@ class Journal:
                     "--tensorboard needs the package tensorboard; run: pip install -r"
                     " requirements.txt"
                 ) from None
-            self.writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.count)
+            with self._tensorboard_may_fail():
+                place = str(self.directory / "tensorboard")
+                self.writer = SummaryWriter(place, purge_step=self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer:
-            self.writer.close()
+        with self._tensorboard_may_fail():
+            if self.writer:
+                self.writer.close()
 
     def write(self, record: EpochRecord) -> None:
         """Appends the record of an epoch."""
-        with write_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(record.as_dict()) + "\n")
+        line = json.dumps(record.as_dict()) + "\n"
+        with write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
         log.info(
             "%s %d/%d: lr %.4f, loss %.4f, val %s%s, %.0f images/s, peak %.2f GiB",
             record.phase,
@@ -96,15 +102,29 @@ class Journal:
             record.images_per_second,
             record.peak_memory / 2**30,
         )
-        if self.writer:
-            for key, value in record.as_dict().items():
-                if isinstance(value, dict):
-                    for name, number in value.items():
-                        self.writer.add_scalar(f"{key}/{name}", number, self.count)
-                elif isinstance(value, float):
-                    self.writer.add_scalar(key, value, self.count)
-            self.writer.flush()
+        with self._tensorboard_may_fail():
+            if self.writer:
+                self._write_scalars(record)
         self.count += 1
+
+    def _write_scalars(self, record: EpochRecord) -> None:
+        for key, value in record.as_dict().items():
+            if isinstance(value, dict):
+                for name, number in value.items():
+                    self.writer.add_scalar(f"{key}/{name}", number, self.count)
+            elif isinstance(value, float):
+                self.writer.add_scalar(key, value, self.count)
+        self.writer.flush()
+
+    @contextlib.contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """TensorBoard decorates a run: if it fails, the run goes on without it."""
+        try:
+            yield
+        except Exception as error:  # its writer is a thread of another library
+            self.writer = None
+            reason = shortened(error, 200) or type(error).__name__
+            log.warning("training goes on without TensorBoard: %s", reason)
 
 
 def percents(accuracy: Mapping[str, float]) -> str:

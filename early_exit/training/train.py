@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,10 @@ def write_settings(run: Run, fresh: bool) -> None:
 
     fresh: whether nothing was trained yet; the names are those at the start of the training.
     """
-    for incomplete in run.directory.glob(f".{checkpoint.NAME}*"):
-        incomplete.unlink()  # of a process that was killed while it wrote
+    for name in (checkpoint.NAME, "config.yaml", "versions.json", "metrics.jsonl"):
+        for incomplete in run.directory.glob(f".{name}.*"):
+            with suppress(OSError):
+                incomplete.unlink()  # of a process that was killed while it wrote
     config = yaml.safe_dump(configs.to_dict(run.config), sort_keys=False)
     write_text(run.directory / "config.yaml", config)
     versions = {

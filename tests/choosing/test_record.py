@@ -1,8 +1,11 @@
 """The exit record: made, saved, read, and what policies do on it."""
 
 import dataclasses
+import errno
 import json
 import math
+import mmap
+import os
 import re
 import threading
 from contextlib import nullcontext
@@ -150,6 +153,24 @@ def test_a_large_record_is_mapped_and_replays_alike(hand, tmp_path, monkeypatch)
     assert np.array_equal(replay(read, policy).exit_index, replay(hand, policy).exit_index)
 
 
+def test_a_file_system_without_memory_maps(
+    tiny_net, images, targets, record_of, tmp_path, monkeypatch
+):
+    """As many mounts of object stores."""
+
+    def none(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    info = record_of(tiny_net, images[:8], targets[:8]).info
+    monkeypatch.setattr(records, "MAPPED_BYTES", 10)
+    monkeypatch.setattr(mmap, "mmap", none)
+    batches = [(images[:8], targets[:8])]
+    made = record(tiny_net, batches, 8, info, CPU, nullcontext, tmp_path / "test")
+    expected = record(tiny_net, batches, 8, info, CPU, nullcontext)
+    assert np.array_equal(made.logits, expected.logits)
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]
+
+
 def test_saving_again_replaces_the_record_and_nothing_else_remains(hand, make_record, tmp_path):
     hand.save(tmp_path / "val")
     later = make_record([[odds(0.5), odds(0.5)]], [1])
@@ -164,7 +185,7 @@ def test_a_save_that_fails_keeps_the_earlier_record(hand, make_record, tmp_path,
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "write_text", full_disk)  # the last of its three files
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(Unavailable, match=f"{tmp_path / 'val'}.*No space left"):
         make_record([[odds(0.5), odds(0.5)]], [1]).save(tmp_path / "val")
     assert len(ExitRecord.load(tmp_path / "val")) == 4

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -128,6 +129,17 @@ class TestRunDirectory:
         found.Reload()
         (event,) = found.Scalars("val_top1/layer2")
         assert event.value == pytest.approx(read_journal(tmp_path / "run")[0]["val_top1"]["layer2"])
+
+    def test_a_training_goes_on_without_tensorboard_if_that_fails(
+        self, tmp_path, monkeypatch, caplog
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+
+        monkeypatch.setattr(SummaryWriter, "add_scalar", lambda *_: 1 / 0)
+        train_tiny(tmp_path / "run", "--epochs", "2", "--tensorboard")
+        assert len(read_journal(tmp_path / "run")) == 2
+        warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
+        assert len(warnings) == 1 and "\n" not in warnings[0].getMessage()
 
     def test_without_the_flag_there_is_no_tensorboard(self, joint):
         assert not (joint / "tensorboard").exists()

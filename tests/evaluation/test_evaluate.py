@@ -1,7 +1,9 @@
 """Evaluation: no choice depends on test, and the files are written whole or not at all."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import threading
@@ -18,10 +20,11 @@ from cifar10 import data
 from cifar10 import eval as script
 from early_exit.choosing.goals import Budget, FixedThresholds, MaxDrop
 from early_exit.config import DataConfig
+from early_exit.errors import Unavailable
 from early_exit.evaluation import evaluate as evaluation
-from early_exit.evaluation import plots
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.inference.policy import Policy
+from early_exit.system import files
 from early_exit.task import Task
 from early_exit.training import checkpoint
 
@@ -226,38 +229,30 @@ class TestFiles:
 
 
 class TestWholeOrNotAtAll:
-    @pytest.fixture
-    def failing_plot(self, monkeypatch):
-        def fail(*_):
-            raise RuntimeError("no such font")
-
-        monkeypatch.setattr(plots, "gallery", fail)
-
     def visible(self, directory: Path) -> list[str]:
         """The evaluations that a user sees."""
         return [path.name for path in directory.glob("eval/[!.]*")]
 
-    def test_after_a_failing_plot_there_is_no_evaluation(self, copy, failing_plot):
-        with pytest.raises(RuntimeError, match="no such font"):
-            quickly(copy, MaxDrop(0.0), name="mine", draw=True)
-        assert self.visible(copy) == []
-
-    def test_after_a_failing_plot_the_previous_evaluation_is_whole(self, copy, failing_plot):
+    @pytest.mark.parametrize("file", ["policy.yaml", "report.json"])
+    def test_if_a_number_cannot_be_written_the_previous_evaluation_is_whole(
+        self, copy, monkeypatch, file
+    ):
         quickly(copy, MaxDrop(0.0), name="mine")
         before = {path.name: path.read_bytes() for path in (copy / "eval/mine").iterdir()}
-        with pytest.raises(RuntimeError, match="no such font"):
-            quickly(copy, Budget(0.9), name="mine", draw=True)
+        move = files.move
+
+        def full(source, target):
+            if target.name == file:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            move(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "move", full)
+            with pytest.raises(Unavailable, match=str(copy / "eval" / "mine" / file)):
+                quickly(copy, Budget(0.9), name="mine")
         after = {path.name: path.read_bytes() for path in (copy / "eval/mine").iterdir()}
         assert after == before
         assert self.visible(copy) == ["mine"]
-
-    def test_the_next_evaluation_removes_what_a_failed_one_wrote(self, copy, monkeypatch):
-        with monkeypatch.context() as patch:
-            patch.setattr(plots, "accuracy_vs_macs", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                quickly(copy, MaxDrop(0.0), name="mine", draw=True)
-        quickly(copy, MaxDrop(0.0), name="mine")
-        assert [path.name for path in (copy / "eval").iterdir()] == ["mine"]
 
     def test_two_evaluations_of_one_name_write_one_after_the_other(self, copy, monkeypatch):
         """So neither writes into what the other is about to move into place."""

@@ -333,7 +333,7 @@ class TestTheFile:
         )
 
     @pytest.mark.parametrize("name", ["plotly", "markdown"])
-    def test_a_missing_package_is_named_before_anything_is_done(self, tmp_path, monkeypatch, name):
+    def test_a_missing_package_is_named(self, evaluated, tmp_path, monkeypatch, name):
         monkeypatch.setitem(sys.modules, "plotly.offline" if name == "plotly" else name, None)
-        message = refusal(evaluate, tmp_path / "none", STRANGE, MaxDrop(0.1), overrides=CPU)
+        message = refusal(page.write, evaluated[0], {}, tmp_path / "report.html")
         assert_names(message, name)

@@ -11,7 +11,6 @@ from helpers import CPU, TASK, assert_names, run_main, tiny_run
 from early_exit import compare, export
 from early_exit.choosing.goals import MaxDrop
 from early_exit.classifier import load
-from early_exit.cli import program
 from early_exit.config import OptimConfig
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.stored import read_evaluation
@@ -111,12 +110,3 @@ def test_a_finished_run_says_nothing(run, caplog):
     assert json.loads(report_file(run).read_text())["run"]["unfinished"] is None
     load(run, task=TASK)
     assert "not finished" not in report_file(run).with_name("report.md").read_text() + caplog.text
-
-
-def test_warnings_go_to_standard_error(capsys):
-    log = logging.getLogger("a program")
-    log.handlers, log.propagate = program._log_handlers(), False
-    log.setLevel(logging.INFO)
-    log.info("words"), log.warning("caution")
-    out, err = capsys.readouterr()
-    assert (out, err) == ("words\n", "caution\n")
