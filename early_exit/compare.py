@@ -10,6 +10,11 @@ Runs whose settings differ only in the seed, evaluated under the same name, form
 were chosen on val when the runs were evaluated; test is only reported.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    from early_exit.cli.border import run
+
+    run("early_exit.compare", "early_exit.compare")
+
 import os
 import re
 import shlex
@@ -17,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.evaluation import comparison, comparison_plot
 from early_exit.evaluation.groups import Group, group_runs
@@ -123,7 +128,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\ntable:  {out / 'table.md'}, .csv and .json")
     if not args.no_plots:
         print(f"figure: {out / comparison.FIGURE}")
-
-
-if __name__ == "__main__":
-    program.run(main, "early_exit.compare")

@@ -18,3 +18,11 @@ class Unavailable(UserError):
     """
 
     code = 1
+
+
+class Failed(RuntimeError):
+    """The program cannot continue, and its message says why in one line."""
+
+    code = 1
+    is_cause = True
+    """Whether it is what went wrong, and not what follows from it in another process."""

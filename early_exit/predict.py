@@ -9,6 +9,11 @@ The thresholds are those of an evaluation of the run (--eval). An image that can
 and skipped; the exit code is then 2.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    from early_exit.cli.border import run
+
+    run("early_exit.predict", "early_exit.predict")
+
 import dataclasses
 import io
 import json
@@ -20,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from early_exit.classifier import Classifier, Prediction, load
-from early_exit.cli import flags, program, settings
+from early_exit.cli import flags, settings
 from early_exit.data.image_files import find_images
 from early_exit.errors import UserError
 from early_exit.system.device import set_up
@@ -140,7 +145,3 @@ def summary(predictions: Sequence[Prediction], classifier: Classifier) -> str:
         f"{len(predictions)} image{'s' if len(predictions) > 1 else ''}: {exits};"
         f" {100 * mean:.1f} % of the plain network's {plain:.2f} M multiply-adds on average"
     )
-
-
-if __name__ == "__main__":
-    program.run(main, PROG)

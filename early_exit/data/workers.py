@@ -5,6 +5,8 @@ matter which worker decodes an image, and an epoch can be resumed at any step.
 """
 
 import atexit
+import errno
+import multiprocessing.process
 import os
 import signal
 import weakref
@@ -20,6 +22,10 @@ from torchvision.transforms import v2
 
 from early_exit.data.sources import Source
 from early_exit.data.splits import seed_of
+from early_exit.system.signals import STOPPING, held_back
+
+NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors while a file is opened that are the machine's: the next file would have them too."""
 
 
 class ImageKey(NamedTuple):
@@ -64,6 +70,8 @@ class ImageDataset(Dataset):
             else:
                 image = self._augmented(key, key.seed_and_epoch)
         except Exception as error:  # arbitrary bytes can raise anything in a decoder
+            if getattr(error, "errno", None) in NOT_THE_FILE:
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             return UnreadableFile(source.name(key.row), reason)
         return image, int(source.targets[key.row])
@@ -134,7 +142,8 @@ class WorkerPool:
     def read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
         """The batches of these keys, in order. Ends an iteration that is not finished."""
         self._sampler.keys = keys
-        batches = iter(self._loader)
+        with held_back():  # from the workers that start here, until they ignore them
+            batches = iter(self._loader)
         if self._loader.num_workers and not self._shuts_down_at_exit:
             self._shuts_down_at_exit = True
             atexit.register(_shut_down, weakref.ref(batches))
@@ -142,18 +151,25 @@ class WorkerPool:
 
 
 def _shut_down(batches: weakref.ref) -> None:
-    """Shuts down the workers that still run at exit, as after an error. Otherwise Python would
-    terminate them by a signal, which they ignore, and wait forever."""
+    """Kills the workers that still run at exit, as after an error: Python would end them by a
+    signal, which they ignore, and wait for ever, also for one that hangs on its storage."""
     running = batches()
-    if running is not None:
-        running._shutdown_workers()
+    if running is None:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
+    for worker in running._workers:
+        worker.kill()
+    for worker in running._workers:
+        worker.join(timeout=1)
+        if worker.is_alive():  # the system cannot end it now
+            multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
 
 
 def ignore_signals(_worker: int) -> None:
-    """Makes a worker ignore SIGINT and SIGTERM. They are often sent to the whole process group, and
-    the main process needs its workers until it has saved its state."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Makes a worker ignore the signals that stop a program. They are often sent to the whole
+    process group, and the main process needs its workers until it has saved its state."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def processors() -> int:

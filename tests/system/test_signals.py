@@ -12,7 +12,7 @@ class TestExitOnSigterm:
     def test_sigterm_raises_once(self):
         before = signal.getsignal(signal.SIGTERM)
         try:
-            signals.exit_on_sigterm()
+            signals.raise_on_signals("x.py")
             with pytest.raises(signals.Stopped, match=r"\b15\b") as stopped:
                 os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
