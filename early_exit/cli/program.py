@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from early_exit import config as configs
 from early_exit.cli.border import run as run
 from early_exit.cli.settings import (
@@ -57,6 +59,9 @@ def train_or_score(
     _, saved = find_resumed(args.resume, run_dir)
     config = resolve_config(args, saved and saved["config"], defaults, task.config)
     check_flags_have_effect(args, config)
+    if args.print_config:
+        print(yaml.safe_dump(configs.to_dict(config), sort_keys=False), end="")
+        return
     if args.evaluate:
         if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
