@@ -33,6 +33,7 @@ def run(main: Callable[[Sequence[str] | None], None] | str, prog: str) -> NoRetu
         import logging
 
         level = logging.WARNING if torchrun.rank() else logging.INFO
+        logging.raiseExceptions = False  # a log that cannot be written loses its line, no more
         logging.basicConfig(format="%(message)s", level=level, stream=sys.stdout)
         main(None)
         sys.stdout.flush()  # a full disk shows here
@@ -53,6 +54,10 @@ def _import(main: Callable | str) -> Callable:
     if sys.version_info < PYTHON:
         wanted = ".".join(map(str, PYTHON))
         raise UserError(f"Python {wanted} or newer is needed, this is {sys.version.split()[0]}")
+    try:
+        os.getcwd()
+    except OSError:  # MKL would end the process
+        raise UserError("the working directory is gone; change to one that exists") from None
     import importlib
 
     from early_exit.system.provenance import check_torchvision

@@ -84,12 +84,8 @@ def _missing(error: ImportError) -> UserError | None:
     return UserError(f"a package cannot be imported ({_last_line(error)}); {INSTALL}")
 
 
-def _of_the_system(error: OSError) -> UserError | None:
+def _of_the_system(error: OSError) -> UserError:
     """A call of the system that failed: which file, and why."""
-    try:
-        os.getcwd()
-    except OSError:
-        return UserError("the working directory is gone; change to one that exists")
     kind = UserError if error.errno in PERMANENT else Unavailable
     if error.errno is None:  # a library's
         return kind(_last_line(error))
