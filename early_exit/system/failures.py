@@ -13,7 +13,6 @@ from early_exit.errors import Unavailable, UserError
 
 PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 """Errors of the system that trying again does not mend."""
-OWN = ("early_exit", "cifar10", "imagenet")
 INSTALL = "run: pip install -r requirements.txt"
 
 # What is found in the type and the message of an error, also of one that a loader's worker handed
@@ -77,7 +76,7 @@ def explain(error: BaseException) -> UserError | None:
 def _missing(error: ImportError) -> UserError | None:
     """A package that is missing or cannot be loaded."""
     name = (error.name or "").partition(".")[0]
-    if name in OWN:
+    if name == "early_exit":
         return None
     if isinstance(error, ModuleNotFoundError):
         return UserError(f"the package {name} is not installed; {INSTALL}")
