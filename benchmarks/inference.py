@@ -8,6 +8,15 @@ Needs no data and no training: the time does not depend on the weights, and each
 quantile of the scores at which the requested share of random images exits.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("inference", "inference.py")
+
 import argparse
 import typing
 from collections.abc import Callable, Sequence
@@ -18,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cifar10 import networks
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.config import Amp
 from early_exit.errors import UserError
 from early_exit.inference.infer import infer
@@ -193,7 +202,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
         timing = measure(network, 3 * batches, policy, autocast=autocast, seconds=args.seconds)
         print(row(timing))
-
-
-if __name__ == "__main__":
-    program.run(main, "inference.py")

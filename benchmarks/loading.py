@@ -9,6 +9,15 @@ sends bytes from the workers and normalises a whole batch at once. The loops tak
 process of its own with the same number of workers; the printed ratio is the median over turns.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("loading", "loading.py")
+
 import argparse
 import dataclasses
 import itertools
@@ -24,7 +33,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from turns import add_turns_flags, print_speeds, time_in_turns
 
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.data import folders
 from early_exit.errors import UserError
 from early_exit.system.device import choose_device, describe_device, keep_freed_memory
@@ -131,7 +140,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{args.dir} holds {images} images, fewer than one batch; lower -b")
         loops = {"torchvision's pipeline": reference, "ours": ours}
         print_speeds(time_in_turns(loops, args, args.steps), args.steps * args.batch_size)
-
-
-if __name__ == "__main__":
-    program.run(main, "loading.py")

@@ -9,6 +9,15 @@ what the trainer runs. Both train the plain network on the same random images, e
 its own. The loops take turns; the printed ratio is the median over turns.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("training", "training.py")
+
 import argparse
 import itertools
 import typing
@@ -25,7 +34,7 @@ from turns import UNTIMED_STEPS, add_turns_flags, print_speeds, run_steps, time_
 
 from cifar10 import networks
 from cifar10.data import MEAN, STD
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.config import Amp, OptimConfig
 from early_exit.data.in_memory import Data, ImageSet
 from early_exit.model.losses import joint_loss
@@ -203,7 +212,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     seconds = time_in_turns({"usual": usual_loop, "ours": our_loop}, args, args.steps)
     print_speeds(seconds, args.steps * BATCH)
-
-
-if __name__ == "__main__":
-    program.run(main, "training.py")

@@ -1,6 +1,6 @@
 """CIFAR-10, MNIST and digits, held in memory (`early_exit.data.in_memory`)."""
 
-import http.client
+import contextlib
 import logging
 import pickle
 from pathlib import Path
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from early_exit.data.in_memory import Data, ImageSet, cut
 from early_exit.data.splits import stratified
-from early_exit.errors import DataError, UserError
+from early_exit.errors import DataError, DataUnavailable, Unavailable, UserError
+from early_exit.system.downloads import downloading
 from early_exit.system.files import locked
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> D
     """The data set called `dataset`: cifar10 or mnist, downloaded if necessary, or digits.
 
     root: where the files are; default: data/ in the repository. Raises UserError for an unknown
-    data set, and if a download fails.
+    data set, Unavailable if a download fails.
     """
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
@@ -47,7 +48,7 @@ def _cifar10(root: Path, split_seed: int) -> Data:
     """CIFAR-10: 45,000 train, 5,000 val and 10,000 test images."""
     from torchvision.datasets import CIFAR10
 
-    sets = _downloaded(CIFAR10, root, "CIFAR-10", "cifar-10-batches-py folder", CIFAR10.url)
+    sets = _downloaded(CIFAR10, root, "CIFAR-10", "cifar-10-batches-py", CIFAR10.url)
     train, test = (
         ImageSet(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -75,7 +76,7 @@ def _mnist(root: Path, split_seed: int) -> Data:
     """
     from torchvision.datasets import MNIST
 
-    sets = _downloaded(MNIST, root, "MNIST", "MNIST/raw folder", MNIST.mirrors[0])
+    sets = _downloaded(MNIST, root, "MNIST", "MNIST/raw", MNIST.mirrors[0])
     train, test = (ImageSet(part.data[:, None], part.targets) for part in sets)
     classes = tuple(str(digit) for digit in range(10))
     return cut(
@@ -94,26 +95,35 @@ def _mnist(root: Path, split_seed: int) -> Data:
 def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> list:
     """Train and test of one of torchvision's data sets, downloaded if files are missing or damaged.
 
-    name, folder, url: for messages. Raises UserError if the download fails.
+    name, folder, url: for messages. Raises Unavailable if the download fails.
     """
 
     def read(train: bool):
         return dataset(root, train=train, download=False)
 
+    with contextlib.suppress(*READ_ERRORS):
+        return [read(True), read(False)]
+    log.info("%s is missing or damaged in %s; downloading it", name, root)
+    instead = (
+        f"put the original {folder} into {root}, or use --dataset digits, which needs no download"
+    )
+    with locked(root, wait=True):  # several runs may share the directory
+        with contextlib.suppress(*READ_ERRORS):
+            return [read(True), read(False)]  # another one has downloaded it
+        for archive in (root / folder).glob("*.gz"):  # torchvision does not check what it extracted
+            archive.with_suffix("").unlink(missing_ok=True)
+        try:
+            with downloading(url, instead):
+                dataset(root, train=True, download=True)
+        except Unavailable as error:
+            raise DataUnavailable(str(error)) from None
     try:
         return [read(True), read(False)]
-    except READ_ERRORS:
-        log.info("%s is missing or damaged in %s; downloading it", name, root)
-        try:
-            with locked(root, wait=True):  # several runs may share the directory
-                dataset(root, train=True, download=True)
-            return [read(True), read(False)]
-        except (*READ_ERRORS, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split()) or "the files there are damaged; remove them"
-            raise DataError(
-                f"{name} is not in {root} and downloading {url} failed ({reason}); put the original"
-                f" {folder} there, or train with --dataset digits, which needs no download"
-            ) from None
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"the files of {name} in {root} are damaged ({reason}); remove them, or {instead}"
+        ) from None
 
 
 def _digits(_root: Path, split_seed: int) -> Data:

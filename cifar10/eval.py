@@ -9,6 +9,15 @@
 The report is written to RUN/eval/NAME; thresholds are fitted on val and test is only reported.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("cifar10.eval", "eval.py")
+
 from collections.abc import Sequence
 
 from cifar10.trainer import TASK
@@ -23,7 +32,3 @@ def parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, evaluates and prints the table."""
     program.evaluate(parser().parse_args(argv), TASK)
-
-
-if __name__ == "__main__":
-    program.run(main, "eval.py")

@@ -9,6 +9,15 @@
 Flags override the preset (--config), and the preset overrides the defaults.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("cifar10.trainer", "trainer.py", log_on_stdout=True)
+
 import argparse
 from collections.abc import Sequence
 from functools import partial
@@ -111,7 +120,3 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The default settings for the data set that the flags or their preset name."""
     config = settings.resolve_config(args, None, CIFAR10)
     return DIGITS if config.data.dataset == "digits" else CIFAR10
-
-
-if __name__ == "__main__":
-    program.run(main, "trainer.py", log_on_stdout=True)

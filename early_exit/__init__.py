@@ -3,6 +3,8 @@
 `import early_exit` gives the names below and imports torch only when one that needs it is used.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -12,6 +12,11 @@ were chosen on val when the runs were evaluated; test is only reported. Of sever
 runs/*, comparisons are passed over, and what has no evaluation is named on standard error.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    from early_exit.cli.border import run
+
+    run("early_exit.compare", "early_exit.compare")
+
 import logging
 import os
 import re
@@ -21,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.evaluation import comparison, comparison_plot
 from early_exit.evaluation.decoration import optional
@@ -170,7 +175,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\ntable:  {in_a_line(out / 'table.md')}, .csv and .json")
     if drawn:
         print(f"figure: {in_a_line(out / comparison.FIGURE)}")
-
-
-if __name__ == "__main__":
-    program.run(main, PROG)

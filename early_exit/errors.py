@@ -25,3 +25,15 @@ class Unavailable(UserError):
     """
 
     code = 1
+
+
+class DataUnavailable(DataError, Unavailable):
+    """The data set is not where it was looked for, and cannot be downloaded now."""
+
+
+class Failed(RuntimeError):
+    """The program cannot continue, and its message says why in one line."""
+
+    code = 1
+    is_cause = True
+    """Whether it is what went wrong, and not what follows from it in another process."""

@@ -7,6 +7,11 @@ The copy lacks what only training needs. The card (README.md) states the trainin
 cost and licence of the network.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    from early_exit.cli.border import run
+
+    run("early_exit.export", "early_exit.export")
+
 import json
 import shlex
 import textwrap
@@ -18,7 +23,7 @@ import torch
 
 from early_exit import config as configs
 from early_exit.classifier import Classifier, find_evaluation, load
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.evaluation.markdown import cautions, provenance
 from early_exit.evaluation.report import Choice
@@ -204,7 +209,3 @@ def _wrapped(paragraph: str) -> str:
     if paragraph.startswith(("#", "|", "    ")):
         return paragraph
     return textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False)
-
-
-if __name__ == "__main__":
-    program.run(main, PROG)

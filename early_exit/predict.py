@@ -9,6 +9,11 @@ The thresholds are those of an evaluation of the run (--eval). An image that can
 on standard error and skipped; the exit code is then 2.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    from early_exit.cli.border import run
+
+    run("early_exit.predict", "early_exit.predict")
+
 import dataclasses
 import io
 import json
@@ -23,7 +28,7 @@ from typing import cast
 import numpy as np
 
 from early_exit.classifier import Classifier, Prediction, load
-from early_exit.cli import flags, program, settings
+from early_exit.cli import flags, settings
 from early_exit.data.image_files import find_images
 from early_exit.data.name_list import read_names
 from early_exit.errors import Unavailable, UserError
@@ -203,7 +208,3 @@ def summary(predictions: Sequence[Prediction], classifier: Classifier) -> str:
         f"{len(predictions)} image{'s' if len(predictions) > 1 else ''}: {exits};"
         f" {100 * mean:.1f} % of the plain network's {plain:.2f} M multiply-adds on average"
     )
-
-
-if __name__ == "__main__":
-    program.run(main, PROG)

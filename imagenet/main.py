@@ -9,6 +9,15 @@
 Flags override the preset (--config), and the preset overrides the defaults.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from early_exit.cli.border import run
+
+    run("imagenet.main", "main.py", log_on_stdout=True)
+
 import argparse
 import shlex
 from collections.abc import Sequence
@@ -263,7 +272,3 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
         )
     backbone = weights.download(config, args.pretrained)
     return configs.merge(defaults, {"model": {"backbone": str(backbone)}})
-
-
-if __name__ == "__main__":
-    program.run(main, "main.py", log_on_stdout=True)

@@ -1,6 +1,5 @@
 """torchvision's trained weights, downloaded once."""
 
-import http.client
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from torchvision import models
 
 from early_exit.data.folders import FolderRun
 from early_exit.errors import UserError
+from early_exit.system.downloads import downloading
 from early_exit.system.files import atomic_file, locked
 from imagenet import networks
 
@@ -18,7 +18,7 @@ def download(config: FolderRun, name: str) -> Path:
     """The file of torchvision's weights for the configuration's network, downloaded if necessary.
 
     name: of the weights; empty: the first ones that fit the image size. Raises UserError if there
-    are no such weights or the download fails.
+    are no such weights, Unavailable if the download fails.
     """
     arch = config.model.arch
     networks.check_arch(arch)
@@ -49,12 +49,8 @@ def download(config: FolderRun, name: str) -> Path:
 
 def _fetch(arch: str, weights: models.WeightsEnum, path: Path) -> None:
     """Downloads weights to `path`."""
-    try:
+    instead = "download it elsewhere and pass it with --backbone FILE"
+    with downloading(weights.url, instead):
         network = models.get_model(arch, weights=weights)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"downloading {weights.url} failed ({' '.join(str(error).split())}); download it"
-            " elsewhere and pass it with --backbone FILE"
-        ) from None
     with atomic_file(path) as file:
         torch.save(network.state_dict(), file)

@@ -60,7 +60,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.inference.policy import Policy
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system import distributed
+from early_exit.system import distributed, signals
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.train import train
@@ -403,9 +403,9 @@ def is_stopped(pid: int) -> bool:
 
 def told_once(stderr: str, prog: str) -> str:
     """The one line that a script ends with, without its name. torchrun adds lines of its own; only
-    one of its processes may print the line."""
+    one of its processes may print the line, which is then repeated at the end."""
     lines = [line for line in stderr.splitlines() if line.startswith(f"{prog}: ")]
-    assert len(lines) == 1, stderr
+    assert len(lines) == 1 or (lines == 2 * lines[:1] and stderr.endswith(f"{lines[0]}\n")), stderr
     return lines[0].removeprefix(f"{prog}: ")
 
 
@@ -425,11 +425,15 @@ def run_main(
     stderr."""
     monkeypatch.setattr(sys, "argv", [prog, *map(str, arguments)])
     capsys.readouterr()
+    handlers = {number: signal.getsignal(number) for number in signals.STOPPING}
     code = 0
     try:
         program.run(main, prog)
     except SystemExit as ended:
         code = ended.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code or 0, *capsys.readouterr()
 
 

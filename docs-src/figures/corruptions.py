@@ -7,6 +7,15 @@ Runs the policy of an evaluation, exits taken, on changed test images of CIFAR-1
 network on the same images. Noise is seeded. Prints a table.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("corruptions", "corruptions.py")
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cifar10.trainer import TASK
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.trained import Trained, load_run
@@ -116,7 +125,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 def percent(values: Tensor) -> float:
     """The mean of fractions or of a mask, in percent."""
     return 100 * float(values.float().mean())
-
-
-if __name__ == "__main__":
-    program.run(main, "corruptions.py")

@@ -10,6 +10,15 @@ recipe. With --val-from train, each cut chooses on a random half of val and repo
 with --val-from test, each cut chooses on one half of test and reports on the other. Prints a table.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("criteria_table", "criteria_table.py")
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +27,7 @@ from run_records import CUTS, RunRecords, add_val_from
 
 from early_exit.choosing.goals import Goal, MaxDrop, choose
 from early_exit.choosing.outcome import apply_policy
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.metrics import mean_std
 
 CRITERIA = ("max_prob", "entropy", "margin")  # thresholds of patience are whole numbers
@@ -89,7 +98,3 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"| {criterion} | {temperatures} | {found.accuracy} % | {found.lost}"
                 f" | {found.macs_share} % |"
             )
-
-
-if __name__ == "__main__":
-    program.run(main, "criteria_table.py")

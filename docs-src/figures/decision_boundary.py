@@ -7,6 +7,15 @@ reported.
     python docs-src/figures/decision_boundary.py
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("decision_boundary", "decision_boundary.py")
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +31,7 @@ from torch import Tensor, nn
 from early_exit.choosing.curve import for_max_drop, shared_curve
 from early_exit.choosing.outcome import Outcome, outcome_of
 from early_exit.choosing.record import Scores
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.evaluation import plots
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost, count_macs
@@ -294,7 +303,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     with plots.own_settings({"font.size": 16, "axes.titlesize": 17, "axes.labelsize": 16}):
         # without the software's version, the same picture gives the same bytes
         draw(net, splits, test).savefig(args.out, dpi=120, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    program.run(main, "decision_boundary.py")

@@ -9,6 +9,15 @@ The true risk of the policy that a draw accepts is known, because test is treate
 population. Prints the results and draws docs-src/docs/imgs/guarantees.png.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("guarantees", "guarantees.py")
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +29,7 @@ from early_exit.choosing.goals import Risk, candidates, fit_and_certify
 from early_exit.choosing.guarantees import losses_of, on_average, with_confidence
 from early_exit.choosing.outcome import outcome_of
 from early_exit.choosing.record import score_record
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.evaluation import plots
 
 IMAGE = Path(__file__).resolve().parents[1] / "docs/imgs/guarantees.png"
@@ -125,7 +134,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.set_ylabel(f"% of {args.draws:,} draws with at most this risk")
         axes.set_title(f"{args.images:,} certifying images, allowed risk {args.risk:g} %")
         figure.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 0.0))
-
-
-if __name__ == "__main__":
-    program.run(main, "guarantees.py")

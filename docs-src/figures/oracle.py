@@ -9,6 +9,15 @@ accuracy is fictitious. The oracle exits at the first exit that is correct. The 
 evaluated, because its records are read. Prints a table and draws docs-src/docs/imgs/oracle.png.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("oracle", "oracle.py")
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from early_exit.choosing.goals import MaxDrop, candidates, choose
 from early_exit.choosing.outcome import Outcome, outcome_of
 from early_exit.choosing.record import ExitRecord, score_record
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.evaluation import plots
 
 IMAGE = Path(__file__).resolve().parents[1] / "docs/imgs/oracle.png"
@@ -154,7 +163,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" {100 * widest.label_accuracy:.2f} instead of {100 * widest.policy_accuracy:.2f} %"
     )
     draw(curve, oracle)
-
-
-if __name__ == "__main__":
-    program.run(main, "oracle.py")

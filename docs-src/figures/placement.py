@@ -9,6 +9,15 @@ because its records are read. Means and deviations are over ten cuts, as in crit
 tables and draws docs-src/docs/imgs/placement.png.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from early_exit.cli.border import run
+
+    run("placement", "placement.py")
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +31,7 @@ from early_exit.choosing.goals import MaxDrop, calibrated
 from early_exit.choosing.outcome import Point, apply_policy
 from early_exit.choosing.overthinking import correct_answers
 from early_exit.choosing.record import ExitRecord, Scores, score_record
-from early_exit.cli import flags, program
+from early_exit.cli import flags
 from early_exit.evaluation import plots
 from early_exit.inference.policy import Policy
 from early_exit.metrics import mean_std
@@ -180,7 +189,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(single_table(cuts, cost, accuracy))
     print(f"\n{several_table(cuts, cost)}")
     draw(cuts, cost, accuracy)
-
-
-if __name__ == "__main__":
-    program.run(main, "placement.py")

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from early_exit.classifier import DEFAULT_EVALUATION
+from early_exit.errors import UserError
 
 
 class Formatter(argparse.HelpFormatter):
@@ -18,7 +19,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit code 2.
+    """A parser whose errors are a UserError: one line and exit code 2.
 
     `instead` maps flags of similar scripts, which this one lacks, to what to use instead.
     """
@@ -26,11 +27,11 @@ class Parser(argparse.ArgumentParser):
     instead: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line, without the usage, and exits."""
+        """Raises UserError, without the usage."""
         given = [word.partition("=")[0] for word in message.split()]
         given += [word[:2] for word in given if re.match(r"-\w", word)]  # -j4 is -j 4
         hints = [f"{flag}: use {ours}; " for flag, ours in self.instead.items() if flag in given]
-        self.exit(2, f"{self.prog}: {message} ({''.join(hints)}--help lists the flags)\n")
+        raise UserError(f"{message} ({''.join(hints)}--help lists the flags)")
 
 
 class StoreSetting(argparse.Action):

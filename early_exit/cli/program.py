@@ -1,19 +1,18 @@
-"""What the programs do with their flags, and how they end."""
+"""What the programs do with their flags."""
 
 import argparse
 import contextlib
 import itertools
-import logging
-import os
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from early_exit import config as configs
+from early_exit.cli.border import run as run
 from early_exit.cli.settings import (
     check_flags_have_effect,
     evaluation_options,
@@ -25,18 +24,14 @@ from early_exit.config import Config
 from early_exit.errors import DataError, UserError
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.markdown import summary
-from early_exit.system import distributed, streams
+from early_exit.system import distributed, streams, torchrun
 from early_exit.system.device import choose_device
-from early_exit.system.provenance import check_torchvision
-from early_exit.system.signals import Stopped, exit_on_sigterm
-from early_exit.system.text import in_a_line
 from early_exit.task import Task
 from early_exit.trained import EVALUATION
 from early_exit.training import checkpoint
 from early_exit.training import score as scoring
 from early_exit.training import train as training
 from early_exit.training.state import find_resumed
-from early_exit.training.stopping import Diverged
 
 
 @contextlib.contextmanager
@@ -75,6 +70,9 @@ def train_or_score(
     _, saved = find_resumed(args.resume, run_dir)
     config = resolve_config(args, saved and saved["config"], defaults, task.config)
     check_flags_have_effect(args, config)
+    if args.print_config:
+        print(yaml.safe_dump(configs.to_dict(config), sort_keys=False), end="")
+        return
     if args.evaluate:
         if saved is None and config.model.backbone is None:
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
@@ -97,7 +95,7 @@ def train_or_score(
         start_epoch=args.start_epoch,
         check=args.check,
     )
-    if not args.check and distributed.rank() == 0:
+    if not args.check and torchrun.rank() == 0:
         print(f"trained: {run_dir}\nnext: {_next_command(config, run_dir, eval_script)}")
 
 
@@ -131,45 +129,3 @@ def evaluate(args: argparse.Namespace, task: Task) -> None:
     with with_data_advice("if the data set has moved, name its directory with --data"):
         report, directory = evaluation.evaluate(args.run, task, goal, **options)
     print(summary(report, directory))
-
-
-def run(
-    main: Callable[[Sequence[str] | None], None], prog: str, *, log_on_stdout: bool = False
-) -> None:
-    """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143 or 130 stopped by a
-    signal with the state saved, 1 anything else.
-
-    log_on_stdout: whether the log is what the script prints, as that of a training; otherwise it
-    goes to standard error. Warnings always do.
-    """
-    level = logging.WARNING if distributed.rank() else logging.INFO
-    streams.set_up(level, log_on_stdout)
-    try:
-        exit_on_sigterm()
-        check_torchvision()
-        main(None)
-        streams.finish(prog)
-    except (UserError, Stopped) as error:
-        sys.exit(_fail(prog, error, error.code))
-    except (Diverged, distributed.Lost) as error:
-        sys.exit(_fail(prog, error, 1))
-    except KeyboardInterrupt:
-        sys.exit(_fail(prog, "interrupted", 130))
-    except streams.ReaderEnded:
-        sys.exit(1)
-
-
-def _fail(prog: str, message: object, code: int) -> int:
-    """Prints the one line and returns the code. One of several processes exits at once, because the
-    communication with the others cannot be shut down by one of them."""
-    streams.make_optional()  # the first error is the one to tell
-    sys.stdout.flush()
-    if distributed.rank() > 0:
-        # the main process usually prints the same; torchrun ends this one as soon as that exits
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    if not (distributed.rank() and isinstance(message, Stopped)):  # the main process prints it
-        print(f"{prog}: {in_a_line(message)}", file=sys.stderr, flush=True)
-    if distributed.world_size() > 1:
-        os._exit(code)
-    return code

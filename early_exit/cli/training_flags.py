@@ -281,6 +281,11 @@ def _add_run_flags(parser: argparse.ArgumentParser, default: Config, default_spl
     group.add_argument(
         "--check",
         action="store_true",
-        help="check the settings and the data, print the resolved settings, and exit; the exit code"
+        help="check the settings and the data, print what would be trained, and exit; the exit code"
         " is 2 after an error",
+    )
+    group.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print all settings as a preset, and exit",
     )

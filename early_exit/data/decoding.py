@@ -8,6 +8,7 @@ threads wait for storage at the same time.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -30,6 +31,8 @@ MAX_PIXELS = 2**28
 """Of one image, before it is decoded. Cameras and phones take up to 200 million; as RGB this many
 take 1 GiB."""
 BUFFER = 2**16  # bytes that are read at once; most headers are shorter
+# Errors of the machine while a file is opened: the next file would have them too.
+NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 ORIENTATION = 0x0112  # the tag in EXIF data
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

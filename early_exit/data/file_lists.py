@@ -4,6 +4,7 @@
 beside a record, those that were recorded. Runs of images in memory have none.
 """
 
+import io
 import logging
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from early_exit.data.base import Data, FileData
 from early_exit.errors import DataError
-from early_exit.system.files import atomic_file
+from early_exit.system.files import write_bytes
 from early_exit.system.text import in_a_line
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ def remember(directory: Path, data: Data, splits: Iterable[str] = ("train", "val
     names = {split: data.file_names(split) for split in splits}
     arrays: dict[str, Any] = {split: found for split, found in names.items() if found is not None}
     if arrays:
-        with atomic_file(directory / NAME) as file:
-            np.savez_compressed(file, **arrays, val_hash=np.array(data.val_hash))
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays, val_hash=np.array(data.val_hash))
+        write_bytes(directory / NAME, content.getvalue())
 
 
 def remembered(directory: Path, split: str, val_hash: str | None = None) -> np.ndarray | None:

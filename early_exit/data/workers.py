@@ -5,6 +5,7 @@ matter which worker decodes an image, and an epoch can be resumed at any step.
 """
 
 import atexit
+import multiprocessing.process
 import os
 import signal
 import weakref
@@ -21,7 +22,7 @@ from early_exit.data.decoding import Unreadable
 from early_exit.data.file_lists import printable
 from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
-
+from early_exit.system.signals import STOPPING, held_back
 
 class ImageKey(NamedTuple):
     """Which image to decode, and how to augment it."""
@@ -151,7 +152,8 @@ class WorkerPool:
     def read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
         """The batches of these keys, in order. Ends an iteration that is not finished."""
         self._sampler.keys = keys
-        batches = iter(self._loader)
+        with held_back():  # from the workers that start here, until they ignore them
+            batches = iter(self._loader)
         if self._loader.num_workers and not self._shuts_down_at_exit:
             self._shuts_down_at_exit = True
             atexit.register(_shut_down, weakref.ref(batches))
@@ -159,18 +161,25 @@ class WorkerPool:
 
 
 def _shut_down(batches: weakref.ref) -> None:
-    """Shuts down the workers that still run at exit, as after an error. Otherwise Python would
-    terminate them by a signal, which they ignore, and wait forever."""
+    """Kills the workers that still run at exit, as after an error: Python would end them by a
+    signal, which they ignore, and wait for ever, also for one that hangs on its storage."""
     running = batches()
-    if running is not None:
-        running._shutdown_workers()
+    if running is None:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
+    for worker in running._workers:
+        worker.kill()
+    for worker in running._workers:
+        worker.join(timeout=1)
+        if worker.is_alive():  # the system cannot end it now
+            multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
 
 
 def ignore_signals(_worker: int) -> None:
-    """Makes a worker ignore SIGINT and SIGTERM. They are often sent to the whole process group, and
-    the main process needs its workers until it has saved its state."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Makes a worker ignore the signals that stop a program. They are often sent to the whole
+    process group, and the main process needs its workers until it has saved its state."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def processors() -> int:

@@ -47,7 +47,7 @@ from early_exit.inference.policy import Policy
 from early_exit.metrics import mean_std
 from early_exit.model import energy
 from early_exit.output import prepare_output, source_run
-from early_exit.system import distributed, provenance
+from early_exit.system import provenance, torchrun
 from early_exit.system.device import PRECISIONS, describe_device
 from early_exit.system.files import atomic_directory, locked, write_text
 from early_exit.task import Task
@@ -120,7 +120,7 @@ def evaluate(
     threads that they do not name are as `early_exit.trained.EVALUATION` says. name: of the
     evaluation; default: made from the goal. options: the fields of `Options`.
     """
-    if distributed.world_size() > 1:
+    if torchrun.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
     chosen = Options(**options)
     output = prepare_output(Path(run_dir), None if out is None else Path(out))

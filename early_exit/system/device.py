@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from early_exit.errors import UserError
-from early_exit.system.distributed import local_rank, world_size
+from early_exit.system.torchrun import local_rank, world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}  # as reports name them

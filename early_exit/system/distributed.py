@@ -3,7 +3,6 @@
 A single process is a group of one, in which nothing is sent.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from early_exit.errors import UserError
+from early_exit.errors import Failed, UserError
+from early_exit.system.torchrun import world_size
 
 # How long a process waits for a silent one, as when a machine or the network has vanished; and for
 # the main process to download what the others will read.
@@ -24,23 +24,10 @@ TIMEOUT, DOWNLOAD_TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
 LOST = "onnection|imed out|imeout"  # in gloo's messages: its errors have no type of their own
 
 
-def rank() -> int:
-    """The number of this process among those that torchrun started; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    """The number of this process on its machine, and of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-class Lost(RuntimeError):
+class Lost(Failed):
     """Another process of the group is gone, so nothing can be communicated any more."""
+
+    is_cause = False
 
 
 @contextmanager

@@ -16,9 +16,10 @@ def check_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
+        missing = getattr(error, "name", None)
+        if isinstance(error, ModuleNotFoundError) and "." not in (missing or ""):
             raise UserError(
-                "torchvision is not installed; run: pip install -r requirements.txt"
+                f"{missing or 'torchvision'} is not installed; run: pip install -r requirements.txt"
             ) from None
         torch_version, vision_version = map(importlib.metadata.version, ("torch", "torchvision"))
         reason = " ".join(str(error).split())

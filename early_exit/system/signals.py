@@ -1,6 +1,20 @@
-"""SIGTERM and SIGINT: stopping where the state can be saved."""
+"""SIGTERM, SIGINT and SIGHUP: stopping where the state can be saved."""
 
+from __future__ import annotations
+
+import errno
+import os
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENCE = 5.0  # seconds that the next images are waited for after a signal
+
+NOTHING_SAVED = "stopped by signal {}; there was nothing to save"
+
+Item = TypeVar("Item")
 
 
 class Stopped(BaseException):
@@ -14,25 +28,88 @@ class Stopped(BaseException):
         self.code = 128 + signum
 
 
-def exit_on_sigterm() -> None:
-    """Makes SIGTERM raise Stopped, as SIGINT raises KeyboardInterrupt.
+def end_at_once(prog: str, signum: int) -> NoReturn:
+    """Ends the program by one line, without what Python does at its end."""
+    os.write(2, f"{prog}: {NOTHING_SAVED.format(signum)}\n".encode())
+    os._exit(128 + signum)
+
+
+@contextmanager
+def ending_at_once(prog: str) -> Iterator[None]:
+    """A context in which signals end the program: imports can swallow an exception."""
+    with _handled_by(lambda signum, _frame: end_at_once(prog, signum)):
+        yield
+
+
+def raise_on_signals(prog: str) -> None:
+    """Makes SIGTERM and SIGHUP raise Stopped, and SIGINT KeyboardInterrupt. Another Ctrl-C ends the
+    program; another SIGTERM changes nothing.
 
     Without a handler the first process of a container ignores SIGTERM.
     """
 
     def stop(signum: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise Stopped(f"stopped by signal {signum}; there was nothing to save", signum)
+        signal.signal(signum, signal.SIG_IGN)  # once is enough
+        _leave_closed_terminal()
+        raise Stopped(NOTHING_SAVED.format(signum), signum)
 
-    signal.signal(signal.SIGTERM, stop)
+    def interrupt(signum: int, _frame: object) -> None:
+        signal.signal(signum, lambda signum, _frame: end_at_once(prog, signum))
+        raise KeyboardInterrupt
+
+    for number in _not_ignored():
+        signal.signal(number, interrupt if number == signal.SIGINT else stop)
+
+
+def _not_ignored() -> list[signal.Signals]:
+    """The signals that stop a program. nohup ignores SIGHUP for it, and a shell script SIGINT for
+    what it runs in the background."""
+    return [
+        number
+        for number in STOPPING
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """A context with this handler for the signals that stop a program."""
+    previous = {number: signal.signal(number, handler) for number in _not_ignored()}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def _leave_closed_terminal() -> None:
+    """Discards further output if it went to a terminal that was closed: writing would fail."""
+    for stream in (0, 1, 2):
+        try:
+            os.ttyname(stream)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """A context in which signals wait, and which processes that start in it never get."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interrupted(BaseException):
-    """A signal arrived while `StopSignals` was told to raise at once."""
+    """A signal arrived while `StopSignals` was told to raise at once, or the images that the
+    program waited for did not come after it."""
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGINT only set `signum`; the loop checks it between steps.
+    """A context in which the signals that stop a program only set `signum`; the loop checks it
+    between steps.
 
     A second signal changes nothing, so it cannot tear a file that is being written. Where the loop
     may take long to check (a compilation) and there is nothing to save, it calls
@@ -42,17 +119,18 @@ class StopSignals:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.raise_at_once = False
+        self._waiting = False
 
-    def __enter__(self) -> "StopSignals":
-        self._previous = {
-            number: signal.signal(number, self._record)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+    def __enter__(self) -> StopSignals:
+        self._handlers = _handled_by(self._record)
+        self._handlers.__enter__()
+        self._previous_alarm = signal.signal(signal.SIGALRM, self._give_up)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._previous_alarm)
+        self._handlers.__exit__(None, None, None)
 
     def raise_if_signalled(self) -> None:
         """Makes the first signal raise Interrupted; one that came earlier raises it now."""
@@ -60,8 +138,29 @@ class StopSignals:
         if self.signum is not None:
             raise Interrupted
 
+    def wait_for(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items. Raises Interrupted if a signal came and the next one does not come for
+        PATIENCE seconds, as if a worker process hangs on its storage."""
+        iterator = iter(items)
+        while True:
+            self._waiting = True
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
+
     def _record(self, signum: int, _frame: object) -> None:
         if self.signum is None:
             self.signum = signum
+            _leave_closed_terminal()
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
             if self.raise_at_once:
                 raise Interrupted
+
+    def _give_up(self, _signum: int, _frame: object) -> None:
+        if self._waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Interrupted

@@ -35,7 +35,12 @@ from early_exit.training.steps import (
     set_training_mode,
     train_steps,
 )
-from early_exit.training.stopping import make_undo, stop_if_diverged, stop_if_signalled
+from early_exit.training.stopping import (
+    make_undo,
+    stop_if_diverged,
+    stop_if_signalled,
+    stop_while_waiting,
+)
 from early_exit.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -97,7 +102,7 @@ def run_phase(
     while position.epoch < phase.optim.epochs:
         set_training_mode(run.network, phase.backbone_frozen)
         reset_peak_memory(run.device)
-        steps = epoch_steps(run, phase, state, forward, no_sync)
+        steps = epoch_steps(run, phase, state, forward, no_sync, stop)
         trained = train_epoch(run, phase, state, steps, stop)
         val = validate(run, phase, state, stop)
         if journal:
@@ -135,6 +140,7 @@ def epoch_steps(
     state: PhaseState,
     forward: Forward,
     no_sync: Callable[[], AbstractContextManager],
+    stop: signals.StopSignals,
 ) -> Iterator[bool]:
     """The steps of one epoch from the state's position on, as `train_steps` yields them."""
     config, optim, here = run.config, phase.optim, state.position
@@ -151,7 +157,7 @@ def epoch_steps(
     )
     return train_steps(
         forward,
-        seed_each(batches, (config.run.seed, order), here.step, run.shard),
+        seed_each(stop.wait_for(batches), (config.run.seed, order), here.step, run.shard),
         loss_fn,
         state.optimizer,
         state.scaler,
@@ -202,18 +208,24 @@ def train_epoch(
     start, first = time.perf_counter(), here.step
     with bar, distributed.raise_if_lost():
         undo = make_undo(run, state)
-        for step_done in steps:
-            stop.raise_at_once = False
-            if step_done:
-                here.step += 1
-                if state.average:
-                    state.average.update(run.network)
-                bar.update(batch_size)
-                if every and here.step % every == 0:
-                    stop_if_diverged(run, state)
-                    show_progress(run, phase, state, bar, terminal)
-            stop_if_signalled(run, state, stop, undo=None if step_done else undo)
-            undo = make_undo(run, state) if step_done else undo
+        step_done = True
+        try:
+            for step_done in steps:
+                stop.raise_at_once = False
+                if step_done:
+                    here.step += 1
+                    if state.average:
+                        state.average.update(run.network)
+                    bar.update(batch_size)
+                    if every and here.step % every == 0:
+                        stop_if_diverged(run, state)
+                        show_progress(run, phase, state, bar, terminal)
+                stop_if_signalled(run, state, stop, undo=None if step_done else undo)
+                undo = make_undo(run, state) if step_done else undo
+        except signals.Interrupted:
+            if stop.raise_at_once:
+                raise
+            stop_while_waiting(run, state, stop, undo=None if step_done else undo)
     stop_if_diverged(run, state)
     seconds = time.perf_counter() - start
     score = state.tally.gathered(run.group).score(run.exit_names(phase))

@@ -1,14 +1,17 @@
 """Ending a training early: on a signal, with everything saved, and on a loss that is not finite."""
 
 import copy
+import signal
 from collections.abc import Callable
+from typing import NoReturn
 
+from early_exit.errors import Failed
 from early_exit.system.signals import Stopped, StopSignals
 from early_exit.training.state import PhaseState, Run, save
 from early_exit.training.steps import Tally
 
 
-class Diverged(RuntimeError):
+class Diverged(Failed):
     """The loss is not finite, so training cannot continue."""
 
 
@@ -46,6 +49,24 @@ def stop_if_signalled(
     raise Stopped(
         f"stopped by signal {signum} and saved in epoch {state.position.epoch + 1} after"
         f" step {state.position.step}; continue with --resume {run.directory}",
+        signum,
+    )
+
+
+def stop_while_waiting(
+    run: Run,
+    state: PhaseState,
+    stop: StopSignals,
+    undo: Callable[[], None] | None = None,
+) -> NoReturn:
+    """Stops after a signal although the next images do not come, as if a worker hangs on its
+    storage. One process saves a checkpoint; several could only do so together."""
+    if run.group.world == 1:
+        stop_if_signalled(run, state, stop, undo)
+    signum = stop.signum or signal.SIGTERM
+    raise Stopped(
+        f"stopped by signal {signum} while no images came, as if the storage hangs, so this epoch"
+        f" is not saved; the last good checkpoint: {run.last_good}",
         signum,
     )
 

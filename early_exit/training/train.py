@@ -60,7 +60,7 @@ def train(
     runs: where run directories are. run_dir: the run directory; default: a directory in `runs`,
     named after the configuration. If it exists, `resume` must be given: `auto` or the path of a
     checkpoint. start_epoch: the epoch of the schedule at which a fresh run starts. check: do
-    everything but train and write, and log the resolved configuration.
+    everything but train and write, and log the data and the network.
 
     Under torchrun every process calls this, and the main one writes. Raises UserError for an error
     the user can fix, Diverged if the loss is not finite, and signals.Stopped after a signal, when
@@ -289,8 +289,7 @@ def write_settings(run: Run, fresh: bool) -> None:
 
 
 def log_plan(run: Run) -> None:
-    """Logs the resolved configuration, the data and the network."""
-    log.info("%s", yaml.safe_dump(configs.to_dict(run.config), sort_keys=False).rstrip())
+    """Logs the data and the network."""
     log.info(
         "train %d, val %d, test %d images of %d classes",
         *(run.data.size(split) for split in ("train", "val", "test")),

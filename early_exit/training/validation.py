@@ -11,14 +11,14 @@ from early_exit.system.signals import Interrupted, StopSignals
 from early_exit.training.phases import Phase
 from early_exit.training.state import PhaseState, Run
 from early_exit.training.steps import Score, Tally, as_list, score_batches
-from early_exit.training.stopping import stop_if_diverged, stop_if_signalled
+from early_exit.training.stopping import stop_if_diverged, stop_if_signalled, stop_while_waiting
 
 
 def validate(run: Run, phase: Phase, state: PhaseState, stop: StopSignals) -> Score:
     """Scores the weights that would be reported now. A signal saves a checkpoint and ends it."""
     network = reported_network(run, state)
     tally = Tally(len(phase.weights), run.device)
-    score_until_signalled(run, state, stop, val_batches(run, phase, network, tally))
+    score_until_signalled(run, state, stop, val_batches(run, phase, network, tally, stop))
     total = tally.gathered(run.group)
     stop_if_diverged(run, state, total)
     return total.score(run.exit_names(phase))
@@ -35,11 +35,14 @@ def reported_network(run: Run, state: PhaseState) -> MultiExitNetwork:
     return network
 
 
-def val_batches(run: Run, phase: Phase, network: MultiExitNetwork, tally: Tally) -> Iterator[None]:
+def val_batches(
+    run: Run, phase: Phase, network: MultiExitNetwork, tally: Tally, stop: StopSignals
+) -> Iterator[None]:
     """Scores the batches of val that are this process's, adding them to `tally`."""
+    shard = Shard(run.group.rank, run.group.world)
     return score_batches(
         as_list(network.backbone if phase.backbone_only else network, phase.backbone_only),
-        run.data.eval_batches("val", run.data.eval_batch, Shard(run.group.rank, run.group.world)),
+        stop.wait_for(run.data.eval_batches("val", run.data.eval_batch, shard)),
         partial(run.task.loss, weights=phase.weights, **run.task_loss_settings),
         run.autocast,
         tally,
@@ -58,6 +61,6 @@ def score_until_signalled(
         for _ in itertools.zip_longest(range(checks), batches):
             stop_if_signalled(run, state, stop)
     except Interrupted:
-        stop_if_signalled(run, state, stop)
+        stop_while_waiting(run, state, stop)
     finally:
         stop.raise_at_once = False

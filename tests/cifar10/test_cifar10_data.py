@@ -2,17 +2,22 @@
 
 import builtins
 import dataclasses
+import errno
 import http.client
+import http.server
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import assert_names, refusal
+from helpers import assert_names, refusal, run_main
 
-from cifar10 import data
+from cifar10 import data, trainer
 from cifar10.data import Data, ImageSet
+from early_exit.errors import Unavailable, UserError
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,60 @@ class TestCIFAR10:
         assert "--dataset digits" in refusal(data.load, "cifar10", tmp_path)
         assert asked == [True]
 
+    @pytest.mark.parametrize("cut", [False, True], ids=["a proxy's page", "cut off"])
+    def test_another_file_is_not_the_data_and_may_pass(self, monkeypatch, tmp_path, serve, cut):
+        url = serve(b"<html>Please log in</html>", cut)
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+        for _ in range(2):  # what came does not count the next time either
+            with pytest.raises(Unavailable) as caught:
+                data.load("cifar10", tmp_path)
+            assert_names(str(caught.value), url, "--dataset digits")
+
+    def test_a_check_says_that_it_may_pass(self, monkeypatch, capsys, tmp_path, serve):
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", serve(b"", True))
+        flags = ("--check", "--data", tmp_path, "--save-dir", tmp_path / "run")
+        code, _, err = run_main(trainer.main, "trainer.py", monkeypatch, capsys, *flags)
+        assert code == 1 and err.splitlines()[-1].startswith("trainer.py: ")
+
+    def test_a_directory_that_cannot_be_written_does_not_pass(self, monkeypatch, tmp_path):
+        def no_right(*_, **__):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere")
+
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_right)
+        with pytest.raises(UserError) as caught:
+            data.load("cifar10", tmp_path)
+        assert caught.value.code == 2
+        assert_names(str(caught.value), "/somewhere")
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that serves these bytes, or fewer than it says, and gives the address."""
+    servers = []
+
+    def serve(content: bytes, cut: bool) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content) + 1000 * cut))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[0].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[0].server_port}/cifar-10-python.tar.gz"
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     """An array of bytes in the format of MNIST's files."""
@@ -253,3 +312,20 @@ class TestMnist:
         message = refusal(data.load, "mnist", tmp_path)
         assert "http" in message
         assert_names(message, "MNIST", tmp_path, "MNIST/raw", "--dataset digits")
+
+    def test_what_was_not_extracted_whole_is_extracted_again(self, monkeypatch, tmp_path):
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in (
+            f"{s}-{kind}-ubyte"
+            for s in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        ):
+            (raw / name).write_bytes(b"\0\0\x08\x01\0\0\0\x05abc")
+        (raw / "train-images-idx3-ubyte.gz").write_bytes(b"")  # it came from here
+        found = []
+        monkeypatch.setattr(
+            torchvision.datasets.MNIST, "download", lambda _: found.extend(raw.glob("*-ubyte"))
+        )
+        refusal(data.load, "mnist", tmp_path)
+        assert len(found) == 3 and raw / "train-images-idx3-ubyte" not in found

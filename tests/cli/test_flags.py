@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import assert_names
+from helpers import assert_names, refusal
 
 from cifar10 import eval as evaluation
 from cifar10 import trainer
@@ -43,30 +43,20 @@ class TestSettings:
 
 
 class TestErrors:
-    def error(self, parser, capsys, *words: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            parser.parse_args(words)
-        assert exit_.value.code == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1
-        return err
-
-    def test_they_are_one_line_with_the_programs_name(self, parser, capsys):
-        err = self.error(parser, capsys, "--rates", "3")
-        assert err.startswith("x.py: ")
-        assert_names(err, "--rates", "--help")
+    def test_they_are_one_line(self, parser):
+        assert_names(refusal(parser.parse_args, ["--rates", "3"]), "--rates", "--help")
 
     @pytest.mark.parametrize("words", [["--half", "1"], ["--half=1"], ["--half"]])
-    def test_a_flag_of_another_script_is_answered_with_ours(self, parser, capsys, words):
+    def test_a_flag_of_another_script_is_answered_with_ours(self, parser, words):
         parser.instead = {"--half": "--amp fp16", "--full": "--amp off"}
-        err = self.error(parser, capsys, *words)
+        err = refusal(parser.parse_args, words)
         assert_names(err, "--half", "--amp fp16")
         assert "--amp off" not in err
 
     @pytest.mark.parametrize("words", [["-j", "4"], ["-j4"]])
-    def test_a_short_one_with_its_value_too(self, parser, capsys, words):
+    def test_a_short_one_with_its_value_too(self, parser, words):
         parser.instead = {"-j": "--threads N"}
-        assert_names(self.error(parser, capsys, *words), "-j", "--threads")
+        assert_names(refusal(parser.parse_args, words), "-j", "--threads")
 
     @pytest.mark.parametrize("script", [trainer, main])
     def test_what_is_recommended_instead_is_a_flag_of_the_script(self, script):

@@ -9,9 +9,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import file_names, load_folders, make_folders, read_all, wait_for
+from helpers import (
+    children,
+    file_names,
+    finish,
+    load_folders,
+    make_folders,
+    read_all,
+    start,
+    wait_for,
+    wait_for_file,
+)
 
 from early_exit.errors import UserError
+from early_exit.system.signals import STOPPING
 
 
 @pytest.fixture
@@ -52,12 +63,29 @@ class TestWorkers:
         next(batches)
         workers = loaded.pool._loader._iterator._workers
         for worker in workers:
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in STOPPING:
                 # a signal that is ignored is gone once it was sent, there is nothing to wait for
                 wait_for(partial(ignores, worker.pid, signum), "a worker that ignores it")
                 os.kill(worker.pid, signum)
         assert len(list(batches)) == 5
         assert all(worker.is_alive() for worker in workers)
+
+    @pytest.mark.slow
+    def test_one_that_hangs_keeps_a_stopped_run_neither_from_saving_nor_from_ending(
+        self, folders, tmp_path
+    ):
+        run = tmp_path / "run"
+        sizes = ("--train-crop", 16, "--val-crop", 16, "--val-resize", 16, "--val-size", 6)
+        flags = ("--arch", "resnet18", "--exits", "layer2", "-b", 6, "--epochs", 10_000, "-j", 2)
+        machine = ("--device", "cpu", "--threads", 1, "--amp", "off", "--save-dir", run)
+        process = start("imagenet/main.py", folders, *flags, *sizes, *machine, cwd=tmp_path)
+        wait_for_file(run / "checkpoint.pt", process)
+        for worker in children(process.pid):  # as one that waits for a file server
+            os.kill(worker, signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        done = finish(process)
+        assert done.returncode == 143 and done.stderr.count("\n") == 1
+        assert "--resume" in done.stderr
 
 
 class TestBadFiles:

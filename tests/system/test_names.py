@@ -2,8 +2,8 @@
 
 import pytest
 
-from early_exit.system.names import is_hidden
-from early_exit.system.text import in_a_line, is_system_name
+from early_exit.system.names import is_hidden, is_system_name
+from early_exit.system.text import in_a_line
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Signals: they stop a program where it can save its state."""
 
+import multiprocessing
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ class TestExitOnSigterm:
     def test_sigterm_raises_once(self):
         before = signal.getsignal(signal.SIGTERM)
         try:
-            signals.exit_on_sigterm()
+            signals.raise_on_signals("x.py")
             with pytest.raises(signals.Stopped, match=r"\b15\b") as stopped:
                 os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
@@ -29,7 +32,7 @@ class TestExitOnSigterm:
 
 
 class TestStopSignals:
-    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("signum", signals.STOPPING)
     def test_with_raise_at_once_the_first_one_raises(self, signum):
         with signals.StopSignals() as stop:
             stop.raise_if_signalled()
@@ -79,3 +82,46 @@ class TestStopSignals:
     @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_exit_code_of_a_stop(self, signum, code):
         assert signals.Stopped("stopped", signum).code == code
+
+    def test_what_does_not_come_after_a_signal_is_not_waited_for(self, monkeypatch):
+        monkeypatch.setattr(signals, "PATIENCE", 0.05)
+
+        def items():
+            yield "first"
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                signal.pause()
+
+        with signals.StopSignals() as stop:
+            waited = stop.wait_for(items())
+            assert next(waited) == "first"
+            with pytest.raises(signals.Interrupted):
+                next(waited)
+            assert stop.signum == signal.SIGTERM
+
+    def test_what_comes_after_a_signal_is_given(self):
+        with signals.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert list(stop.wait_for("ab")) == ["a", "b"]
+
+    def test_what_nohup_ignores_stays_ignored(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with signals.StopSignals() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.signum is None
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_starts_while_signals_are_held_back_never_gets_them():
+    with signals.held_back():
+        process = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        process.start()
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (mask,) = re.findall(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
+        assert all(int(mask, 16) >> (number - 1) & 1 for number in signals.STOPPING)
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        process.kill()
