@@ -151,7 +151,10 @@ def of_pod(spec: dict) -> Iterator[str]:
             yield f"limit-missing: no request or no limit of {what}"
     if GPU in requests and requests[GPU] != limits.get(GPU):
         yield "gpu-limit: GPUs are limited as they are requested"
-    patience = environment(container).get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
+    variables = environment(container)
+    if variables.get("OMP_NUM_THREADS") != limits.get("cpu"):
+        yield "threads: OMP_NUM_THREADS is not the limit of CPUs"
+    patience = variables.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
     if int(patience) + 10 > spec["terminationGracePeriodSeconds"] and "args" in container:
         yield "grace: torchrun waits longer than the pod is given"
     if "args" in container:
@@ -159,8 +162,16 @@ def of_pod(spec: dict) -> Iterator[str]:
 
 
 def environment(container: dict) -> dict[str, str]:
-    """The variables that a container sets."""
-    return {one["name"]: one["value"] for one in container.get("env", [])}
+    """The variables that a container sets; one that is taken from a limit or a request is what
+    stands there."""
+    values = {}
+    for one in container.get("env", []):
+        if "valueFrom" in one:
+            kind, _, what = one["valueFrom"]["resourceFieldRef"]["resource"].partition(".")
+            values[one["name"]] = str(container["resources"].get(kind, {}).get(what))
+        else:
+            values[one["name"]] = one["value"]
+    return values
 
 
 def of_command(container: dict) -> Iterator[str]:
@@ -172,8 +183,9 @@ def of_command(container: dict) -> Iterator[str]:
     yield from of_flags(script, *flags)
     if "--resume=auto" not in flags:
         yield "resume: it does not resume by itself"
-    if GPU not in container["resources"]["limits"]:
-        yield "gpu-missing: torchrun counts GPUs, and it asks for none"
+    device = "cuda" if GPU in container["resources"]["limits"] else "cpu"
+    if f"--device={device}" not in flags:
+        yield f"device: its limits are for --device={device}, which it does not pass"
     for word in ('"$@" --check & wait $! || exit;', "torchrun --", 'trap "kill -TERM $!" TERM'):
         if word not in " ".join(container["command"]):
             yield f"command: its command lacks {word}"
@@ -238,6 +250,10 @@ def of_several_nodes(files: Files) -> Iterator[str]:
         yield "master-port: the Service has another port"
     if flags.get("node-rank") != '"$JOB_COMPLETION_INDEX"' or spec["completionMode"] != "Indexed":
         yield "completion-mode: the pods do not know their number"
+    if "backoffLimit" in spec or not spec.get("backoffLimitPerIndex"):
+        yield "back-off: the back-off of the Job doubles with every pod of a lost node"
+    if spec.get("maxFailedIndexes") != 0:
+        yield "index-failed: the other pods continue without a pod that has failed too often"
     if {spec["completions"], spec["parallelism"], int(flags.get("nnodes", 0))} != {
         spec["completions"]
     }:

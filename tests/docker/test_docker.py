@@ -176,6 +176,23 @@ MISTAKES = {
         lambda files: container(files)["resources"]["limits"].pop("memory"),
         "limit-missing: .*memory",
     ),
+    "no GPU": (
+        lambda files: container(files)["resources"]["limits"].pop("nvidia.com/gpu"),
+        "device: .*--device=cpu",
+    ),
+    "a silent training on CPUs": (
+        put("--device=auto", "args", 3, where=container),
+        "device: .*cuda",
+    ),
+    "no number of threads": (lambda files: container(files)["env"].pop(0), "threads: "),
+    "another number of threads": (
+        put({"name": "OMP_NUM_THREADS", "value": "16"}, "env", 0, name=SHELL, where=container),
+        "interactive_pod.yaml: threads: ",
+    ),
+    "threads as requested": (
+        put("requests.cpu", "env", 0, "valueFrom", "resourceFieldRef", "resource", where=container),
+        "threads: ",
+    ),
     "a short grace": (put(30, "terminationGracePeriodSeconds"), "grace: "),
     "a namespace": (put("mine", "metadata", "namespace", where=first), "namespace: "),
     "a fixed name": (
@@ -218,6 +235,14 @@ MISTAKES = {
     "a Job that restarts in place": (
         put("OnFailure", "restartPolicy", name=JOB),
         "restart-in-place: ",
+    ),
+    "a back-off of all pods together": (
+        put(20, "spec", "backoffLimit", name=MULTI, where=last),
+        "back-off: ",
+    ),
+    "pods that continue without one": (
+        lambda files: last(files, MULTI)["spec"].pop("maxFailedIndexes"),
+        "index-failed: ",
     ),
     "a Service of other pods": (
         put({"app": "x"}, "spec", "selector", name=MULTI, where=first),
