@@ -186,7 +186,12 @@ def of_command(container: dict) -> Iterator[str]:
     device = "cuda" if GPU in container["resources"]["limits"] else "cpu"
     if f"--device={device}" not in flags:
         yield f"device: its limits are for --device={device}, which it does not pass"
-    for word in ('"$@" --check & wait $! || exit;', "torchrun --", 'trap "kill -TERM $!" TERM'):
+    for word in (
+        '"$@" --check & wait $! || exit;',
+        "torchrun --",
+        'trap "kill -TERM $!" TERM',
+        "EARLY_EXIT_LAST_LINE",
+    ):
         if word not in " ".join(container["command"]):
             yield f"command: its command lacks {word}"
 
@@ -260,13 +265,28 @@ def of_several_nodes(files: Files) -> Iterator[str]:
         yield "completions: completions, parallelism and --nnodes differ"
 
 
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, each with the rest of its line."""
+    lines = re.sub("^#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [(key, rest) for key, _, rest in (line.partition(" ") for line in lines) if key]
+
+
+def installs_here(words: list[str]) -> bool:
+    """Whether a command installs the package of its directory."""
+    return "pip" in words and any(re.fullmatch(r"\"?\.(\[.*\])?\"?", word) for word in words)
+
+
 def of_image(specs: dict[str, dict], dockerfile: str, ignored: str) -> Iterator[str]:
     """The image holds what the pods run, for the user that they run as."""
-    words = [line.split() for line in dockerfile.replace("\\\n", " ").splitlines()]
+    steps = [(key, rest.split()) for key, rest in instructions(dockerfile)]
     lines = {
-        key: [rest for first, *rest in filter(None, words) if first == key]
-        for key in ("USER", "COPY", "WORKDIR", "CMD", "ENTRYPOINT", "FROM")
+        key: [rest for first, rest in steps if first == key]
+        for key in ("USER", "COPY", "WORKDIR", "CMD", "ENTRYPOINT")
     }
+    installed = next(number for number, (_, rest) in enumerate(steps) if installs_here(rest))
+    for key, rest in steps[installed:]:
+        if key == "COPY" and (ROOT / rest[0] / "__init__.py").exists():
+            yield f"install-early: it installs the packages before it copies {rest[0]}"
     copied = [source for *sources, _ in lines["COPY"] for source in sources]
     shown = [line[1:] for line in ignored.splitlines() if line.startswith("!")]
     for source in copied:
