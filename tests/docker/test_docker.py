@@ -16,12 +16,20 @@ import kubernetes_validate
 import pytest
 import yaml
 from helpers import ROOT, wait_for, waits_for_a_child
-from manifests import of_flags, problems
+from manifests import CREATED_OFTEN, of_flags, problems
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 IGNORED = (DOCKER / "Dockerfile.dockerignore").read_text()
-FILES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in DOCKER.glob("*.yaml")}
+
+
+def parsed(directory: Path) -> dict[str, list[dict]]:
+    """The objects of every file."""
+    paths = directory.glob("*.yaml")
+    return {path.name: list(yaml.safe_load_all(path.read_text())) for path in paths}
+
+
+FILES = parsed(DOCKER)
 DOCUMENTS = [(name, number) for name, docs in FILES.items() for number in range(len(docs))]
 PAGE = (ROOT / "docs-src" / "docs" / "kubernetes.md").read_text()
 LIMIT = 120  # seconds; ends a test that would never end
@@ -314,6 +322,31 @@ class TestRules:
         script, *flags = (changes.get(word, word) for word in container(FILES)["args"])
         assert script == "cifar10/trainer.py"
         assert of_flags(script, *flags) == []
+
+    def test_the_pages_commands_that_change_files_work(self, tmp_path):
+        shutil.copytree(DOCKER, tmp_path / "docker")
+        commands = re.findall("^sed .*", PAGE, re.MULTILINE)
+        assert len(commands) == 3  # the registry, CPUs, small nodes
+        for command in commands:
+            subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+        files = parsed(tmp_path / "docker")
+        assert list(problems(files, DOCKERFILE, IGNORED)) == []
+        for name in TRAINING:
+            one = container(files, name)
+            assert "--device=cpu" in one["args"]
+            assert one["image"].startswith("registry.example.com/")
+            assert one["resources"]["limits"] == one["resources"]["requests"]
+            assert one["resources"]["limits"] == {"cpu": "1", "memory": "4Gi"}
+
+    def test_marked_lines_are_those_that_differ_on_cpus(self):
+        for name in TRAINING:
+            lines = (DOCKER / name).read_text().splitlines()
+            marked = [line.split("#")[0].strip() for line in lines if "# CPUs: " in line]
+            assert marked == ["- --device=cuda", "nvidia.com/gpu: 4"]
+
+    @pytest.mark.parametrize("name", sorted(FILES.keys() - CREATED_OFTEN))
+    def test_the_page_deletes_what_has_a_fixed_name(self, name):
+        assert f"kubectl delete -f docker/{name}" in PAGE
 
     @pytest.mark.parametrize("name", FILES)
     def test_the_first_line_is_the_command(self, name):
