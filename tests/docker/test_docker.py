@@ -373,7 +373,7 @@ class TestCommands:
         sleep = f'echo up\nexec {shutil.which("sleep")} "$@"'
 
         def start(
-            name: str, check: str, torchrun='echo "torchrun $*"', more=(), gpus=0
+            name: str, check: str, torchrun='echo "torchrun $*"', more=(), gpus=0, stderr=None
         ) -> subprocess.Popen:
             for number in range(gpus):
                 (tmp_path / f"nvidia{number}").touch()
@@ -387,6 +387,7 @@ class TestCommands:
             process = subprocess.Popen(
                 [word.replace("/dev/nvidia", f"{tmp_path}/nvidia") for word in command],
                 stdout=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
                 env={
                     "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -465,8 +466,8 @@ class TestCommands:
     @pytest.mark.parametrize("name", TRAINING)
     def test_what_the_training_ends_with_comes_last(self, run, name, tmp_path):
         (tmp_path / "last-line").write_text("of a container before this one")
-        training = 'echo saved >> "$EARLY_EXIT_LAST_LINE"; echo traceback; exit 1'
-        process = run(name, "true", training)
+        training = 'echo saved >> "$EARLY_EXIT_LAST_LINE"; echo traceback >&2; exit 1'
+        process = run(name, "true", training, stderr=subprocess.STDOUT)
         assert process.communicate(timeout=LIMIT)[0] == "traceback\nsaved\n"
         assert process.returncode == 1
 
