@@ -151,7 +151,10 @@ def of_pod(spec: dict) -> Iterator[str]:
             yield f"limit-missing: no request or no limit of {what}"
     if GPU in requests and requests[GPU] != limits.get(GPU):
         yield "gpu-limit: GPUs are limited as they are requested"
-    patience = environment(container).get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
+    variables = environment(container)
+    if variables.get("OMP_NUM_THREADS") != limits.get("cpu"):
+        yield "threads: OMP_NUM_THREADS is not the limit of CPUs"
+    patience = variables.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
     if int(patience) + 10 > spec["terminationGracePeriodSeconds"] and "args" in container:
         yield "grace: torchrun waits longer than the pod is given"
     if "args" in container:
@@ -159,8 +162,16 @@ def of_pod(spec: dict) -> Iterator[str]:
 
 
 def environment(container: dict) -> dict[str, str]:
-    """The variables that a container sets."""
-    return {one["name"]: one["value"] for one in container.get("env", [])}
+    """The variables that a container sets; one that is taken from a limit or a request is what
+    stands there."""
+    values = {}
+    for one in container.get("env", []):
+        if "valueFrom" in one:
+            kind, _, what = one["valueFrom"]["resourceFieldRef"]["resource"].partition(".")
+            values[one["name"]] = str(container["resources"].get(kind, {}).get(what))
+        else:
+            values[one["name"]] = one["value"]
+    return values
 
 
 def of_command(container: dict) -> Iterator[str]:
@@ -172,9 +183,15 @@ def of_command(container: dict) -> Iterator[str]:
     yield from of_flags(script, *flags)
     if "--resume=auto" not in flags:
         yield "resume: it does not resume by itself"
-    if GPU not in container["resources"]["limits"]:
-        yield "gpu-missing: torchrun counts GPUs, and it asks for none"
-    for word in ('"$@" --check & wait $! || exit;', "torchrun --", 'trap "kill -TERM $!" TERM'):
+    device = "cuda" if GPU in container["resources"]["limits"] else "cpu"
+    if f"--device={device}" not in flags:
+        yield f"device: its limits are for --device={device}, which it does not pass"
+    for word in (
+        '"$@" --check & wait $! || exit;',
+        "torchrun --",
+        'trap "kill -TERM $!" TERM',
+        "EARLY_EXIT_LAST_LINE",
+    ):
         if word not in " ".join(container["command"]):
             yield f"command: its command lacks {word}"
 
@@ -238,19 +255,38 @@ def of_several_nodes(files: Files) -> Iterator[str]:
         yield "master-port: the Service has another port"
     if flags.get("node-rank") != '"$JOB_COMPLETION_INDEX"' or spec["completionMode"] != "Indexed":
         yield "completion-mode: the pods do not know their number"
+    if "backoffLimit" in spec or not spec.get("backoffLimitPerIndex"):
+        yield "back-off: the back-off of the Job doubles with every pod of a lost node"
+    if spec.get("maxFailedIndexes") != 0:
+        yield "index-failed: the other pods continue without a pod that has failed too often"
     if {spec["completions"], spec["parallelism"], int(flags.get("nnodes", 0))} != {
         spec["completions"]
     }:
         yield "completions: completions, parallelism and --nnodes differ"
 
 
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, each with the rest of its line."""
+    lines = re.sub("^#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [(key, rest) for key, _, rest in (line.partition(" ") for line in lines) if key]
+
+
+def installs_here(words: list[str]) -> bool:
+    """Whether a command installs the package of its directory."""
+    return "pip" in words and any(re.fullmatch(r"\"?\.(\[.*\])?\"?", word) for word in words)
+
+
 def of_image(specs: dict[str, dict], dockerfile: str, ignored: str) -> Iterator[str]:
     """The image holds what the pods run, for the user that they run as."""
-    words = [line.split() for line in dockerfile.replace("\\\n", " ").splitlines()]
+    steps = [(key, rest.split()) for key, rest in instructions(dockerfile)]
     lines = {
-        key: [rest for first, *rest in filter(None, words) if first == key]
-        for key in ("USER", "COPY", "WORKDIR", "CMD", "ENTRYPOINT", "FROM")
+        key: [rest for first, rest in steps if first == key]
+        for key in ("USER", "COPY", "WORKDIR", "CMD", "ENTRYPOINT")
     }
+    installed = next(number for number, (_, rest) in enumerate(steps) if installs_here(rest))
+    for key, rest in steps[installed:]:
+        if key == "COPY" and (ROOT / rest[0] / "__init__.py").exists():
+            yield f"install-early: it installs the packages before it copies {rest[0]}"
     copied = [source for *sources, _ in lines["COPY"] for source in sources]
     shown = [line[1:] for line in ignored.splitlines() if line.startswith("!")]
     for source in copied:
