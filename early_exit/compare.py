@@ -146,17 +146,18 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
         raise UserError(f"none of the {len(runs)} paths has an evaluation; evaluate a run first")
     weights = {(evaluation.run, evaluation.weights) for evaluation in found.values()}
     outdated = {each for each in weights if trained_since(*each)}
-    first, *others = (
+    marked = [
         replace(evaluation, outdated=(evaluation.run, evaluation.weights) in outdated)
         for evaluation in found.values()
-    )
+    ]
+    first, *others = marked
     for other in others:
         if other.dataset != first.dataset:
             raise UserError(
                 f"{first.path} is on {first.dataset} and {other.path} on {other.dataset}; accuracy"
                 " on different data sets cannot be compared, so name runs on one of them"
             )
-    return list(found.values())
+    return marked
 
 
 def main(argv: Sequence[str] | None = None) -> None:

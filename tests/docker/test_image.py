@@ -131,7 +131,7 @@ def test_the_dockerfile_installs_all_that_the_programs_need():
         [sys.executable, "-c", command[2]], cwd=ROOT, capture_output=True, text=True, check=True
     )
     names = {Requirement(line).name for line in done.stdout.split("\n") if line.strip()}
-    always = {"torch", "torchvision", "numpy", "tqdm", "pyyaml"}
+    always = {"torch", "torchvision", "numpy", "pillow", "tqdm", "pyyaml"}
     assert names == always | {"scikit-learn", "matplotlib", "plotly", "markdown", "tensorboard"}
 
 
