@@ -47,7 +47,11 @@ def test_the_scripts_are_found():
     } <= set(SCRIPTS)
 
 
-@pytest.mark.parametrize("mode", [(), ("-OO",)], ids=["plain", "OO"])
+# torch is compiled anew for -OO, which takes ten seconds where it has never been run
+OPTIMISED = pytest.param(("-OO",), id="OO", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mode", [pytest.param((), id="plain"), OPTIMISED])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, mode):
     code, out, err = helps(*mode)[script]
