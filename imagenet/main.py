@@ -270,5 +270,6 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
             "--pretrained gives trained weights, but a joint run trains from scratch; add --exits"
             " with --regime frozen or --regime mixed, or add -e to score the weights"
         )
-    backbone = weights.download(config, args.pretrained)
+    fetch = not args.print_config
+    backbone = weights.find(config, args.pretrained, fetch)
     return configs.merge(defaults, {"model": {"backbone": str(backbone)}})

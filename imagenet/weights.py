@@ -14,11 +14,12 @@ from imagenet import networks
 WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "weights"
 
 
-def download(config: FolderRun, name: str) -> Path:
-    """The file of torchvision's weights for the configuration's network, downloaded if necessary.
+def find(config: FolderRun, name: str, fetch: bool = True) -> Path:
+    """The file of torchvision's weights for the configuration's network.
 
-    name: of the weights; empty: the first ones that fit the image size. Raises UserError if there
-    are no such weights, Unavailable if the download fails.
+    name: of the weights; empty: the first ones that fit the image size. fetch: whether they are
+    downloaded if they are missing. Raises UserError if there are no such weights, Unavailable if
+    the download fails.
     """
     arch = config.model.arch
     networks.check_arch(arch)
@@ -41,6 +42,8 @@ def download(config: FolderRun, name: str) -> Path:
             f" {config.data.val_crop} pixels; it has {', '.join(known)}"
         )
     path = WEIGHTS / f"{arch}-{name}.pth"
+    if not fetch:
+        return path
     with locked(WEIGHTS, wait=True):  # several processes or runs may share the directory
         if not path.exists():
             _fetch(arch, known[name], path)

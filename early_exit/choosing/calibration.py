@@ -14,8 +14,8 @@ PRECISION = 1e-7  # of ln T
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
-    """The temperature T that minimises the mean cross-entropy of logits / T, and keeps the surest
-    images apart.
+    """The temperature T that minimises the mean cross-entropy of logits / T, and keeps the scores
+    of the most confident images distinct in float32.
 
     logits: (B, K) of one exit on val; target: (B,). Temperatures do not change an exit's answers,
     only its confidence.

@@ -58,8 +58,10 @@ def train_or_score(
     """
     if args.split and not args.evaluate:
         raise UserError("--split needs -e")
-    if args.evaluate and (args.check or args.start_epoch):
-        raise UserError("-e only scores; remove --check and --start-epoch")
+    if args.evaluate and (args.check or args.start_epoch or args.print_config):
+        raise UserError("-e only scores; remove --check, --start-epoch and --print-config")
+    if args.check and args.print_config:
+        raise UserError("--print-config prints the settings alone; remove --check")
     if args.evaluate and args.resume and settings_of(args).get("model", {}).get("backbone"):
         raise UserError("-e scores the weights of --resume or of --backbone; give only one")
     run_dir = args.save_dir
@@ -67,7 +69,7 @@ def train_or_score(
         fresh = resolve_config(args, None, defaults, task.config)
         exit_names = task.build_network(fresh, 10).exit_names
         run_dir = training.default_run_dir(runs, fresh, exit_names)
-    _, saved = find_resumed(args.resume, run_dir)
+    path, saved = find_resumed(args.resume, run_dir)
     config = resolve_config(args, saved and saved["config"], defaults, task.config)
     check_flags_have_effect(args, config)
     if args.print_config:
@@ -78,14 +80,14 @@ def train_or_score(
             raise UserError("-e scores trained weights; name them with --resume or --backbone")
         changed = configs.merge({"run": EVALUATION}, settings_of(args))
         scored = configs.merge(configs.to_dict(config), changed)
-        score(configs.build(task.config, scored), task, args.split or default_split, saved)
+        score(configs.build(task.config, scored), task, args.split or default_split, path, saved)
         return
     if not args.check:
         streams.make_optional()  # a log that nobody reads ends no training
     saved = None  # many megabytes; training reads the checkpoint again under its lock
     if run_dir is None and args.resume is not None:
-        path = Path(args.resume)
-        run_dir = path if path.is_dir() else path.parent
+        resumed = Path(args.resume)
+        run_dir = resumed if resumed.is_dir() else resumed.parent
     run_dir = training.train(
         config,
         task,
@@ -112,10 +114,10 @@ def _next_command(config: Config, run_dir: Path, eval_script: Path) -> str:
     return shlex.join([sys.executable, *words])
 
 
-def score(config: Config, task: Task, split: str, saved: dict | None) -> None:
+def score(config: Config, task: Task, split: str, path: Path | None, saved: dict | None) -> None:
     """Prints the accuracy of every exit on a split."""
     with distributed.process_group(choose_device(config.run.device)) as group:
-        names, tally = scoring.score(config, task, split, saved, group)
+        names, tally = scoring.score(config, task, split, path, saved, group)
     if group.is_main:
         _, top1 = tally.read()
         for name, one, five in itertools.zip_longest(names, top1, tally.top5()):

@@ -134,7 +134,7 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
 def evaluation_command(run: Path) -> str:
     """The command that evaluates a run: eval.py beside the trainer that made it. If the run does
     not say which trainer, the command has no directory."""
-    trainer = Path(*training_command(run)[:1])
+    trainer = Path(*training_command(source_run(run))[:1])
     script = trainer.with_name("eval.py") if trainer.suffix == ".py" else Path("eval.py")
     return shlex.join(["python", str(script), str(run)])
 

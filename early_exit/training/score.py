@@ -1,6 +1,7 @@
 """The accuracy of every exit of a checkpoint on a split."""
 
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 
 from early_exit import config as configs
 from early_exit.config import Config
-from early_exit.data.file_lists import check_same_classes
+from early_exit.data.base import Data
+from early_exit.data.file_lists import check_same_classes, with_val_of
 from early_exit.data.splits import Shard
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.model.losses import joint_loss
 from early_exit.system.device import autocast_context, set_up
 from early_exit.system.distributed import Group
@@ -25,19 +27,27 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def score(
-    config: Config, task: Task, split: str, saved: dict | None, group: Group
+    config: Config,
+    task: Task,
+    split: str,
+    path: Path | None,
+    saved: dict | None,
+    group: Group,
 ) -> tuple[tuple[str, ...], Tally]:
-    """The names of the exits and the counts on a split, for the weights of a checkpoint (`saved`)
-    or of `config.model.backbone`, which has no heads to score."""
+    """The names of the exits and the counts on a split, for the weights of a checkpoint (`saved`,
+    read at `path`) or of `config.model.backbone`, which has no heads to score."""
     device, precision = set_up(config.run)
     with group.main_process_first():
-        data = task.load_data(config.data)
-    if saved:
-        check_same_classes(data, Path("the checkpoint"), saved["classes"])
+        data: Data = task.load_data(config.data)
+    if saved and path:
+        check_same_classes(data, path, saved["classes"])
+        if split == "val":
+            with suppress(DataError):  # for another val there is a warning below
+                data, _ = with_val_of(data, path, saved["val_hash"])
     network = task.build_network(config, len(data.classes))
     if saved:
         owner = " ".join(["--arch", config.model.arch, "--exits", *network.exit_names[:-1]])
-        load_into(network, checkpoint.reported(saved), Path("the checkpoint"), owner)
+        load_into(network, checkpoint.reported(saved), path or Path("the checkpoint"), owner)
         meta = saved
     elif network.num_exits > 1:
         raise UserError(

@@ -91,13 +91,15 @@ def train(
         with locked(directory) if group.is_main and not check else nullcontext():
             group.barrier()  # no process reads the directory before it is locked
             position, saved = start_position(run, resume, start_epoch)
+            check_step_size(config, run.data.size("train"), group)  # files may be gone since then
             if check:
                 log_plan(run)
                 check_files(run)
             elif position.phase == len(run.phases):
                 log.info("%s is already trained", directory)
             else:
-                check_files(run)
+                if saved is None:
+                    check_files(run)
                 if group.is_main:
                     write_settings(run, fresh=saved is None)
                 log_network(run)
@@ -270,7 +272,8 @@ def write_settings(run: Run, fresh: bool) -> None:
 
     fresh: whether nothing was trained yet; the names are those at the start of the training.
     """
-    for name in (checkpoint.NAME, "config.yaml", "versions.json", "metrics.jsonl"):
+    written = (checkpoint.NAME, "config.yaml", "versions.json", "metrics.jsonl", file_lists.NAME)
+    for name in written:
         for incomplete in run.directory.glob(f".{name}.*"):
             with suppress(OSError):
                 incomplete.unlink()  # of a process that was killed while it wrote

@@ -23,6 +23,7 @@ from helpers import (
 )
 from PIL import Image
 
+from early_exit import config as configs
 from early_exit.choosing.goals import MaxDrop
 from early_exit.config import ModelConfig, OptimConfig, RunConfig
 from early_exit.data import file_lists, folders
@@ -30,9 +31,12 @@ from early_exit.data.folders import FolderRun
 from early_exit.data.sources import Files
 from early_exit.evaluation.evaluate import Options, choose_and_apply
 from early_exit.evaluation.rows import galleries
+from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.trained import get_record, get_splits, load_run
 from early_exit.training import checkpoint
+from early_exit.training.score import score
+from early_exit.training.state import find_resumed
 from early_exit.training.train import train
 
 TASK = Task(tiny_network, folders.load, FolderRun, name="folders")
@@ -201,6 +205,20 @@ def test_other_files_of_train_change_no_record(here, caplog):
     after = (here / "run" / "records" / "val-off" / "logits.npy").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert any("1 is gone" in message and "1 is new" in message for message in caplog.messages)
+
+
+def test_the_val_that_is_scored_is_the_one_held_out(here):
+    def images() -> int:
+        path, saved = find_resumed(str(here / "run"), None)
+        config = configs.build(FolderRun, configs.merge(saved["config"], {"data": data}))
+        return score(config, TASK, "val", path, saved, Group())[1].images
+
+    data = {"root": str(here / "set")}
+    before = images()
+    for number in range(20):  # a new val would be larger
+        ape = here / "set" / "train" / "ape"
+        shutil.copy(ape / "1.JPEG", ape / f"new{number}.JPEG")
+    assert images() == before > 0
 
 
 def test_a_run_that_does_not_remember_its_files_is_evaluated(here):

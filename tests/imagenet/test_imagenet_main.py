@@ -399,8 +399,8 @@ class TestWeights:
             models, "get_model", lambda arch, weights: asked.append((arch, weights.name)) or net
         )
         config = configured(folders, *QUICK)
-        path = weights.download(config, "")
-        assert path == weights.download(config, "IMAGENET1K_V1")
+        path = weights.find(config, "")
+        assert path == weights.find(config, "IMAGENET1K_V1")
         assert asked == [("resnet18", "IMAGENET1K_V1")]
         loaded, meta = checkpoint.load_backbone(path, net.state_dict())
         assert meta == {}
@@ -409,7 +409,7 @@ class TestWeights:
     def test_a_vits_must_fit_its_images(self, tmp_path):
         config = configured("-a", "vit_l_16", "--val-crop", 384, "--val-resize", 400)
         with pytest.raises(UserError, match=r"(?s)(?=.*IMAGENET1K_V1)(?=.*vit_l_16)(?=.*384)"):
-            weights.download(config, "IMAGENET1K_V1")
+            weights.find(config, "IMAGENET1K_V1")
 
     def test_of_a_thousand_classes_do_not_fit_three(self, main, folders, tmp_path):
         path = tmp_path / "weights.pth"
