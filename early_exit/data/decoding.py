@@ -31,8 +31,11 @@ MAX_PIXELS = 2**28
 """Of one image, before it is decoded. Cameras and phones take up to 200 million; as RGB this many
 take 1 GiB."""
 BUFFER = 2**16  # bytes that are read at once; most headers are shorter
-# Errors of the machine while a file is opened: the next file would have them too.
-NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Errors of the machine or of its storage: the next file would have them too.
+NOT_THE_FILE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+)
 ORIENTATION = 0x0112  # the tag in EXIF data
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,7 +84,8 @@ def decode(source: ImageSource) -> tuple[Image.Image, str]:
     """The first frame of an image file, or an image, as RGB, rotated as its EXIF data say; and what
     was odd about the file, or "".
 
-    Raises Unreadable for a file that cannot be decoded, or has more than `MAX_PIXELS`.
+    Raises Unreadable for a file that cannot be decoded, or has more than `MAX_PIXELS`, and OSError
+    for errors that are not the file's (`NOT_THE_FILE`).
     """
     with _opened(source) as (file, notices):
         image = rgb.as_rgb(file)
@@ -91,7 +95,7 @@ def decode(source: ImageSource) -> tuple[Image.Image, str]:
             image.info = {}  # which would have it turned again
         if image is source:
             image = image.copy()
-    return image, _in_a_line(notices)
+    return image, _joined(notices)
 
 
 def check_header(source: ImageSource) -> None:
@@ -119,7 +123,7 @@ def _name_of(source: ImageSource) -> str:
 
 @contextlib.contextmanager
 def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
-    """The image, not yet decoded, and a list of what is odd about it, which is whole at the end.
+    """The image, not yet decoded, and its warnings, which are complete when the context ends.
     Errors are raised as Unreadable."""
     notices: list[str] = []
     caught: list[warnings.WarningMessage] = []
@@ -135,6 +139,8 @@ def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
             _check(opened)
             yield opened, notices
     except Exception as error:  # arbitrary bytes can raise anything in a decoder
+        if getattr(error, "errno", None) in NOT_THE_FILE:
+            raise
         raise Unreadable(_name_of(source), _reason(error, source, _texts(caught))) from None
     notices += _texts(caught)
 
@@ -160,20 +166,20 @@ def _orientation(image: Image.Image, notices: list[str]) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception as error:
-        notices.append(f"its EXIF data cannot be read ({_in_a_line([str(error)])})")
+        notices.append(f"its EXIF data cannot be read ({_joined([str(error)])})")
         return 1
 
 
 def _reason(error: Exception, source: ImageSource, warned: list[str]) -> str:
     """Why an image was refused, in one line."""
-    text = getattr(error, "strerror", None) or _in_a_line([str(error)]) or type(error).__name__
+    text = getattr(error, "strerror", None) or _joined([str(error)]) or type(error).__name__
     match error:
         case IsADirectoryError():
             return "it is a folder; name the files in it"
         case UnidentifiedImageError():
             if not isinstance(source, Image.Image) and not os.path.getsize(source):
                 return "the file is empty"
-            return _in_a_line(["its content is of no kind that Pillow decodes", *warned])
+            return _joined(["its content is of no kind that Pillow decodes", *warned])
         case Image.DecompressionBombError():
             found = re.search(r"\d+", text)
             return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
@@ -189,7 +195,7 @@ def _texts(caught: list[warnings.WarningMessage]) -> list[str]:
     return [text for text in texts if not text.startswith(MEANINGLESS)]
 
 
-def _in_a_line(texts: list[str]) -> str:
+def _joined(texts: list[str]) -> str:
     return "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 

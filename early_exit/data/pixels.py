@@ -51,9 +51,11 @@ def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
 
 
 def _needed(start: int, crop: int, whole: int, size: int) -> tuple[int, int, float, float]:
-    """Along one side, where the pixels begin and end that `crop` pixels from `start` on, of `size`
-    resized to `whole`, are made of; and where in these the crop itself begins and ends (which
-    Pillow keeps in float32, so the numbers must be small)."""
+    """Along one side: which pixels of an image are needed to compute a part of the resized image.
+
+    The side has `size` pixels and is resized to `whole`; the part is `crop` pixels from `start` on.
+    Returns the first needed pixel and the one after the last, and where in these the part begins
+    and ends. (The last two are relative because Pillow keeps them in float32.)"""
     scale = size / whole
     begin, end = start * scale, min((start + crop) * scale, size)
     around = math.ceil(max(scale, 1)) + 1  # what the filter mixes in

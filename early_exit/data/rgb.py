@@ -13,8 +13,8 @@ transparency are mostly dark, and would vanish on black."""
 DEPTHS = (8, 10, 12, 14, 16)  # bits of cameras and scanners
 FULL = 2**16 - 1
 SWAPPED = {"16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"}
-# Pillow decodes the upper byte of a colour's two. What it decodes the other one as, by what it
-# decodes the upper one as; for LA it is all four bytes.
+# Of two bytes per colour Pillow decodes the upper one. The raw mode that decodes the lower byte, by
+# the raw mode that decodes the upper one; for LA it decodes all four bytes.
 OTHER_BYTE = {
     f"{bands};{order}": f"{bands};{other}"
     for bands in ("RGB", "RGBX", "RGBA")
@@ -25,22 +25,22 @@ BITS_PER_SAMPLE, PHOTOMETRIC, LARGEST_SAMPLE = 258, 262, 341  # tags of TIFF fil
 
 @dataclass(frozen=True)
 class Stored:
-    """How a file stores its pixels. Pillow forgets it when the file is decoded."""
+    """How a file stores its pixels; Pillow no longer has this after decoding."""
 
     kind: str = ""
-    """In Pillow's words, such as "RGB;16B"; empty if it is not known."""
+    """Pillow's raw mode, such as "RGB;16B"; empty if it is not known."""
     white: int = 0
     """The value of white that a PGM or PPM file states; 0 in others."""
     bits: int | None = None
-    """Of a grey value, if the file tells it."""
+    """Of a grey value, if the file states them."""
     inverted: bool = False
-    """Whether 0 is white and Pillow does not know it."""
+    """Whether 0 is white, which Pillow ignores."""
     file: Any = None
     """Its path, or the open file."""
 
     @classmethod
     def of(cls, image: Image.Image) -> "Stored":
-        """How the file of this image does."""
+        """How the file of this image stores them."""
         tiles = getattr(image, "tile", None)
         args = tiles[0][3] if tiles else ""
         kind = (args[0] if isinstance(args, tuple) else args) if args else ""
@@ -77,7 +77,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     RGB already.
 
     Of 16 bits the upper eight are kept. If all values would fit into fewer bits, they are taken to
-    have no more: the fewest of `DEPTHS`, or what the file says. Raises ValueError for pixels whose
+    have no more: the fewest of `DEPTHS`, or what the file states. Raises ValueError for pixels whose
     white level is unknown.
     """
     stored = Stored.of(image)
@@ -102,8 +102,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_white(image: Image.Image) -> None:
-    """Raises ValueError for an image of numbers of which none is known to be white. A file need not
-    be decoded for this."""
+    """Raises ValueError for floating-point pixels, whose white level is unknown. A file need not be
+    decoded for this."""
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers, whose white level is unknown; save it with 8 or"
@@ -161,8 +161,8 @@ def _largest_colour(image: Image.Image) -> int:
 
 
 def _with_other_byte(image: Image.Image, stored: Stored) -> tuple[Image.Image, int]:
-    """A file of two bytes per colour whose upper ones are nearly nothing: of each channel the upper
-    eight of the bits that its values have; and the bits of colours."""
+    """A file of two bytes per colour, in which the upper ones are almost 0: the upper eight bits of
+    the fewest that hold the values of each channel, and the number of these bits for colours."""
     upper, other = np.asarray(image), np.asarray(_again(stored, OTHER_BYTE[stored.kind]))
     lower = other[..., [1, 1, 1, 3]] if stored.kind.startswith("LA") else other
     values = upper.astype(np.uint16) << 8 | lower

@@ -128,4 +128,5 @@ def _opened(stream: Any, descriptor: int) -> Any:
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )

@@ -40,12 +40,13 @@ def say_last(line: str) -> None:
 
         code = f"from {__name__} import print_after; print_after({os.getppid()}, {line!r})"
         root = str(Path(__file__).parents[2])
-        subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # torchrun ends the process groups of the others
-        )
+        with contextlib.suppress(OSError):  # such as too many open files
+            subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # torchrun ends the process groups of the others
+            )
 
 
 def print_after(pid: int, line: str, seconds: float = 100) -> None:
@@ -59,7 +60,7 @@ def print_after(pid: int, line: str, seconds: float = 100) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process has not ended; one that its parent has not asked for yet has."""
+    """Whether a process has not ended; a zombie has."""
     try:
         os.kill(pid, 0)
         stat = Path(f"/proc/{pid}/stat")

@@ -127,6 +127,18 @@ class TestRefused:
         monkeypatch.setattr(decoding, "MAX_PIXELS", SIDE * SIDE)
         assert read_image(path).size == (SIDE, SIDE)
 
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
+    def test_an_error_of_the_machine_is_not_the_files(self, tmp_path, monkeypatch, number):
+        def fail(*_args):
+            raise OSError(number, os.strerror(number))
+
+        Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+        monkeypatch.setattr(decoding, "open", fail, raising=False)
+        for read in (decoding.decode, decoding.check_header):
+            with pytest.raises(OSError) as caught:
+                read(tmp_path / "good.png")
+            assert caught.value.errno == number
+
     def test_no_pixels(self):
         assert_names(refusal(read_image, Image.new("RGB", (0, 5))), "0x5")
 
