@@ -49,7 +49,9 @@ from early_exit.model import energy
 from early_exit.output import prepare_output, source_run
 from early_exit.system import provenance, torchrun
 from early_exit.system.device import PRECISIONS, describe_device
-from early_exit.system.files import atomic_directory, locked, write_text
+from early_exit.system.directories import atomic_directory
+from early_exit.system.files import write_text
+from early_exit.system.locks import locked
 from early_exit.task import Task
 from early_exit.trained import (
     Splits,

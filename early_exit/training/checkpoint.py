@@ -11,7 +11,8 @@ from torch import Tensor
 
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import atomic_file, move, write_errors
+from early_exit.system.disk_errors import write_errors
+from early_exit.system.files import atomic_file, move
 from early_exit.training import weight_files
 from early_exit.training.state_dicts import Weights, find_weights, load_into
 
