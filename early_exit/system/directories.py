@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -15,25 +16,28 @@ from early_exit.system.disk_errors import (
     write_errors,
     written_by_library,
 )
-from early_exit.system.files import delete, move, sync_directory
+from early_exit.system.files import delete, move, rename, sync_directory
 
 # A mount point, or a directory of a lower layer of an overlay, cannot be renamed.
 NOT_RENAMED = (*UNSUPPORTED, errno.EBUSY, errno.EXDEV)
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into, which replaces `directory` at the end of the context.
 
-    It is written as `.NAME.partial`. At the end, an earlier directory is renamed to `.NAME.old`,
+    It is written as `.NAME.partial.*`. At the end, an earlier directory is renamed to `.NAME.old`,
     then the new one gets its name, then the old one is deleted. After a kill between the renames,
-    `restore` gives the old one its name back. Raises the errors of `write_errors`, for the errors
-    of making and moving the directory alone.
+    `restore` gives the old one its name back. Of two processes that write it at the same time, the
+    later one wins. Raises the errors of `write_errors`, for the errors of making and moving the
+    directory alone.
     """
     directory = Path(os.path.abspath(directory))
     with write_errors(directory):
         restore(directory)
-        partial = _make_partial(directory)
+        _sweep(directory)
+        partial, descriptor = _make_partial(directory)
     try:
         yield partial
         sync_directory(partial)
@@ -45,6 +49,9 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         if own := written_by_library(error):
             raise write_error(directory, own) from None
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
     _sweep(directory)
     sync_directory(directory.parent)
 
@@ -54,7 +61,7 @@ def restore(directory: Path) -> None:
     old = _old(directory)
     if os.path.lexists(old) and not os.path.lexists(directory):
         with contextlib.suppress(OSError):
-            old.rename(directory)
+            os.replace(old, directory)
 
 
 def restore_all(parent: Path) -> None:
@@ -68,53 +75,80 @@ def _old(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.old")
 
 
-def _make_partial(directory: Path) -> Path:
-    """An empty directory beside `directory`, or in it if nothing can be made beside it."""
-    _sweep(directory)
-    partial = _unused(directory.with_name(f".{directory.name}.partial"))
+def _new_name(directory: Path, kind: str) -> Path:
+    """A name beside a directory that nothing has."""
+    return directory.with_name(f".{directory.name}.{kind}.{secrets.token_hex(4)}")
+
+
+def _make_partial(directory: Path) -> tuple[Path, int | None]:
+    """An empty directory beside `directory`, or in it if nothing can be made beside it; and the
+    descriptor that holds its lock."""
+    while True:
+        partial = _new_name(directory, "partial")
+        try:
+            partial.mkdir(parents=True)
+        except OSError:
+            if not directory.is_dir():
+                raise
+            partial = directory / partial.name
+            partial.mkdir()
+        with contextlib.suppress(BlockingIOError):  # another process is deleting it
+            descriptor = _lock(partial)
+            if partial.exists():
+                return partial, descriptor
+
+
+def _lock(directory: Path) -> int | None:
+    """Locks a directory; returns the descriptor that holds the lock, or None if the file system has
+    no such locks. Raises BlockingIOError if another process has locked it."""
     try:
-        partial.mkdir(parents=True)
+        descriptor = os.open(directory, os.O_RDONLY)
     except OSError:
-        if not directory.is_dir():
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
             raise
-        delete(directory / ".partial")
-        partial = _unused(directory / ".partial")
-        partial.mkdir()
-    return partial
+        return None
+    return descriptor
 
 
 def _put_in_place(partial: Path, directory: Path) -> None:
     """Moves a complete directory to its place."""
-    if partial.parent == directory or not _put_aside(directory):
-        _replace_content(partial, directory)
-        return
-    while True:
+    while partial.parent != directory and _put_aside(directory):
         try:
             move(partial, directory)
-            break
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in TAKEN:
                 raise
-            _put_aside(directory)  # another process has just restored it
-    if os.path.lexists(old := _old(directory)):
-        # under this name it is never restored, not even if it is deleted only in part
-        old.rename(_unused(directory.with_name(f".{directory.name}.deleted")))
+            continue  # another process has just restored the old one, or put its own there
+        _retire(_old(directory))
+        return
+    _replace_content(partial, directory)
 
 
 def _put_aside(directory: Path) -> bool:
     """Renames an earlier directory to its old name; whether that is possible."""
-    if not os.path.lexists(directory):
-        return True
-    old = _old(directory)
-    if os.path.lexists(old):  # of a process that was killed after it had replaced the directory
-        old.rename(_unused(directory.with_name(f".{directory.name}.deleted")))
-    try:
-        directory.rename(old)
-    except OSError as error:
-        if error.errno not in NOT_RENAMED:
-            raise
-        return False
+    while os.path.lexists(directory):
+        _retire(_old(directory))  # of a process that was killed after it had replaced the directory
+        try:
+            rename(directory, _old(directory))
+        except OSError as error:
+            if error.errno in NOT_RENAMED:
+                return False
+            if error.errno not in (errno.ENOENT, *TAKEN):  # another process was faster
+                raise
     return True
+
+
+def _retire(old: Path) -> None:
+    """Gives an old directory a name under which it is never restored, not even if it is deleted
+    only in part."""
+    if os.path.lexists(old):
+        with contextlib.suppress(FileNotFoundError):
+            rename(old, _new_name(old.with_name(old.name[1 : -len(".old")]), "deleted"))
 
 
 def _replace_content(partial: Path, directory: Path) -> None:
@@ -134,16 +168,21 @@ def _replace_content(partial: Path, directory: Path) -> None:
 def _sweep(directory: Path) -> None:
     """Deletes what earlier writers of a directory left, as far as that is possible."""
     left = re.compile(rf"\.{re.escape(directory.name)}\.(partial|deleted)(\.[0-9a-f]{{8}})?")
-    with contextlib.suppress(OSError):
-        for path in directory.parent.iterdir():
-            if left.fullmatch(path.name):
-                delete(path)
+    for parent in (directory.parent, directory):
+        with contextlib.suppress(OSError):
+            for path in parent.iterdir():
+                if left.fullmatch(path.name):
+                    _delete_unlocked(path)
     if os.path.lexists(directory):
         delete(_old(directory))
 
 
-def _unused(path: Path) -> Path:
-    """`path`, or a similar name if there is something at `path` that cannot be deleted."""
-    if not os.path.lexists(path):
-        return path
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+def _delete_unlocked(path: Path) -> None:
+    """Deletes a directory, unless another process still writes it."""
+    with contextlib.suppress(BlockingIOError):
+        descriptor = _lock(path)
+        try:
+            delete(path)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)

@@ -23,6 +23,8 @@ PERMANENT = (
 )
 # A system or a file system that does not have a call says so with one of these.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+# On CIFS, what another process has open cannot be renamed or replaced.
+IN_USE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY)
 
 
 @contextmanager
@@ -56,7 +58,13 @@ def written_by_library(error: BaseException) -> OSError | None:
 
 def is_writable(path: Path) -> bool:
     """Whether a directory can be made or written at `path`, found out without trying to."""
-    parent = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    path = path.absolute()
+    try:
+        os.lstat(path.parent / f".{path.name}.partial.{'0' * 8}")  # as it is while it is written
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
+            return False
+    parent = next(place for place in (path, *path.parents) if os.path.exists(place))
     return os.path.isdir(parent) and os.access(parent, os.W_OK)
 
 

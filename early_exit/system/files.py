@@ -8,17 +8,21 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 from early_exit.system.disk_errors import (
+    IN_USE,
     UNSUPPORTED,
     write_error,
     write_errors,
     written_by_library,
 )
+
+PAUSES = (0.1, 0.4, 1.5)  # seconds between attempts to replace what another process has open
 
 
 class _Writer:
@@ -112,11 +116,24 @@ def reserve(path: Path) -> None:
         file.write(head)
 
 
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, which waits a moment for other processes to close the files."""
+    for pause in PAUSES:
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if error.errno not in IN_USE:
+                raise
+        time.sleep(pause)
+    os.replace(source, target)
+
+
 def move(source: Path, target: Path) -> None:
     """Renames a file, which may replace another one, or a directory. Where the file system cannot
     rename, it is copied."""
     try:
-        os.replace(source, target)
+        rename(source, target)
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, errno.EXDEV):
             raise

@@ -2,12 +2,14 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from early_exit.system import directories, disk_errors
+from early_exit.system import directories, disk_errors, files
 
 
 class TestMadeWhole:
@@ -57,6 +59,31 @@ def whole(directory) -> str:
 def write(directory, name: str) -> None:
     with directories.atomic_directory(directory) as partial:
         (partial / name).write_text(f"all of {name}")
+
+
+def write_many(directory: Path, name: str) -> None:
+    for _ in range(40):
+        write(directory, name)
+
+
+def test_processes_that_write_it_at_the_same_time(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(tmp_path / "made", n)) for n in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert whole(tmp_path / "made") in "abc"
+    write(tmp_path / "made", "last")
+    assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+def test_what_another_process_writes_is_not_deleted(tmp_path):
+    with directories.atomic_directory(tmp_path / "made") as partial:
+        write(tmp_path / "made", "inner")
+        (partial / "outer").write_text("all of outer")
+    assert whole(tmp_path / "made") == "outer"
 
 
 class Killed(BaseException):
@@ -148,13 +175,16 @@ class TestStrangeFileSystems:
         write(tmp_path / "made", "new")
 
     @pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
-    def test_a_mount_point_and_a_lower_layer_are_filled(self, tmp_path, lacking, number):
+    def test_a_mount_point_and_a_lower_layer_are_filled(
+        self, tmp_path, lacking, monkeypatch, number
+    ):
         """They cannot be renamed."""
+        monkeypatch.setattr(files, "PAUSES", ())
         made = tmp_path / "made"
         made.mkdir()
         for name in ("old", "new", ".hidden"):
             (made / name).write_text("")
-        lacking("rename", number, lambda source, _: str(source) == str(made))
+        lacking("replace", number, lambda source, _: str(source) == str(made))
         write(made, "new")
         (made / ".hidden").unlink()
         assert whole(made) == "new"

@@ -64,6 +64,21 @@ class TestStrangeFileSystems:
         assert (tmp_path / "file").read_text() == "new"
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
+    @pytest.mark.parametrize("number", disk_errors.IN_USE)
+    def test_a_file_that_another_process_has_open_for_a_moment(
+        self, tmp_path, lacking, monkeypatch, number
+    ):
+        """CIFS does not replace it until it is closed."""
+        monkeypatch.setattr(files, "PAUSES", (0, 0))
+        attempts = []
+        lacking("replace", number, lambda *_: attempts.append(1) or len(attempts) < 3)
+        files.write_text(tmp_path / "file", "text")
+        assert (tmp_path / "file").read_text() == "text" and len(attempts) == 3
+
+    def test_a_name_that_is_too_long(self, tmp_path):
+        assert disk_errors.is_writable(tmp_path / ("x" * 200))
+        assert not disk_errors.is_writable(tmp_path / ("x" * 250))
+
     def test_a_disk_that_fails_is_an_error(self, tmp_path, lacking):
         lacking("fsync", errno.EIO)
         with pytest.raises(Unavailable, match=str(tmp_path / "file")):
