@@ -13,7 +13,7 @@ from early_exit.data.in_memory import Data, ImageSet, cut
 from early_exit.data.splits import stratified
 from early_exit.errors import DataError, DataUnavailable, Unavailable, UserError
 from early_exit.system.downloads import downloading
-from early_exit.system.files import locked
+from early_exit.system.locks import locked
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost, network_cost
-from early_exit.system.files import restore_all
+from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import Loaded, check_run_directory, evaluations, load_network
 

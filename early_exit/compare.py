@@ -33,7 +33,9 @@ from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
-from early_exit.system.files import atomic_directory, is_writable, write_text
+from early_exit.system.directories import atomic_directory
+from early_exit.system.disk_errors import is_writable
+from early_exit.system.files import write_text
 from early_exit.system.names import is_hidden
 from early_exit.system.text import in_a_line
 from early_exit.trained import evaluations, trained_since

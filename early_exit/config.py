@@ -18,7 +18,7 @@ import torch
 
 from early_exit.errors import UserError
 from early_exit.model.heads import HEADS
-from early_exit.system.files import read_yaml
+from early_exit.system.yaml_files import read_yaml
 
 Schedule = Literal["step", "cosine"]
 Regime = Literal["joint", "mixed", "frozen", "cdl"]

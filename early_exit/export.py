@@ -29,7 +29,8 @@ from early_exit.evaluation.markdown import cautions, provenance
 from early_exit.evaluation.report import Choice
 from early_exit.evaluation.upgrade import read_report
 from early_exit.output import source_run
-from early_exit.system.files import atomic_directory, atomic_file, write_text
+from early_exit.system.directories import atomic_directory
+from early_exit.system.files import atomic_file, write_text
 from early_exit.system.text import in_a_line
 from early_exit.trained import training_command
 from early_exit.training import checkpoint

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from early_exit.errors import UserError
-from early_exit.system.files import atomic_file, is_writable
+from early_exit.system.disk_errors import is_writable
+from early_exit.system.files import atomic_file
 from early_exit.training import checkpoint
 
 LINK = "run.txt"

@@ -30,7 +30,9 @@ from early_exit.system.device import (
     describe_device,
     set_up,
 )
-from early_exit.system.files import locked, restore, restore_all, status
+from early_exit.system.directories import restore, restore_all
+from early_exit.system.disk_errors import status
+from early_exit.system.locks import locked
 from early_exit.system.names import is_hidden
 from early_exit.task import Task
 from early_exit.training import checkpoint

@@ -8,7 +8,8 @@ from torchvision import models
 from early_exit.data.folders import FolderRun
 from early_exit.errors import UserError
 from early_exit.system.downloads import downloading
-from early_exit.system.files import atomic_file, locked
+from early_exit.system.files import atomic_file
+from early_exit.system.locks import locked
 from imagenet import networks
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "weights"

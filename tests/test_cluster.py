@@ -16,7 +16,7 @@ import pytest
 import yaml
 from helpers import ROOT, TINY, children, finish, start, wait_for, wait_for_file
 
-from early_exit.system import files
+from early_exit.system import locks
 from early_exit.training import checkpoint
 
 SPACES = ("unshare", "--map-root-user", "--pid", "--mount", "--fork", "--kill-child")
@@ -186,7 +186,7 @@ class TestExitCodes:
 
     @pytest.mark.slow
     def test_a_directory_in_use(self, run):
-        with files.locked(run):
+        with locks.locked(run):
             done = train(run, "--resume", "auto")
         assert done.returncode == 1
         assert done.stderr.startswith("trainer.py: ") and done.stderr.count("\n") == 1

@@ -19,14 +19,9 @@ from early_exit.inference.policy import Policy
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.model.cost import Cost
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import (
-    UNSUPPORTED,
-    atomic_directory,
-    atomic_file,
-    reserve,
-    write_errors,
-    write_text,
-)
+from early_exit.system.directories import atomic_directory
+from early_exit.system.disk_errors import UNSUPPORTED, write_errors
+from early_exit.system.files import atomic_file, reserve, write_text
 
 MAPPED_BYTES = 64 << 20  # the logits of a larger record are memory-mapped
 NO_MAPS = (*UNSUPPORTED, errno.ENODEV)

@@ -15,7 +15,7 @@ import numpy as np
 from early_exit.data.image_files import Found, describe, folder_identity, walk
 from early_exit.data.sources import Files, Source, Sources
 from early_exit.errors import DataError, UserError
-from early_exit.system.files import status
+from early_exit.system.disk_errors import status
 from early_exit.system.names import is_hidden
 from early_exit.system.text import in_a_line
 

@@ -49,7 +49,10 @@ from early_exit.model import energy
 from early_exit.output import prepare_output, source_run
 from early_exit.system import provenance, torchrun
 from early_exit.system.device import PRECISIONS, describe_device
-from early_exit.system.files import atomic_directory, locked, write_text
+from early_exit.system.directories import atomic_directory
+from early_exit.system.disk_errors import is_writable
+from early_exit.system.files import write_text
+from early_exit.system.locks import locked
 from early_exit.task import Task
 from early_exit.trained import (
     Splits,
@@ -124,6 +127,9 @@ def evaluate(
         raise UserError("an evaluation runs in one process; start it without torchrun")
     chosen = Options(**options)
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
+    directory = output / "eval" / (name or default_name(goal))
+    if not is_writable(directory):
+        raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     if trained.config.run.compile:
@@ -139,7 +145,6 @@ def evaluate(
     report = make_report(
         evaluated, task, measured, cuts, static_rows=tuple(row for row, _ in static)
     )
-    directory = output / "eval" / (name or default_name(goal))
     write(report, evaluated, directory, chosen.draw)
     return report, directory
 

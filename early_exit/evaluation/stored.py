@@ -15,7 +15,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.model.losses import resolve_weights
 from early_exit.output import source_run
-from early_exit.system.files import restore_all
+from early_exit.system.directories import restore_all
 from early_exit.trained import evaluations, training_command
 
 # Settings that change the speed or the output of a training, not what is learned.

@@ -13,7 +13,8 @@ import yaml
 
 from early_exit.errors import UserError
 from early_exit.inference.criteria import apply_criterion, check_threshold, get_traits
-from early_exit.system.files import read_yaml, write_text
+from early_exit.system.files import write_text
+from early_exit.system.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor

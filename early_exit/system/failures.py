@@ -3,16 +3,14 @@ missing. Everything else that a program does not expect is an error in the progr
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import resource
 from pathlib import Path
 
 from early_exit.errors import Unavailable, UserError
+from early_exit.system.disk_errors import PERMANENT
 
-PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-"""Errors of the system that trying again does not mend."""
 INSTALL = "run: pip install -r requirements.txt"
 
 # What is found in the type and the message of an error, also of one that a loader's worker handed

@@ -9,18 +9,27 @@ import subprocess
 from pathlib import Path
 
 from early_exit.errors import UserError
+from early_exit.system.text import in_a_line
 
 
 def check_torchvision() -> None:
     """Raises UserError if torchvision is missing or was built for another torch."""
     try:
         importlib.import_module("torchvision")
-    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+    except (RuntimeError, ImportError, OSError, AttributeError, ValueError) as error:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and "." not in (missing or ""):
             raise UserError(
                 f"{missing or 'torchvision'} is not installed; run: pip install -r requirements.txt"
             ) from None
+        for module, package in (("numpy", "numpy"), ("PIL.Image", "pillow")):
+            try:
+                importlib.import_module(module)
+            except Exception as cause:  # compiled for another version: an error of any type
+                raise UserError(
+                    f"{package} cannot be imported ({in_a_line(cause)}); reinstall it: pip install"
+                    f" --force-reinstall {package}"
+                ) from None
         torch_version, vision_version = map(importlib.metadata.version, ("torch", "torchvision"))
         reason = " ".join(str(error).split())
         raise UserError(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.files import atomic_file, move, write_errors
+from early_exit.system.disk_errors import IN_USE, write_errors
+from early_exit.system.files import atomic_file, move
 from early_exit.training import weight_files
 from early_exit.training.state_dicts import Weights, find_weights, load_into
 
@@ -31,9 +32,20 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     with atomic_file(directory / f"{NAME}.new") as file:
         torch.save({"format": FORMAT, **state}, file)
     with write_errors(newest):
-        if newest.exists():
-            move(newest, directory / PREVIOUS)
-        move(directory / f"{NAME}.new", newest)
+        try:
+            if newest.exists():
+                move(newest, directory / PREVIOUS)
+            move(directory / f"{NAME}.new", newest)
+        except OSError as error:
+            if error.errno not in IN_USE:
+                raise
+            log.warning(
+                "%s cannot be replaced (%s): another process may have it open; the newest"
+                " checkpoint is in %s.new",
+                newest,
+                error.strerror,
+                NAME,
+            )
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.errors import UserError
-from early_exit.system.files import write_errors, write_text
+from early_exit.system.disk_errors import write_errors
+from early_exit.system.files import write_text
 from early_exit.system.text import shortened
 
 log = logging.getLogger(__name__)

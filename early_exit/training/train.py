@@ -22,8 +22,10 @@ from early_exit.model.heads import POOLED
 from early_exit.model.network import MultiExitNetwork, convert_sync_batchnorm
 from early_exit.system import distributed, provenance
 from early_exit.system.device import describe_device, set_up
+from early_exit.system.disk_errors import is_writable
 from early_exit.system.distributed import Group
-from early_exit.system.files import is_writable, locked, write_text
+from early_exit.system.files import write_text
+from early_exit.system.locks import locked
 from early_exit.system.names import is_system_name
 from early_exit.task import Task
 from early_exit.training import checkpoint

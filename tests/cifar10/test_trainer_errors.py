@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import TINY, assert_names, refusal
 
-from early_exit.system import files
+from early_exit.system import locks
 from early_exit.training import checkpoint
 from early_exit.training.train import check_not_overwritten
 
@@ -167,7 +167,7 @@ class TestErrors:
         assert_names(message, tmp_path / "no.yaml", "--config")
 
     def test_a_directory_in_use_is_code_1(self, run, tmp_path):
-        with files.locked(tmp_path / "run"):
+        with locks.locked(tmp_path / "run"):
             code, _, err = run(*TINY, "--save-dir", tmp_path / "run", "--resume", "auto")
         assert code == 1  # it may be free later
         assert err.startswith("trainer.py: ") and err.count("\n") == 1

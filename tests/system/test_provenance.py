@@ -13,12 +13,12 @@ from early_exit.system import provenance
 class TestVersions:
     @pytest.fixture
     def import_error(self, monkeypatch):
-        """A function that makes the import of torchvision fail."""
+        """A function that makes the import of torchvision, or of what it imports, fail."""
 
-        def fail(error: Exception) -> None:
+        def fail(error: Exception, culprit: str = "torchvision") -> None:
             def broken(name):
-                assert name == "torchvision"
-                raise error
+                if name in ("torchvision", culprit):
+                    raise error
 
             found = {"torch": "2.15.0", "torchvision": "0.29.2"}
             monkeypatch.setattr(importlib.metadata, "version", found.__getitem__)
@@ -31,6 +31,13 @@ class TestVersions:
         import_error(error("operator torchvision::nms does not exist\nmore lines"))
         message = refusal(provenance.check_torchvision)
         assert_names(message, "torch 2.15.0", "torchvision 0.29.2", "torchvision::nms", "pip")
+
+    @pytest.mark.parametrize(("module", "package"), [("PIL.Image", "pillow"), ("numpy", "numpy")])
+    def test_a_package_that_torchvision_needs_is_named(self, import_error, module, package):
+        import_error(RuntimeError("compiled against ABI version 9\nmore"), module)
+        message = refusal(provenance.check_torchvision)
+        assert_names(message, package, "ABI version 9")
+        assert "torch" not in message
 
     def test_no_torchvision_is_one_sentence(self, import_error):
         import_error(ModuleNotFoundError("No module named 'torchvision'"))

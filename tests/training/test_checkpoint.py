@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and every misfit one clear line."""
 
+import errno
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.errors import Unavailable
+from early_exit.system import files
 from early_exit.training import checkpoint
 from early_exit.training.checkpoint import NAME, PREVIOUS
 
@@ -70,6 +72,29 @@ def interrupt_replace(monkeypatch):
 
 
 class TestSave:
+    @pytest.mark.parametrize("file", [NAME, PREVIOUS])
+    def test_a_reader_that_has_it_open_ends_no_training(self, tmp_path, monkeypatch, caplog, file):
+        """On CIFS, such a file can neither be renamed nor replaced."""
+        replace = os.replace
+
+        def busy(source, target):
+            if str(tmp_path / file) in (str(source), str(target)):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            replace(source, target)
+
+        monkeypatch.setattr(files, "PAUSES", ())
+        for number in (1, 2):
+            checkpoint.save(tmp_path, state(number))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", busy)
+            for number in (3, 4):
+                checkpoint.save(tmp_path, state(number))
+                assert stored(tmp_path) == number
+        assert str(tmp_path / NAME) in caplog.text
+        checkpoint.save(tmp_path, state(5))
+        assert stored(tmp_path / NAME) == 5
+        assert {path.name for path in tmp_path.iterdir()} == {NAME, PREVIOUS}
+
     def test_what_is_saved_is_loaded(self, tmp_path):
         checkpoint.save(tmp_path, state(1))
         assert stored(tmp_path / NAME) == 1
