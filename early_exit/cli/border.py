@@ -30,7 +30,6 @@ def run(
     the script, with which the last line begins. log_on_stdout: whether the log is what the script
     prints, as that of a training; otherwise it goes to standard error. Warnings always do.
     """
-    _use_utf_8()
     try:
         _open_closed_streams()
         with signals.ending_at_once(prog):
@@ -116,15 +115,6 @@ def _wait_for_the_main_process() -> None:
 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-
-
-def _use_utf_8() -> None:
-    """Starts Python again if it takes the names of files for another encoding than UTF-8, as in an
-    old locale: the classes of a run are folders' names, and must not depend on the terminal."""
-    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and sys.executable:
-        if sys.stdout is not None:
-            os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _open_closed_streams() -> None:

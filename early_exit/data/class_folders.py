@@ -62,7 +62,8 @@ def class_folders(root: Path) -> Sources:
         raise _one_class(train, classes[0])
     files = _files(train, classes)
     sources: dict[str, Source] = {"train": files, "val": files, "test": _files(test, classes)}
-    return tuple(map(os.fsdecode, classes)), sources
+    # not os.fsdecode: the classes of a run must not depend on the locale
+    return tuple(name.decode(errors="surrogateescape") for name in classes), sources
 
 
 def is_folder(path: Path) -> bool:

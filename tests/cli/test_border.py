@@ -68,23 +68,6 @@ def test_an_end_is_one_line_and_its_code(ended, error, code):
     assert err.startswith("x.py: ") and err.count("\n") == 1
 
 
-def test_names_are_the_same_in_a_locale_that_is_not_utf_8():
-    """Also where Python is told not to make UTF-8 of an old locale."""
-    code = (
-        "from early_exit.cli import border; border._use_utf_8(); import sys;"
-        " print(ascii(sys.argv[1]), sys.stdout.encoding)"
-    )
-    old = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "\u732b".encode()],
-        cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}, **old},
-        capture_output=True,
-        check=True,
-    )
-    assert done.stdout.split() == [b"'\\u732b'", b"ascii"]
-
-
 def test_a_message_of_several_lines_is_one(ended):
     assert ended(UserError("a\nb"))[2] == "x.py: a b\n"
 

@@ -111,6 +111,13 @@ class TestLayout:
         assert str(tmp_path / "nothing") in message
         assert "train/CLASS" in message and "val/CLASS" in message
 
+    def test_the_classes_do_not_depend_on_the_locale(self, folders, monkeypatch):
+        for split in ("train", "val"):
+            (folders / split / "ape").rename(folders / split / "\u732b")
+        monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+        classes, _ = class_folders(folders)
+        assert "\u732b" in classes
+
     @pytest.mark.parametrize("split", ["train", "val"])
     def test_a_missing_split(self, folders, split):
         (folders / split).rename(folders / "other")
