@@ -1,6 +1,5 @@
 """Class folders: DIR/train/CLASS, of which val is a part, and DIR/val/CLASS, which are test."""
 
-import contextlib
 import logging
 import os
 import stat
@@ -102,9 +101,11 @@ def _missing(root: Path, name: str) -> DataError:
     for path in folders:
         if path.name.casefold() in ALSO[name] and path.name not in (TRAIN, *TEST):
             return DataError(f"{text}; if {in_a_line(path)} is meant, rename it to {name}")
-    with contextlib.suppress(OSError):
-        if any(name.lower().endswith(ARCHIVES) for name in os.listdir(root)):
+    try:
+        if any(entry.lower().endswith(ARCHIVES) for entry in os.listdir(root)):
             text += "; extract the archives first"
+    except OSError as error:
+        return DataError(f"{text}; {shown} cannot be listed ({error.strerror})")
     names = [in_a_line(path.name) for path in folders]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     holds = f"the folders {', '.join(names[:3])}{more}" if names else "no folder"

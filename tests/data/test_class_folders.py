@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import (
@@ -143,6 +144,11 @@ class TestLayout:
         (folders / "train").mkdir()
         (folders / "train" / "ape.zip").touch()
         assert "extract" in refusal(load_folders, folders)
+
+    def test_a_directory_that_cannot_be_listed(self, folders, monkeypatch):
+        (folders / "train").rename(folders / "other")
+        monkeypatch.setattr(os, "listdir", Mock(side_effect=PermissionError(13, "no listing")))
+        assert_names(refusal(load_folders, folders), folders, "no listing")
 
     def test_a_file_in_the_place_of_val(self, folders):
         shutil.rmtree(folders / "val")
