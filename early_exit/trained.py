@@ -253,6 +253,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                         return stored
                     log.info("%s", outdated)
         log.info("recording every exit on %s", split)
+        stamps = data.file_stamps(split) if isinstance(data, FileData) else None
         made = record(
             network,
             data.eval_batches(split, data.eval_batch),
@@ -263,7 +264,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
             directory,
             partial(data.unreadable, split) if isinstance(data, FileData) else dict,
         )
-        file_lists.remember(directory, data, [split])
+        file_lists.remember(directory, data, [split], stamps)
         return made
 
 
@@ -290,6 +291,24 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
         except UserError:
             continue
         return f"{name} can be read now, and is not in the record of {split}"
+    return _written_since(data, split, directory) if isinstance(data, FileData) else ""
+
+
+def _written_since(data: FileData, split: str, directory: Path) -> str:
+    """Which files of a split have other content than when they were recorded, by their sizes and
+    times; empty if none. One that can no longer be read was recorded while it could."""
+    before = file_lists.remembered(directory, file_lists.STAMPS)  # None: of an older version
+    now, names = data.file_stamps(split), data.file_names(split)
+    if before is None or now is None or names is None or before.shape != now.shape:
+        return ""
+    written = np.flatnonzero((before != now).any(axis=1))
+    for row in written.tolist():
+        try:
+            data.picture(split, row)
+        except UserError:
+            continue
+        shown = file_lists.listed(map(file_lists.printable, names[written]))
+        return f"files of {split} were written since they were recorded: {shown}"
     return ""
 
 

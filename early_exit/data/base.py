@@ -77,6 +77,10 @@ class FileData(Data, Protocol):
     def file_names(self, split: str) -> np.ndarray | None:
         """The name of every file of a split, as bytes; None if its images are not files."""
 
+    def file_stamps(self, split: str) -> np.ndarray | None:
+        """(files, 2): the size of every file of a split, and when it was last written, in seconds,
+        both -1 for one that is gone; None if its images are not files."""
+
     def check_headers(self) -> None:
         """Reads the headers of val and test. Raises UserError if too many are unreadable."""
 

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 TEST = ("val", "test", "validation", "valid")  # the first of these that there is
+ALSO = {"train": ("train", "training"), "val": (*TEST, "testing", "eval")}  # in any case
+ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".rar", ".7z")
 HINT_DEPTH, HINT_FOLDERS = 3, 1000  # how far data sets are looked for below a wrong directory
 
 
@@ -91,10 +93,21 @@ def _missing(root: Path, name: str) -> DataError:
     text = f"there is no {shown}/{name}; expected {shown}/{name}/CLASS/*.JPEG, a folder per class"
     if (root / name).is_symlink():
         text += f"; {shown}/{name} is a link that leads nowhere"
+    elif os.path.lexists(root / name):
+        text += f"; {shown}/{name} is not a folder"
     instead = [in_a_line(path) for path in islice(_data_sets_near(root), 3)]
     if instead:
         return DataError(f"{text}; did you mean {' or '.join(instead)}?")
-    names = [in_a_line(path.name) for path in _subfolders(root)]
+    folders = _subfolders(root)
+    for path in folders:
+        if path.name.casefold() in ALSO[name] and path.name not in (TRAIN, *TEST):
+            return DataError(f"{text}; if {in_a_line(path)} is meant, rename it to {name}")
+    try:
+        if any(entry.lower().endswith(ARCHIVES) for entry in os.listdir(root)):
+            text += "; extract the archives first"
+    except OSError as error:
+        return DataError(f"{text}; {shown} cannot be listed ({error.strerror})")
+    names = [in_a_line(path.name) for path in folders]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     holds = f"the folders {', '.join(names[:3])}{more}" if names else "no folder"
     return DataError(f"{text}; {shown} holds {holds}")
@@ -149,8 +162,11 @@ def _classes(found: Found) -> list[bytes]:
             in_a_line(os.fsdecode(loose[0])),
         )
     if not classes:
-        besides = _besides(sum(found.left_out.values(), Counter()))
-        raise UserError(f"{shown} has no class folders{besides}; expected {shown}/CLASS/*.JPEG")
+        left = sum(found.left_out.values(), Counter())
+        hint = "; extract the archives, each into a folder" if left.keys() & {*ARCHIVES} else ""
+        raise UserError(
+            f"{shown} has no class folders{_besides(left)}; expected {shown}/CLASS/*.JPEG{hint}"
+        )
     empty = [name for name in classes if not found.images[name]]
     if empty:
         besides = _besides(found.left_out.get(empty[0], Counter()))

@@ -1,7 +1,7 @@
 """The names of the files that a run was made of, so that a later change can be told by name.
 
 `files.npz` in a run directory has the names in train, val and test at the start of the training;
-beside a record, those that were recorded. Runs of images in memory have none.
+beside a record, those that were recorded, with the size and the time of each file. Runs of images in memory have none.
 """
 
 import io
@@ -21,15 +21,26 @@ from early_exit.system.text import in_a_line
 log = logging.getLogger(__name__)
 
 NAME = "files.npz"
+STAMPS = "stamps"  # sizes and times, as `FileData.file_stamps` gives them
 EXAMPLES = 3  # names in a message
 
 
-def remember(directory: Path, data: Data, splits: Iterable[str] = ("train", "val", "test")) -> None:
-    """Writes the names of the files of these splits into the directory, whole or not at all."""
+def remember(
+    directory: Path,
+    data: Data,
+    splits: Iterable[str] = ("train", "val", "test"),
+    stamps: np.ndarray | None = None,
+) -> None:
+    """Writes the names of the files of these splits into the directory, whole or not at all.
+
+    stamps: sizes and times of the files of the one split.
+    """
     if not isinstance(data, FileData):
         return
     names = {split: data.file_names(split) for split in splits}
     arrays: dict[str, Any] = {split: found for split, found in names.items() if found is not None}
+    if stamps is not None:
+        arrays[STAMPS] = stamps
     if arrays:
         content = io.BytesIO()
         np.savez_compressed(content, **arrays, val_hash=np.array(data.val_hash))

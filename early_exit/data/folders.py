@@ -231,6 +231,12 @@ class Data(NormalisedImages):
         files = self.images.sources[source]
         return files.names[rows] if isinstance(files, Files) else None
 
+    def file_stamps(self, split: str) -> np.ndarray | None:
+        """Size and time of every file of a split, (files, 2); None for noise."""
+        source, rows = self.splits[split]
+        files = self.images.sources[source]
+        return files.stamps(rows) if isinstance(files, Files) else None
+
     def unreadable(self, split: str) -> dict[int, str]:
         """The images of a split that were found unreadable so far: the path of each file below DIR
         by its index."""

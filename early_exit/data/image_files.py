@@ -203,7 +203,7 @@ def _file_identity(status: os.stat_result) -> int:
 def describe(left_out: Counter[str]) -> str:
     """What was left out, the most frequent kinds first; empty if that is nothing."""
     kinds = [f"{kind} ({count})" for kind, count in left_out.most_common()]
-    if len(kinds) > SHOWN_KINDS:
+    if len(kinds) > SHOWN_KINDS + 1:
         kinds[SHOWN_KINDS:] = [f"{len(kinds) - SHOWN_KINDS} other kinds"]
     return ", ".join(kinds)
 

@@ -11,15 +11,13 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 
 from early_exit.data.decoding import Unreadable
-from early_exit.data.sources import Files
+from early_exit.data.sources import CHUNK, THREADS, Files
 from early_exit.data.workers import UnreadableFile
 from early_exit.errors import UserError
 
 log = logging.getLogger(__name__)
 
 NAMED = 3  # files in a message
-THREADS = 16  # they wait for storage, above all if it is on a network
-CHUNK = 64  # files per task
 
 
 def leave_out(unreadable: Iterable[UnreadableFile], known: set[str], allowed: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import (
@@ -137,6 +138,29 @@ class TestLayout:
         (line,) = said(folders)
         assert_names(line, folders / "val", folders / "test")
         assert file_names(load_folders(folders), "test")[0].startswith(f"{folders}/val/")
+
+    @pytest.mark.parametrize(("split", "name"), [("train", "Train"), ("val", "testing")])
+    def test_a_name_that_is_nearly_right(self, folders, split, name):
+        (folders / split).rename(folders / name)
+        assert_names(refusal(load_folders, folders), folders / name, f"rename it to {split}")
+
+    def test_archives(self, folders):
+        shutil.rmtree(folders / "train")
+        (folders / "train.tar").touch()
+        assert "extract" in refusal(load_folders, folders)
+        (folders / "train").mkdir()
+        (folders / "train" / "ape.zip").touch()
+        assert "extract" in refusal(load_folders, folders)
+
+    def test_a_directory_that_cannot_be_listed(self, folders, monkeypatch):
+        (folders / "train").rename(folders / "other")
+        monkeypatch.setattr(os, "listdir", Mock(side_effect=PermissionError(13, "no listing")))
+        assert_names(refusal(load_folders, folders), folders, "no listing")
+
+    def test_a_file_in_the_place_of_val(self, folders):
+        shutil.rmtree(folders / "val")
+        (folders / "val").touch()
+        assert "not a folder" in refusal(load_folders, folders)
 
     @pytest.mark.parametrize("given", ["Data/set/train", "Data/set/train/ape", "Data", "."])
     def test_a_directory_near_the_data_set(self, tmp_path, given):

@@ -167,6 +167,21 @@ def test_evaluation_takes_another_number_of_bad_files(here, recorded):
     assert_names(message, r"\xff\n3.JPEG", "--bad-files")
 
 
+def test_another_image_under_the_same_name_is_recorded(here, caplog):
+    caplog.set_level(logging.INFO)
+    splits = get_splits(loaded(here), "train", 0)
+    changed = here / "set" / "val" / "cat" / "1.JPEG"
+    time = changed.stat().st_mtime + 1
+    shutil.copy(here / "set" / "val" / "bee" / "5.JPEG", changed)
+    os.utime(changed, (time, time))  # its size may be the same
+    caplog.clear()
+    again = get_splits(loaded(here), "train", 0)
+    assert sum("cat/1.JPEG" in message for message in caplog.messages) == 1
+    differ = (np.array(again.test.logits) != np.array(splits.test.logits)).any(axis=(1, 2))
+    assert differ.sum() == 1
+    assert again.val.info == splits.val.info
+
+
 def test_a_repaired_file_is_recorded(here, caplog):
     caplog.set_level(logging.INFO)
     report_of(here)
