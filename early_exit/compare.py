@@ -138,7 +138,7 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
             for path in find_reports(run, names):
                 found.setdefault(path.resolve(), read_evaluation(path))
         except UserError as error:
-            if len(runs) == 1 or not run.exists():
+            if len(runs) == 1 or not os.path.lexists(run):
                 raise
             print(f"{PROG}: skipping: {error}", file=sys.stderr)
     unknown = set(names) - {evaluation.name for evaluation in found.values()}
@@ -152,13 +152,15 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
         replace(evaluation, outdated=(evaluation.run, evaluation.weights) in outdated)
         for evaluation in found.values()
     ]
-    first, *others = marked
-    for other in others:
-        if other.dataset != first.dataset:
-            raise UserError(
-                f"{first.path} is on {first.dataset} and {other.path} on {other.dataset}; accuracy"
-                " on different data sets cannot be compared, so name runs on one of them"
-            )
+    runs_on: dict[str, dict[str, None]] = {}
+    for evaluation in marked:
+        runs_on.setdefault(evaluation.dataset, {})[str(evaluation.run)] = None
+    if len(runs_on) > 1:
+        named = "; ".join(f"{name}: {', '.join(on)}" for name, on in runs_on.items())
+        raise UserError(
+            "accuracy on different data sets cannot be compared; name only runs on one of them"
+            f" ({named})"
+        )
     return marked
 
 

@@ -161,7 +161,7 @@ def check_threshold(
         return
     unit = f" ({traits.unit})" if traits.unit else ""
     meant = None
-    if high == 1 and 2 <= threshold <= 100:  # a percentage
+    if high == 1 and not traits.counts and 2 <= threshold <= 100:  # a percentage
         meant = threshold / 100
     elif high <= 0 and low < -threshold:  # an entropy instead of a score
         meant = -threshold

@@ -14,7 +14,7 @@ from early_exit.model.network import MultiExitNetwork
 from early_exit.system.disk_errors import IN_USE, write_errors
 from early_exit.system.files import atomic_file, move
 from early_exit.training import weight_files
-from early_exit.training.state_dicts import Weights, find_weights, load_into
+from early_exit.training.state_dicts import Weights, check_finite, find_weights, load_into
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
         _, state = newest(path)
         if state is not None:
             return state
-        path = path / NAME
+        raise UserError(f"{path} holds no {NAME}; expected a run directory or a file of weights")
     state = weight_files.read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         hint = "; a trainer loads other weights with --backbone" if isinstance(state, dict) else ""
@@ -125,4 +125,5 @@ def load_backbone_into(network: MultiExitNetwork, path: Path) -> dict[str, Any]:
     weights, meta = load_backbone(path, network.backbone.state_dict())
     owner = f"the plain network of {network.num_classes} classes"
     load_into(network.backbone, weights, path, owner)
+    check_finite(network.backbone, path)
     return meta

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,12 +84,16 @@ def find_weights(content: Any, own: Weights, path: Path) -> dict[str, Tensor]:
 
 def _tensor_dicts(content: Any, where: str = "", depth: int = DEPTH) -> Iterator:
     """Every dictionary with tensors by name: the keys that lead to it, and the tensors."""
-    if not isinstance(content, Mapping) or depth == 0:
+    if depth == 0:
         return
-    names = {name: value for name, value in content.items() if isinstance(name, str)}
-    weights = {name: value for name, value in names.items() if isinstance(value, Tensor)}
-    if weights:
-        yield where, weights
+    names: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        names = {name: value for name, value in content.items() if isinstance(name, str)}
+        weights = {name: value for name, value in names.items() if isinstance(value, Tensor)}
+        if weights:
+            yield where, weights
+    elif isinstance(content, list | tuple):  # such as [weights, optimizer]
+        names = {str(index): value for index, value in enumerate(content)}
     for name, value in names.items():
         yield from _tensor_dicts(value, f"{where}.{name}".lstrip("."), depth - 1)
 
@@ -134,7 +139,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_weights(content: Any, path: Path) -> str:
-    objects = [*_blanks(content)]
+    objects = [*dict.fromkeys(_blanks(content))]
     if objects:
         return (
             f"{path} holds {_first(objects)} instead of weights, and objects are not loaded for"
@@ -159,24 +164,43 @@ def load_into(module: nn.Module, weights: Weights, path: Path, owner: str = "thi
     Counters may be more or fewer: files older than torch 0.4.1 lack those of BatchNorm.
     """
     own = module.state_dict()
+    shared = [name for name in own if name in weights]
     shapes = [
         f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        for name in shared
+        if weights[name].shape != own[name].shape
+    ]
+    types = [  # copying would round or drop a part without a word
+        f"{name} is {str(weights[name].dtype).removeprefix('torch.')} there, not floating-point"
+        for name in shared
+        if own[name].is_floating_point() and not weights[name].is_floating_point()
     ]
     there = [name for name in weights if name not in own and not _is_counter(name)]
     here = [name for name in own if name not in weights and not _is_counter(name)]
-    parts = [_first(shapes)] if shapes else []
+    parts = [_first(differing) for differing in (shapes, types) if differing]
     parts += [f"only there: {_first(there)}"] if there else []
     parts += [f"only here: {_first(here)}"] if here else []
     if parts:
         raise UserError(f"{path} does not fit {owner}: {'; '.join(parts)}")
     # BatchNorm's own counters are kept where the file has none
     try:
-        module.load_state_dict({**own, **{name: weights[name] for name in own if name in weights}})
-    except RuntimeError as error:  # such as of quantised tensors
-        reason = " ".join(str(error).split())
+        module.load_state_dict({**own, **{name: weights[name] for name in shared}})
+    except RuntimeError as error:  # such as of sparse tensors
+        reason = textwrap.shorten(str(error), 300)
         raise UserError(f"the weights in {path} cannot be loaded: {reason}") from None
+
+
+def check_finite(module: nn.Module, path: Path) -> None:
+    """Raises UserError if a weight of a module is infinite or not a number.
+
+    path: where the weights were read.
+    """
+    bad = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"the weights in {path} are not finite: {_first(bad)}; the training that made them has"
+            " diverged, so take an earlier checkpoint"
+        )
 
 
 def _is_counter(name: str) -> bool:

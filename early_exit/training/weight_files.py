@@ -1,11 +1,12 @@
 """Files of weights: read without running anything in them, or named for what they are instead."""
 
 import json
-import math
 import pickle
 import tarfile
 import warnings
 import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from early_exit.errors import UserError
 
 SAVE = "torch.save(model.state_dict(), FILE)"
+EXPECTED = "expected a file of torch.save or of safetensors"
 # How files of other kinds begin, what they are, and what to do.
 SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer without the file's content; run git lfs pull"),
@@ -30,20 +32,20 @@ SIGNATURES = (
     (b"\x93NUMPY", f"a NumPy array; convert it and save it with {SAVE}"),
 )
 TEXT = {*b"\t\n\r", *range(32, 256)} - {0x80}  # 0x80 begins a pickle
-# What weights are made of: everything that the second reader of pickles may call.
-PARTS = {
-    "collections": ("OrderedDict", "defaultdict"),
-    "torch": ("Size", "device"),
-    "torch.nn.parameter": ("Parameter",),
-    "torch.storage": ("UntypedStorage",),
-    "torch._utils": (
-        "_rebuild_parameter",
-        "_rebuild_parameter_with_state",
-        "_rebuild_tensor",
-        "_rebuild_tensor_v2",
-        "_rebuild_tensor_v3",
-    ),
-    "torch._tensor": ("_rebuild_from_type_v2",),
+# What weights are made of: everything that the second reader of pickles calls.
+PARTS: dict[str, Callable] = {
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": defaultdict,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.nn.parameter.Parameter": torch.nn.Parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_others: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_others: data,
+    "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
+    # of a subclass of tensors or of one with attributes: the tensor itself
+    "torch._tensor._rebuild_from_type_v2": lambda build, _type, parts, _attributes: build(*parts),
 }
 SAFETENSORS = {
     "BOOL": torch.bool,
@@ -89,15 +91,21 @@ class Blank:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors; every other class or function of the file is a `Blank`."""
+    """Builds tensors; every other class or function of the file is a `Blank`.
+
+    A file may set attributes of what it is given. Therefore it is given no class or function of
+    this process, only stand-ins of its own.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        of_torch = module == "torch" and (
-            name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
-        )
-        if of_torch or name in PARTS.get(module, ()):
-            return super().find_class(module, name)
-        return type("Blank", (Blank,), {"name": f"{module}.{name}"})
+        full_name = f"{module}.{name}"
+        if full_name == "torch.storage.UntypedStorage":  # torch asks it for nothing else
+            return SimpleNamespace(dtype=torch.uint8)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if build := PARTS.get(full_name):
+            return type("Part", (Blank,), {"__new__": lambda _part, *values: build(*values)})
+        return type("Blank", (Blank,), {"name": full_name})
 
 
 def _load(file: Any, **options: Any) -> Any:
@@ -128,7 +136,8 @@ def read(path: Path, blanks: bool = False) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception:  # torch may raise anything on a file of another kind
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it is incomplete, damaged or of another kind"
+            f"{path} cannot be read as a checkpoint: it is incomplete, damaged or of another kind;"
+            f" {EXPECTED}"
         ) from None
 
 
@@ -160,7 +169,7 @@ def _check_kind(path: Path, head: bytes) -> None:
     elif not kind and not head.startswith(b"\x80") and tarfile.is_tarfile(path):
         kind = _kind_of_tar(path)
     elif not kind and all(byte in TEXT for byte in head):
-        kind = "a text file"
+        kind = f"a text file; {EXPECTED}"
     if kind:
         raise UserError(f"{path} cannot be read as a checkpoint: it is {kind}")
 
@@ -181,6 +190,8 @@ def _kind_of_zip(path: Path) -> str:
 def _kind_of_tar(path: Path) -> str:
     with tarfile.open(path) as archive:
         first = [member.name for member in archive][:4]
+    if not first:  # zeros
+        return "blank, as after a copy that failed; copy it again"
     if {"pickle", "storages", "tensors"} <= set(first):
         return f"in a format of 2017; load it with an older torch and save it with {SAVE}"
     return f"a tar archive ({', '.join(first[:3])}); unpack it"
@@ -193,16 +204,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start].decode())
     header.pop("__metadata__", None)
-    tensors = {}
+    values, tensors = torch.frombuffer(content, dtype=torch.uint8)[start:], {}
     for name, entry in header.items():
         dtype, shape = SAFETENSORS.get(entry["dtype"]), entry["shape"]
         if dtype is None:
             raise UserError(f"{path} holds {name} as {entry['dtype']}; convert it to F32")
         begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize or start + end > len(content):
+        if not 0 <= begin <= end <= len(values):
             raise ValueError("cut off")
-        values = torch.frombuffer(
-            content, dtype=torch.uint8, offset=start + begin, count=end - begin
-        )
-        tensors[name] = values.clone().view(dtype).reshape(shape)  # clone: aligned
+        # clone: aligned; a wrong number of values does not fit the shape
+        tensors[name] = values[begin:end].clone().view(dtype).reshape(shape)
     return tensors

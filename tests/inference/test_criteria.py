@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import bound, refusal
+from helpers import assert_names, bound, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from early_exit.inference.criteria import (
     CRITERIA,
+    check_threshold,
     entropy,
     get_criterion,
     margin,
@@ -160,3 +161,9 @@ def test_criteria_are_found_by_name():
 def test_unknown_criterion_is_refused_with_the_known_ones_named():
     message = refusal(get_criterion, "confidence")
     assert "'confidence'" in message and all(name in message for name in CRITERIA)
+
+
+def test_a_count_is_not_taken_for_a_percentage():
+    message = refusal(check_threshold, "patience", 2, "--thresholds", 10, 2)
+    assert_names(message, "--thresholds", 2, "0 to 1")
+    assert "try" not in message

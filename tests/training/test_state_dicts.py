@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from early_exit.training import checkpoint
-from early_exit.training.state_dicts import find_weights, load_into
+from early_exit.training.state_dicts import check_finite, find_weights, load_into
 
 
 def small_net(width: int = 4, classes: int = 2) -> nn.Module:
@@ -126,6 +126,11 @@ class TestWhatPeopleHave:
     def test_another_pickle_protocol(self, arrives, weights):
         assert arrives({"net": weights, "acc": np.float32(91)}, pickle_protocol=4)
 
+    def test_a_list(self, arrives, net, weights):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        assert arrives([3, weights, optimizer.state_dict()])
+        assert arrives({"models": [weights], "epoch": 3})
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_another_precision(self, tmp_path, weights, dtype):
         stored = {n: v.to(dtype) if v.is_floating_point() else v for n, v in weights.items()}
@@ -225,6 +230,18 @@ class TestWhatDoesNotFit:
     def test_another_shape(self, weights):
         message = self.refused(weights, small_net(classes=5))
         assert_names(message, "file.pt", f"fc.weight is {(2, 4)} there and {(5, 4)} here")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+    def test_another_kind_of_number(self, weights, dtype):
+        message = self.refused({**weights, "fc.bias": weights["fc.bias"].to(dtype)})
+        assert_names(message, "file.pt", "fc.bias", str(dtype).removeprefix("torch."))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+    def test_a_weight_that_is_not_finite(self, weights, value):
+        target = small_net()
+        bias = torch.full((2,), value, dtype=torch.float64)
+        load_into(target, {**weights, "fc.bias": bias}, Path("file.pt"))
+        assert_names(refusal(check_finite, target, Path("file.pt")), "file.pt", "fc.bias")
 
     def test_names_of_both_sides_and_how_many_more(self, weights):
         message = self.refused({f"unit{i}.w": torch.zeros(1) for i in range(9)})

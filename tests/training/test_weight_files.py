@@ -1,8 +1,12 @@
 """Files of weights: safetensors read as they are, and files of other kinds named."""
 
+import argparse
 import gzip
+import importlib
 import io
 import json
+import os
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -64,6 +68,12 @@ class TestSafetensors:
         path.write_bytes(two_tensors()[:cut])
         assert_names(refusal(weight_files.read, path), path)
 
+    def test_a_tensor_without_values(self, path):
+        entry = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
+        path.write_bytes(safetensors({"w": entry}, b""))
+        (found,) = weight_files.read(path).values()
+        assert found.shape == (0, 3)
+
     def test_a_type_that_torch_cannot_train(self, path):
         entry = {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}
         path.write_bytes(safetensors({"w": entry}, b"0"))
@@ -118,6 +128,7 @@ KINDS = {
     "tar": (tar("resnet.pth"), "tar"),
     "old": (tar("sys_info", "pickle", "tensors", "storages"), "older torch"),
     "cut": (archive("net/data.pkl")[:-10], "incomplete"),
+    "zeros": (bytes(4096), "blank"),
 }
 
 
@@ -145,3 +156,72 @@ def test_blanks_are_only_made_where_asked_for(path, legacy):
     found = weight_files.read(path, blanks=True)
     assert torch.equal(found["net"]["weight"], content["net"]["weight"])
     assert isinstance(found["net2"], weight_files.Blank)
+
+
+def test_tensors_with_attributes_beside_other_objects(path):
+    value = torch.ones(2)
+    value.origin = "elsewhere"
+    trained = nn.Parameter(torch.ones(3))
+    trained.rank = 1
+    byte = torch.zeros(1).to(torch.float8_e4m3fn)
+    content = {"a": value, "b": trained, "c": byte, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, path)
+    found = weight_files.read(path, blanks=True)
+    assert torch.equal(found["a"], value) and torch.equal(found["b"], trained)
+    assert found["c"].dtype == byte.dtype
+
+
+class Calls:
+    """An object that calls a function where it is unpickled."""
+
+    def __init__(self, function, *values):
+        self.call = function, values
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_no_function_of_a_file_is_called(path, protocol):
+    made = path.with_name("made")
+    calls = {
+        "open": Calls(open, str(made), "w"),
+        "eval": Calls(eval, f"open({str(made)!r}, 'w')"),
+        "system": Calls(os.system, f"touch {made}"),
+        "load": Calls(torch.load, str(path)),
+    }
+    torch.save({"net": {"weight": torch.ones(2)}, **calls}, path, pickle_protocol=protocol)
+    found = weight_files.read(path, blanks=True)
+    assert torch.equal(found["net"]["weight"], torch.ones(2)) and not made.exists()
+
+
+def word(text: str) -> bytes:
+    """A string in a pickle."""
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.storage UntypedStorage",
+        "torch._utils _rebuild_tensor_v2",
+        "torch.nn.parameter Parameter",
+    ],
+)
+def test_a_file_changes_nothing_in_this_process(path, name):
+    # torch writes a file called CLASS.__name__ if CLASS.dump_patches and its source has changed
+    made = path.with_name("made")
+    module, _, part = name.partition(" ")
+    found = b"c" + name.replace(" ", "\n").encode() + b"\n"
+    attributes = word("dump_patches") + b"\x88" + word("__name__") + word(str(made))
+    changed = found + b"N}(" + attributes + b"u\x86b0"
+    persistent = b"(" + word("module") + found + word("net.py") + word("import os") + b"tQ0"
+    other_object = b"cargparse\nNamespace\n0"
+    with path.open("wb") as file:
+        for part_of_file in (torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True}):
+            pickle.dump(part_of_file, file, protocol=2)
+        file.write(b"\x80\x02" + other_object + changed + persistent + b"}.")
+        pickle.dump([], file, protocol=2)
+    refusal(weight_files.read, path, blanks=True)
+    assert list(path.parent.iterdir()) == [path]
+    assert getattr(importlib.import_module(module), part).__name__ == part
