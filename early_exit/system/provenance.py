@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from early_exit.errors import UserError
+from early_exit.system.failures import explain_machine
 
 
 def check_torchvision() -> None:
@@ -21,6 +22,8 @@ def check_torchvision() -> None:
             raise UserError(
                 f"{missing or 'torchvision'} is not installed; run: pip install -r requirements.txt"
             ) from None
+        if lacking := explain_machine(error):
+            raise lacking from None
         torch_version, vision_version = map(importlib.metadata.version, ("torch", "torchvision"))
         reason = " ".join(str(error).split())
         raise UserError(
