@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     import os
     import sys
 
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     from early_exit.cli.border import run
 
     run("loading", "loading.py")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> 
 
     with contextlib.suppress(*READ_ERRORS):
         return [read(True), read(False)]
+    _check_readable(root / folder)
     log.info("%s is missing or damaged in %s; downloading it", name, root)
     instead = (
         f"put the original {folder} into {root}, or use --dataset digits, which needs no download"
@@ -124,6 +126,17 @@ def _downloaded(dataset: type, root: Path, name: str, folder: str, url: str) -> 
         raise DataError(
             f"the files of {name} in {root} are damaged ({reason}); remove them, or {instead}"
         ) from None
+
+
+def _check_readable(directory: Path) -> None:
+    """Raises DataError if this user cannot read the directory or one of its files, which therefore
+    look as if they were missing."""
+    names = [directory] if os.path.exists(directory) else []
+    if names and os.access(directory, os.R_OK | os.X_OK):
+        names = list(directory.iterdir())
+    for path in names:
+        if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise DataError(f"{path} cannot be read; make it readable for this user")
 
 
 def _digits(_root: Path, split_seed: int) -> Data:

@@ -5,6 +5,7 @@ matter which worker decodes an image, and an epoch can be resumed at any step.
 """
 
 import atexit
+import math
 import multiprocessing.process
 import os
 import signal
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from early_exit.data.file_lists import printable
 from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
 from early_exit.system.signals import STOPPING, held_back
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds per period
 
 class ImageKey(NamedTuple):
     """Which image to decode, and how to augment it."""
@@ -183,8 +187,14 @@ def ignore_signals(_worker: int) -> None:
 
 
 def processors() -> int:
-    """The number of processors that this process may use."""
+    """The number of processors that this process may use. The CPU limit of a container counts,
+    which Python does not look at."""
     try:
-        return len(os.sched_getaffinity(0))
+        available = len(os.sched_getaffinity(0))
     except AttributeError:  # not available on this system
-        return os.cpu_count() or 1
+        available = os.cpu_count() or 1
+    try:
+        quota, period = map(float, CPU_LIMIT.read_text().split())
+    except (OSError, ValueError):  # no control groups, or no limit ("max")
+        return available
+    return max(1, min(available, math.ceil(quota / period)))

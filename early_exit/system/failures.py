@@ -33,7 +33,7 @@ MACHINE = {
         " computes a step in two halves"
     ),
     r"(?i)MemoryError|out of memory|can.?not allocate memory|can't allocate memory|not enough"
-    r" memory|bad_alloc": (
+    r" memory|bad_alloc|failed to map segment": (
         "memory ran out ({detail}): use smaller batches or fewer --workers, or give the machine or"
         " the pod more memory"
     ),
@@ -55,10 +55,8 @@ MACHINE = {
 
 def explain(error: BaseException) -> UserError | None:
     """An error as the line for its user; None if it is none of the machine's or the user's."""
-    text = f"{type(error).__name__}: {error}"
-    for pattern, line in MACHINE.items():
-        if re.search(pattern, text):
-            return Unavailable(line.format(detail=_last_line(error), **_limits(line)))
+    if lacking := explain_machine(error):
+        return lacking
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, OSError):
@@ -68,6 +66,15 @@ def explain(error: BaseException) -> UserError | None:
             f"a warning was turned into an error ({type(error).__name__}: {_last_line(error)}):"
             " remove -W error or PYTHONWARNINGS"
         )
+    return None
+
+
+def explain_machine(error: BaseException) -> Unavailable | None:
+    """An error of what a machine lacks as the line for its user; None for any other error."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, line in MACHINE.items():
+        if re.search(pattern, text):
+            return Unavailable(line.format(detail=_last_line(error), **_limits(line)))
     return None
 
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from early_exit.errors import UserError
+from early_exit.system.failures import explain_machine
 from early_exit.system.text import in_a_line
 
 
@@ -22,6 +23,8 @@ def check_torchvision() -> None:
             raise UserError(
                 f"{missing or 'torchvision'} is not installed; run: pip install -r requirements.txt"
             ) from None
+        if lacking := explain_machine(error):
+            raise lacking from None
         for module, package in (("numpy", "numpy"), ("PIL.Image", "pillow")):
             try:
                 importlib.import_module(module)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -15,6 +16,7 @@ PATIENCE = 5.0  # seconds that the next images are waited for after a signal
 NOTHING_SAVED = "stopped by signal {}; there was nothing to save"
 
 Item = TypeVar("Item")
+Handler = Callable[[int, object], None]
 
 
 class Stopped(BaseException):
@@ -72,9 +74,16 @@ def _not_ignored() -> list[signal.Signals]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """A context with this handler for the signals that stop a program."""
-    previous = {number: signal.signal(number, handler) for number in _not_ignored()}
+def _handled_by(
+    handler: Handler, others: Mapping[signal.Signals, Handler] | None = None
+) -> Iterator[None]:
+    """A context with this handler for the signals that stop a program. A thread other than the
+    main one, as of a server or a notebook, cannot handle signals: they do there what they did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {**dict.fromkeys(_not_ignored(), handler), **(others or {})}
+    previous = {number: signal.signal(number, new) for number, new in handlers.items()}
     try:
         yield
     finally:
@@ -122,14 +131,12 @@ class StopSignals:
         self._waiting = False
 
     def __enter__(self) -> StopSignals:
-        self._handlers = _handled_by(self._record)
+        self._handlers = _handled_by(self._record, {signal.SIGALRM: self._give_up})
         self._handlers.__enter__()
-        self._previous_alarm = signal.signal(signal.SIGALRM, self._give_up)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._previous_alarm)
         self._handlers.__exit__(None, None, None)
 
     def raise_if_signalled(self) -> None:

@@ -209,6 +209,16 @@ class TestCIFAR10:
         code, _, err = run_main(trainer.main, "trainer.py", monkeypatch, capsys, *flags)
         assert code == 1 and err.splitlines()[-1].startswith("trainer.py: ")
 
+    @pytest.mark.parametrize("name", ["cifar-10-batches-py", "cifar-10-batches-py/data_batch_1"])
+    def test_files_of_another_user_are_named_and_not_downloaded(self, monkeypatch, tmp_path, name):
+        unreadable = tmp_path / name
+        unreadable.parent.mkdir(exist_ok=True)
+        unreadable.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, _: path != unreadable)
+        with pytest.raises(UserError) as refused:
+            data.load("cifar10", tmp_path)
+        assert str(unreadable) in str(refused.value)
+
     def test_a_directory_that_cannot_be_written_does_not_pass(self, monkeypatch, tmp_path):
         def no_right(*_, **__):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere")

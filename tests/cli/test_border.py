@@ -90,6 +90,18 @@ def test_an_old_python_can_read_what_comes_before(path):
     ast.parse(path.read_text(), feature_version=(3, 7))
 
 
+def test_a_script_finds_its_own_checkout_through_a_link(tmp_path):
+    (tmp_path / "trainer.py").symlink_to(ROOT / "cifar10" / "trainer.py")
+    done = subprocess.run(  # -S: no checkout is installed, nor torch
+        [sys.executable, "-S", tmp_path / "trainer.py"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_calls_it_before_it_imports_anything_else(path):
     first, *_ = [node for node in ast.parse(path.read_text()).body if not is_docstring(node)]

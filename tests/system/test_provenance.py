@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from helpers import assert_names, refusal
 
+from early_exit.errors import Unavailable
 from early_exit.system import provenance
 
 
@@ -42,6 +43,14 @@ class TestVersions:
     def test_no_torchvision_is_one_sentence(self, import_error):
         import_error(ModuleNotFoundError("No module named 'torchvision'"))
         assert_names(refusal(provenance.check_torchvision), "torchvision", "pip install")
+
+    def test_too_little_memory_for_its_libraries_is_not_a_pair_that_does_not_fit(
+        self, import_error
+    ):
+        import_error(OSError("libtorch_cpu.so: failed to map segment from shared object"))
+        with pytest.raises(Unavailable) as refused:
+            provenance.check_torchvision()
+        assert_names(str(refused.value), "memory", "libtorch_cpu.so")
 
     def test_the_installed_pair_fits(self):
         provenance.check_torchvision()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ class TestStopSignals:
         with pytest.raises(ZeroDivisionError), signals.StopSignals():
             raise ZeroDivisionError
         assert signal.getsignal(signal.SIGINT) is before
+
+    def test_in_a_thread_that_cannot_handle_signals_the_program_runs_without(self):
+        def steps():
+            with signals.StopSignals() as stop:
+                return list(stop.wait_for("ab")), stop.signum
+
+        before = signal.getsignal(signal.SIGTERM)
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(steps).result() == (["a", "b"], None)
+        assert signal.getsignal(signal.SIGTERM) is before
 
     @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_exit_code_of_a_stop(self, signum, code):
