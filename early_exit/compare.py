@@ -115,7 +115,7 @@ def is_comparison(path: Path) -> bool:
     """Whether this program wrote a directory: a comparison, or the directory of several."""
     if not path.is_dir() or evaluations(path, "report.json"):
         return False
-    inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+    inside = [child for child in path.iterdir() if not is_hidden(child.name)]
     several = bool(inside) and all((child / "table.json").is_file() for child in inside)
     return several or (path / "table.json").is_file()
 
@@ -130,17 +130,17 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
     """
     found: dict[Path, Evaluation] = {}
     for run in runs:
-        if is_comparison(run):
-            if len(runs) == 1:
-                raise UserError(f"{run} is a comparison; name the runs to compare")
-            continue
         try:
+            if is_comparison(run):
+                if len(runs) == 1:
+                    raise UserError(f"{run} is a comparison; name the runs to compare")
+                continue
             for path in find_reports(run, names):
                 found.setdefault(path.resolve(), read_evaluation(path))
-        except UserError as error:
+        except (UserError, OSError) as error:
             if len(runs) == 1 or not os.path.lexists(run):
                 raise
-            print(f"{PROG}: skipping: {error}", file=sys.stderr)
+            print(f"{PROG}: skipping: {in_a_line(error)}", file=sys.stderr)
     unknown = set(names) - {evaluation.name for evaluation in found.values()}
     if unknown:
         raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")

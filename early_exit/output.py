@@ -33,7 +33,10 @@ def prepare_output(run_dir: Path, out: Path | None = None) -> Path:
     """
     run = source_run(run_dir)
     if not run.is_dir():
-        raise UserError(f"there is no run directory at {run}; training prints its path")
+        advice = "training prints its path"
+        if run != run_dir:
+            advice = f"{run_dir / LINK} names it; correct the path there"
+        raise UserError(f"there is no run directory at {run}; {advice}")
     if out is None or out.resolve() in (run_dir.resolve(), run.resolve()):
         places = (run_dir, run_dir / "records", run_dir / "eval")
         if not all(map(is_writable, places)):

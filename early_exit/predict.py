@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table.row(path, found) if table else as_json(path, found), flush=True)
     if predictions and table:
         print(summary(predictions, classifier))
+    if not predictions and not skipped:
+        raise UserError("no image was named; name files or folders, or - for a list of names")
     if skipped:
         raise UserError(f"skipped {len(skipped)} of {len(skipped) + len(predictions)} images")
 

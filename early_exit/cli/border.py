@@ -36,8 +36,7 @@ def run(
             main = _import(main)
         signals.raise_on_signals(prog)
         streams.set_up(logging.WARNING if torchrun.rank() else logging.INFO, log_on_stdout)
-        main(None)
-        streams.finish(prog)
+        _call(main, prog)
     except streams.ReaderEnded:
         sys.exit(1)
     except Exception as error:
@@ -64,6 +63,16 @@ def _import(main: Callable | str) -> Callable:
 
     check_torchvision()
     return importlib.import_module(main).main if isinstance(main, str) else main
+
+
+def _call(main: Callable, prog: str) -> None:
+    """Calls `main`, and writes what it has printed, also if it exits by itself, as for --help."""
+    try:
+        main(None)
+    except SystemExit:
+        streams.finish(prog)
+        raise
+    streams.finish(prog)
 
 
 def _explained(error: Exception) -> UserError | Failed:
@@ -121,7 +130,7 @@ def _open_closed_streams() -> None:
     """Opens standard streams that were closed, which other files would take the place of."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            # a closed output cannot be written, which is told when it is used
-            null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
-            os.dup2(null, number)
+            # using a closed input or output is an error
+            modes = {"stdin": os.O_WRONLY, "stdout": os.O_RDONLY, "stderr": os.O_RDWR}
+            os.dup2(os.open(os.devnull, modes[name]), number)
             setattr(sys, name, open(number, "w" if number else "r"))

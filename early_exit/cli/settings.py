@@ -19,6 +19,7 @@ from early_exit.choosing.goals import (
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
+from early_exit.system.names import is_hidden
 
 # The defaults of the regime cdl: linear heads, and an exit after every block.
 CDL = {"model": {"head": ["linear"], "exits": None}}
@@ -165,10 +166,10 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     name = args.name
     if name is None and args.policy:  # two files are two evaluations
         name = f"policy-{args.policy.stem}"
-    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
+    if name is not None and (not name or is_hidden(name) or Path(name).name != name):
         raise UserError(
-            f"--name is {name!r}; give the name of one directory, without a path and without a dot"
-            " at its beginning"
+            f"--name is {name!r}; give the name of one directory, without a path, that is not"
+            " hidden: it must not begin with a dot"
         )
     return {
         "overrides": settings_of(args),

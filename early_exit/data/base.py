@@ -115,8 +115,8 @@ class NormalisedImages:
         raise NotImplementedError
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in train. The last partial batch is dropped; its images differ from epoch to
-        epoch."""
+        """Whole batches in train. The last partial batch is dropped; its images differ between
+        epochs."""
         return max(1, self.size("train") // batch_size)
 
     def normalise(self, images: Tensor) -> Tensor:

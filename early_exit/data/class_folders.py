@@ -81,7 +81,9 @@ def _test_folder(root: Path) -> str:
         raise _missing(root, TEST[0])
     name, shown = there[0], in_a_line(root)
     if name != TEST[0]:
-        log.info("there is no %s/%s; the test images are those of %s/%s", shown, TEST[0], shown, name)
+        log.info(
+            "there is no %s/%s; the test images are those of %s/%s", shown, TEST[0], shown, name
+        )
     for other in there[1:]:
         log.info("the test images are those of %s/%s; %s/%s is not used", shown, name, shown, other)
     return name

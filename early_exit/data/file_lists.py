@@ -1,7 +1,8 @@
 """The names of the files that a run was made of, so that a later change can be told by name.
 
 `files.npz` in a run directory has the names in train, val and test at the start of the training;
-beside a record, those that were recorded, with the size and the time of each file. Runs of images in memory have none.
+beside a record, those that were recorded, with the size and the time of each file. Runs of images
+in memory have none.
 """
 
 import io

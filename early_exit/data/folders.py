@@ -129,7 +129,7 @@ class Data(NormalisedImages):
     bad_files: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 128
     skipped: set[str] = field(default_factory=set)
@@ -226,7 +226,7 @@ class Data(NormalisedImages):
             )
 
     def file_names(self, split: str) -> np.ndarray | None:
-        """The path of every file of a split below DIR/train or DIR/val, as bytes; None for noise."""
+        """The path of each file of a split below DIR/train or DIR/val, as bytes; None for noise."""
         source, rows = self.splits[split]
         files = self.images.sources[source]
         return files.names[rows] if isinstance(files, Files) else None
@@ -363,7 +363,9 @@ def _check_every_class(
     without = {}
     for name, rows in (("train", train), ("val", val)):
         counts = np.bincount(targets[rows], minlength=len(classes))
-        without[name] = [in_a_line(classes[label]) for label in np.flatnonzero(counts == 0).tolist()]
+        without[name] = [
+            in_a_line(classes[label]) for label in np.flatnonzero(counts == 0).tolist()
+        ]
     if without["train"]:
         raise UserError(
             f"no image is left for training of {len(without['train'])} of {len(classes)} classes,"

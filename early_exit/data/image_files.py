@@ -114,7 +114,9 @@ class _Walk:
 
     def _unreadable(self, path: bytes, error: OSError) -> None:
         shown = in_a_line(self.found.root / os.fsdecode(path))
-        self.found.unreadable.append(UserError(f"{shown} cannot be read ({error.strerror or error})"))
+        self.found.unreadable.append(
+            UserError(f"{shown} cannot be read ({error.strerror or error})")
+        )
 
     def _list(self, folder: bytes, by_link: bool) -> None:
         """Adds the files of a folder, and puts the folders in it on the list."""

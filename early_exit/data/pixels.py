@@ -30,8 +30,8 @@ def fitted(image: Image.Image, shape: Sequence[int]) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, resize: int, crop: int) -> Image.Image:
-    """The centre square of an image whose shorter side has been resized: the pixels of torchvision's
-    Resize(resize) and CenterCrop(crop), which public weights were evaluated with.
+    """The centre square of an image whose shorter side has been resized: the same pixels as by
+    torchvision's Resize(resize) and CenterCrop(crop), with which public weights were evaluated.
 
     resize: the shorter side, in pixels; crop: the side of the square, at most `resize`. Of an image
     that is more than `THIN` times as long as wide, only the square is computed: the rest would take

@@ -77,8 +77,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     RGB already.
 
     Of 16 bits the upper eight are kept. If all values would fit into fewer bits, they are taken to
-    have no more: the fewest of `DEPTHS`, or what the file states. Raises ValueError for pixels whose
-    white level is unknown.
+    have no more: the fewest of `DEPTHS`, or what the file states. Raises ValueError for pixels
+    whose white level is unknown.
     """
     stored = Stored.of(image)
     image.load()
@@ -185,10 +185,7 @@ def _with_less_white(image: Image.Image, stored: Stored) -> Image.Image:
 def _again(stored: Stored, kind: str, white: int | None = None) -> Image.Image:
     """A file decoded as another kind, or with another white."""
     with Image.open(stored.file) as file:
-        file.tile = [
-            tile._replace(args=_replaced(tile.args, kind, white))
-            for tile in file.tile
-        ]
+        file.tile = [tile._replace(args=_replaced(tile.args, kind, white)) for tile in file.tile]
         file.load()
     return file
 

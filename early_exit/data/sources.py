@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-
 from early_exit.data.decoding import check_header, decode
 from early_exit.data.file_lists import printable
 

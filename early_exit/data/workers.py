@@ -28,6 +28,7 @@ from early_exit.system.signals import STOPPING, held_back
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds per period
 
+
 class ImageKey(NamedTuple):
     """Which image to decode, and how to augment it."""
 

@@ -140,7 +140,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
 def cautions(groups: Sequence[Group]) -> list[str]:
     """Which evaluations may not have the numbers of the trained run, and why."""
     return [
-        f"{member.path.parent} is {caution}"
+        f"{in_a_line(member.path.parent)} is {caution}"
         for group in groups
         for member in group.members
         for caution in member.cautions

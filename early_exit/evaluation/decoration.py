@@ -23,6 +23,7 @@ def optional(name: str) -> Iterator[None]:
             yield
     except Exception as error:  # libraries that draw may raise anything
         log.warning("%s is left out: %s", shortened(name, 200), _reason(error))
+        log.debug("why it is left out", exc_info=error)
 
 
 def _reason(error: Exception) -> str:

@@ -147,16 +147,16 @@ def check_threshold(
 ) -> None:
     """Raises UserError for a threshold that no score can reach or that every score reaches.
 
-    Infinity is accepted: it says that no image exits. owner: the flag or what else the threshold
-    belongs to. slack: a threshold that is at most this below the lowest score is accepted too; 0:
-    one that equals it is not.
+    Infinity is accepted: it means that no image exits. owner: the flag or what else the threshold
+    belongs to. slack: a threshold that is at most this far beyond the range is accepted too; 0: one
+    that equals the lowest score is not.
     """
     traits = get_traits(name)
     low, high = traits.range(num_classes, early_exits)
     if math.isnan(threshold) or threshold == -math.inf:
         value = "nan" if math.isnan(threshold) else "minus infinity"
         raise UserError(f"{owner} {value} is not a threshold; expected a score of {name}")
-    never = high < threshold < math.inf
+    never = high + slack < threshold < math.inf
     if not never and (threshold >= low - slack if slack else threshold > low):
         return
     unit = f" ({traits.unit})" if traits.unit else ""

@@ -16,13 +16,13 @@ INSTALL = "run: pip install -r requirements.txt"
 # What is found in the type and the message of an error, also of one that a loader's worker handed
 # on as a text; the first match counts. torch and multiprocessing have no types for these.
 MACHINE = {
-    r"[Bb]us error|shared memory|/dev/shm|</?torch_\d": (
+    r"Too many open files|ancdata": (
+        "too many open files: raise the limit of {files} with ulimit -n, or use fewer --workers"
+    ),
+    r"[Bb]us error|</?torch_\d|out of shared memory|No space left on device.*/dev/shm": (
         "/dev/shm is full{shm}, through which the loader's workers hand over their images: make it"
         " larger (docker run --shm-size=8g; in a pod, sizeLimit of the volume shm), or use"
         " --workers 0"
-    ),
-    r"Too many open files|ancdata": (
-        "too many open files: raise the limit of {files} with ulimit -n, or use fewer --workers"
     ),
     r"DataLoader worker .*(killed by signal|exited unexpectedly)": (
         "a worker process that loads images was killed ({detail}): usually memory ran out; use"
@@ -41,7 +41,8 @@ MACHINE = {
         "no more processes or threads can be started ({detail}): raise the limit of {processes}"
         " with ulimit -u or that of the pod, or use fewer --workers and --threads"
     ),
-    r"CUDA error: (?!device-side assert)|CUDA driver|NVIDIA driver": (
+    r"CUDA error: (?!device-side|an illegal|misaligned|invalid config|invalid arg)"  # in a program
+    r"|CUDA driver|NVIDIA driver": (
         "the GPU cannot be used ({detail}): check it with nvidia-smi, or use --device cpu"
     ),
     r"determine home directory|getpwuid|No username set": (
@@ -108,7 +109,8 @@ def _limits(line: str) -> dict[str, object]:
     """The limits of the machine that a line names."""
     limits: dict[str, object] = {"shm": ""}
     for name, number in (("files", "RLIMIT_NOFILE"), ("processes", "RLIMIT_NPROC")):
-        limits[name] = resource.getrlimit(getattr(resource, number))[0]
+        soft = resource.getrlimit(getattr(resource, number))[0]
+        limits[name] = "no limit" if soft == resource.RLIM_INFINITY else soft
     if Path("/dev/shm").is_dir():
         size = os.statvfs("/dev/shm")
         limits["shm"] = f" (it has {size.f_blocks * size.f_frsize / 2**20:.0f} MiB)"

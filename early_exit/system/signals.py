@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
+
+from early_exit.system import torchrun
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 5.0  # seconds that the next images are waited for after a signal
@@ -32,7 +34,11 @@ class Stopped(BaseException):
 
 def end_at_once(prog: str, signum: int) -> NoReturn:
     """Ends the program by one line, without what Python does at its end."""
-    os.write(2, f"{prog}: {NOTHING_SAVED.format(signum)}\n".encode())
+    line = f"{prog}: {NOTHING_SAVED.format(signum)}"
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+    with suppress(Exception):  # what it needs may be half imported
+        torchrun.say_last(line)
     os._exit(128 + signum)
 
 

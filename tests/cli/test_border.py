@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, assert_names, finish, run_main, start
@@ -207,3 +208,28 @@ class TestLastLine:
         last = done.stderr.splitlines()[-1]
         assert last.startswith("trainer.py: ")
         assert_names(last, tmp_path / "run", "--resume auto")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+@pytest.mark.parametrize(
+    ("code", "redirection", "named"),
+    [
+        ("sys.exit(print('usage'))", "> /dev/full", "standard output"),  # as argparse for --help
+        ("sys.stdin.read()", "<&-", os.strerror(errno.EBADF)),
+    ],
+    ids=["help", "stdin"],
+)
+def test_streams_that_cannot_be_used_are_one_line(code, redirection, named):
+    program = (
+        "import sys; from early_exit.cli import border; border._import = lambda main: main;"
+        f" border.run(lambda _: {code}, 'x.py')"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert_names(line, "x.py", named)

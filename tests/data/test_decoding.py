@@ -115,7 +115,9 @@ class TestRefused:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
         path = claiming(tmp_path / "bomb.png", 2**14, 2**14 + 1)
         for refused in (refusal(check_header, path), refusal(decode, path)):
-            assert_names(refused, path, f"{decoding.MAX_PIXELS + 2**14:,}", f"{decoding.MAX_PIXELS:,}")
+            assert_names(
+                refused, path, f"{decoding.MAX_PIXELS + 2**14:,}", f"{decoding.MAX_PIXELS:,}"
+            )
         check_header(claiming(tmp_path / "large.png", 2**14, 2**14))
         assert theirs == Image.MAX_IMAGE_PIXELS
 

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 from helpers import (
-    FOLDERS,
     assert_names,
     few_digits,
     file_names,

@@ -136,7 +136,6 @@ class TestImages:
         images, _ = next(loaded.train_batches(6, 0, 0))
         assert images.shape == (6, 3, 12, 12)
 
-
     @pytest.mark.parametrize("size", [(1, 1), (1, 3), (300, 1), (2, 20_000), (20_000, 2)])
     def test_an_image_of_any_size_is_augmented(self, folders, size):
         transform = train_transform(folder_config(folders))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_names, fail_to_list, refusal
+from helpers import ROOT, assert_names, fail_to_list
 from PIL import Image
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
@@ -46,7 +46,9 @@ def touch(folder: Path, *names: str) -> None:
 
 def found(folder: Path, **options) -> list[str]:
     """The images that a walk finds, all groups in order."""
-    return [os.fsdecode(path) for group in walk(folder, **options).images.values() for path in group]
+    return [
+        os.fsdecode(path) for group in walk(folder, **options).images.values() for path in group
+    ]
 
 
 def left_out(folder: Path) -> Counter:
@@ -57,7 +59,14 @@ def left_out(folder: Path) -> Counter:
 class TestWalk:
     def test_images_by_folder_then_by_name(self, tmp_path):
         touch(tmp_path, "b/2.PNG", "a/1.jpg", "a/x/0.tif", "a-/3.gif", "0.webp", "A.Jpeg")
-        assert found(tmp_path) == ["0.webp", "A.Jpeg", "a/1.jpg", "a-/3.gif", "a/x/0.tif", "b/2.PNG"]
+        assert found(tmp_path) == [
+            "0.webp",
+            "A.Jpeg",
+            "a/1.jpg",
+            "a-/3.gif",
+            "a/x/0.tif",
+            "b/2.PNG",
+        ]
 
     def test_the_order_is_torchvisions(self, tmp_path):
         names = ("0.jpg", "sub/1.png", "sub-x/0.PNG", "sub x/7.bmp", "sub/deep/\u00e4.jpg")
@@ -177,7 +186,12 @@ class TestLinks:
             (tmp_path / "set" / name).parent.mkdir(exist_ok=True, parents=True)
             (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / "1")
         (tmp_path / "set/a/0.jpg").symlink_to("5.jpg")
-        assert found(tmp_path / "set", by_class=True) == ["a/2.jpg", "a/4.jpg", "a/5.jpg", "b/2.jpg"]
+        assert found(tmp_path / "set", by_class=True) == [
+            "a/2.jpg",
+            "a/4.jpg",
+            "a/5.jpg",
+            "b/2.jpg",
+        ]
         assert found(tmp_path / "set") == ["a/2.jpg", "a/4.jpg", "a/5.jpg"]
 
     def test_files_of_equal_content_are_several(self, tmp_path):
@@ -240,7 +254,9 @@ from early_exit.data.image_files import find_images
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(*find_images([{str(tmp_path)!r}], print), sep="\\n")
 """
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         image, error = done.stdout.splitlines()
         assert image == str(tmp_path / "b" / "2.jpg")

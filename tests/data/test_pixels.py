@@ -39,7 +39,9 @@ class TestCentreCrop:
             size = [side, int(side * rng.uniform(THIN + 1, 6 * THIN))]
             if rng.random() < 0.5:
                 size.reverse()
-            image = noise(size[0] // 8 + 1, size[1] // 8 + 1).resize(size) if smooth else noise(*size)
+            image = (
+                noise(size[0] // 8 + 1, size[1] // 8 + 1).resize(size) if smooth else noise(*size)
+            )
             found = np.asarray(centre_crop(image, 20, 16)).astype(int)
             different.append(np.abs(found - reference(image, 20, 16)))
         assert np.max(different) <= 2

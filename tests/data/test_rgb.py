@@ -25,7 +25,9 @@ def png(path: Path, depth: int, kind: int, rows: np.ndarray, **chunks: bytes) ->
     """Writes a PNG file of any depth and kind; rows: of bytes, (H, bytes of a row)."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     data = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, kind, 0, 0, 0)
@@ -70,7 +72,11 @@ def tiff(
         count = 3 if tag == 258 and channels == 3 else 1
         found += struct.pack(f"{order}HHII", tag, 4 if count == 1 else 3, count, value)
     found += struct.pack(f"{order}I", 0)
-    return found.ljust(190, b"\0") + struct.pack(f"{order}3H", bits, bits, bits).ljust(10, b"\0") + data
+    return (
+        found.ljust(190, b"\0")
+        + struct.pack(f"{order}3H", bits, bits, bits).ljust(10, b"\0")
+        + data
+    )
 
 
 class TestOrdinary:

@@ -84,6 +84,11 @@ def test_packages_and_warnings(error, named):
     assert_names(str(found), *named)
 
 
+def test_a_file_in_dev_shm_is_a_file():
+    found = explain(PermissionError(errno.EACCES, "Permission denied", "/dev/shm/data/x.jpg"))
+    assert found.code == 2 and "--shm-size" not in str(found)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -91,6 +96,8 @@ def test_packages_and_warnings(error, named):
         ValueError("x"),
         RuntimeError("shapes differ"),
         RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("out of resource: shared memory, Required: 131072"),
         ModuleNotFoundError("No module", name="early_exit.nothing"),
     ],
     ids=repr,
