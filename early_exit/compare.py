@@ -9,7 +9,7 @@
 
 Runs whose settings differ only in the seed, evaluated under the same name, form one group. Policies
 were chosen on val when the runs were evaluated; test is only reported. Of several RUNs, as from
-runs/*, comparisons are passed over, and what has no evaluation is named on standard error.
+runs/*, comparisons are skipped, and what has no evaluation is named on standard error.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail

@@ -14,7 +14,7 @@ class UserError(ValueError):
 class DataError(UserError):
     """The data set is not where it was looked for, or is another one than the run's.
 
-    The message names no flag: each script adds how it is told where the data set is.
+    The library's message names no flag for the directory; each script adds its own.
     """
 
 

@@ -34,6 +34,7 @@ from early_exit.system.directories import restore, restore_all
 from early_exit.system.disk_errors import status
 from early_exit.system.locks import locked
 from early_exit.system.names import is_hidden
+from early_exit.system.text import first_few
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import unfinished
@@ -183,7 +184,7 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
 
 
 def unfinished_of(weights: str) -> str | None:
-    """How far a run was trained, of the words that its report has for its weights; None if it was
+    """How far a run was trained, from its report's description of the weights; None if it was
     finished."""
     found = re.search(r" of (epoch \d+ of \d+, phase \w+)", weights)
     return found and found[1]
@@ -214,8 +215,8 @@ def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train"
     file_lists.check_same_classes(data, run_dir, loaded.classes)
     gone: tuple[str, ...] = ()
     if val_from == "train":
-        way_on = ", or cut val from the official test set with --val-from test"
-        data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, way_on)
+        alternative = ", or cut val from the official test set with --val-from test"
+        data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, alternative)
     file_lists.log_changed_test(data, source_run(run_dir))
     return Trained(
         **vars(loaded),
@@ -307,7 +308,7 @@ def _written_since(data: FileData, split: str, directory: Path) -> str:
             data.picture(split, row)
         except UserError:
             continue
-        shown = file_lists.listed(map(file_lists.printable, names[written]))
+        shown = first_few(names[written])
         return f"files of {split} were written since they were recorded: {shown}"
     return ""
 

@@ -222,15 +222,15 @@ def _fill(
 
 
 def _leaving_out(unreadable: Mapping[int, str], blank: ExitRecord, recorded: int) -> RecordInfo:
-    """What a record says whose first `recorded` rows are filled, and which lacks the unreadable
-    images. Raises UserError if that is not all of them, or none."""
+    """The info of a record without the unreadable images, whose first `recorded` rows are filled.
+    Raises UserError if that is not all of them, or none."""
     count, split = len(blank), blank.info.split
     if recorded == count:
         return blank.info
     if recorded + len(unreadable) != count or not recorded:
         raise UserError(
             f"{count - recorded} of {count} images of {split} could not be read, and"
-            f" {len(unreadable)} of them are known; replace the files named above"
+            f" the log names {len(unreadable)} of them; replace these files"
         )
     rows = sorted(unreadable)
     names = tuple(unreadable[row] for row in rows)

@@ -69,13 +69,13 @@ def class_folders(root: Path) -> Sources:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder at `path`. Raises UserError if that cannot be found out."""
+    """Whether there is a folder at `path`. Raises UserError if it cannot be examined."""
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def _test_folder(root: Path) -> str:
-    """The name of the folder with the test images. What is not obvious about it is logged."""
+    """The name of the folder with the test images. Another name than `val` is logged."""
     there = [name for name in TEST if is_folder(root / name)]
     if not there:
         raise _missing(root, TEST[0])
@@ -90,7 +90,7 @@ def _test_folder(root: Path) -> str:
 
 
 def _missing(root: Path, name: str) -> DataError:
-    """The error for a directory that lacks train or val, with what may be meant instead."""
+    """The error for a directory that lacks train or val, with a hint at what to do."""
     shown = in_a_line(root)
     text = f"there is no {shown}/{name}; expected {shown}/{name}/CLASS/*.JPEG, a folder per class"
     if (root / name).is_symlink():
@@ -256,7 +256,7 @@ def _is_listed(found: Found, folder: bytes) -> bool:
 
 
 def _one_class(found: Found, name: bytes) -> UserError:
-    """The error for a data set of one class, with what may be meant instead."""
+    """The error for a data set of one class, with a hint at what to do."""
     folder = in_a_line(found.root / os.fsdecode(name))
     below = {path.split(b"/")[1] for path in found.folders.values() if path and b"/" in path}
     inner = sorted(in_a_line(os.fsdecode(part)) for part in below)

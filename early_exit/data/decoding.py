@@ -74,15 +74,15 @@ class Unreadable(UserError):
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """An image as `decode` gives it. What was odd about the file is logged, once."""
+    """An image as `decode` gives it. A warning about the file is logged, once."""
     image, notice = decode(source)
     report(_name_of(source), notice)
     return image
 
 
 def decode(source: ImageSource) -> tuple[Image.Image, str]:
-    """The first frame of an image file, or an image, as RGB, rotated as its EXIF data say; and what
-    was odd about the file, or "".
+    """The first frame of an image file, or an image, as RGB, rotated as its EXIF data say; and the
+    warning about the file, or "".
 
     Raises Unreadable for a file that cannot be decoded, or has more than `MAX_PIXELS`, and OSError
     for errors that are not the file's (`NOT_THE_FILE`).
@@ -105,7 +105,7 @@ def check_header(source: ImageSource) -> None:
 
 
 def report(name: str, notice: str) -> None:
-    """Logs what was odd about a file, if anything, once."""
+    """Logs the warning about a file, if there is one, once."""
     if notice:
         _report(name, notice)
 

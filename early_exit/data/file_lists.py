@@ -1,4 +1,4 @@
-"""The names of the files that a run was made of, so that a later change can be told by name.
+"""The names of the files that a run was made of, so that a later change can be reported by name.
 
 `files.npz` in a run directory has the names in train, val and test at the start of the training;
 beside a record, those that were recorded, with the size and the time of each file. Runs of images
@@ -17,13 +17,12 @@ import numpy as np
 from early_exit.data.base import Data, FileData
 from early_exit.errors import DataError
 from early_exit.system.files import write_bytes
-from early_exit.system.text import in_a_line
+from early_exit.system.text import first_few, in_a_line
 
 log = logging.getLogger(__name__)
 
 NAME = "files.npz"
 STAMPS = "stamps"  # sizes and times, as `FileData.file_stamps` gives them
-EXAMPLES = 3  # names in a message
 
 
 def remember(
@@ -67,18 +66,18 @@ def changes(before: np.ndarray, now: np.ndarray) -> str:
     found = []
     for words, names in (("gone", np.setdiff1d(before, now)), ("new", np.setdiff1d(now, before))):
         if len(names):
-            found.append(f"{_are(names)} {words} ({listed(map(printable, names))})")
+            found.append(f"{_are(names)} {words} ({first_few(names)})")
     return " and ".join(found)
 
 
 def with_val_of(
-    data: Data, path: Path, val_hash: str, way_on: str = ""
+    data: Data, path: Path, val_hash: str, alternative: str = ""
 ) -> tuple[Data, tuple[str, ...]]:
     """The data with the val images that a run held out, even if files of train were added or
     removed since, and the names of those that are gone.
 
-    path: the run's directory or checkpoint; way_on: what else the user can do, for messages. Raises
-    DataError if the run does not know its files by name, and if more of val are gone than
+    path: the run's directory or checkpoint; alternative: what else the user can do, for messages.
+    Raises DataError if the run has no list of its files, and if more of val are gone than
     `data.bad_files`.
     """
     if data.val_hash == val_hash:
@@ -94,11 +93,11 @@ def with_val_of(
             )
         raise DataError(
             f"{path} held out other val images ({val_hash}) than this data set gives"
-            f" ({data.val_hash}), and does not know its files by name{advice}{way_on}"
+            f" ({data.val_hash}), and has no list of its files ({NAME}){advice}{alternative}"
         )
     present = [data.file_names(split) for split in ("train", "val")]
     now = np.concatenate([names for names in present if names is not None] or [val[:0]])
-    told = changes(np.concatenate([train, val]), now) or "only the order has changed"
+    changed = changes(np.concatenate([train, val]), now) or "only the order has changed"
     gone = np.setdiff1d(val, now)
     if len(gone) > data.bad_files or len(gone) == len(val):
         advice = "put them back"
@@ -106,26 +105,26 @@ def with_val_of(
             advice += f", or leave them out with --bad-files {max(10, len(gone))}"
         raise DataError(
             f"of the {len(val)} val images that {path} held out, {_are(gone)} gone"
-            f" ({listed(map(printable, gone))}); of all files of train since then, {told};"
-            f" {advice}{way_on}"
+            f" ({first_few(gone)}); of all files of train since then, {changed};"
+            f" {advice}{alternative}"
         )
     log.info(
         "since the training of %s, the files of train have changed: %s; val is the %d images that"
         " it held out%s",
         path,
-        told,
+        changed,
         len(val),
         f", of which {_are(gone)} gone" if len(gone) else "",
     )
-    return data.holding_out(val, val_hash), tuple(f"train/{printable(name)}" for name in gone)
+    return data.holding_out(val, val_hash), tuple(f"train/{in_a_line(name)}" for name in gone)
 
 
 def check_same_classes(data: Data, path: Path, classes: Sequence[str]) -> None:
     """Raises DataError if the data have other classes than the run at `path`."""
     if list(classes) != list(data.classes):
         raise DataError(
-            f"{path} was trained on {len(classes)} classes ({listed(classes)}), the data has"
-            f" {len(data.classes)} ({listed(data.classes)})"
+            f"{path} was trained on {len(classes)} classes ({first_few(classes)}), the data has"
+            f" {len(data.classes)} ({first_few(data.classes)})"
         )
 
 
@@ -134,21 +133,10 @@ def log_changed_test(data: Data, run_dir: Path) -> None:
     before, now = remembered(run_dir, "test"), None
     if before is not None and isinstance(data, FileData):
         now = data.file_names("test")
-    if before is not None and now is not None and (told := changes(before, now)):
-        log.warning("the files of test have changed since the training: %s", told)
+    if before is not None and now is not None and (changed := changes(before, now)):
+        log.warning("the files of test have changed since the training: %s", changed)
 
 
 def _are(names: np.ndarray) -> str:
     """`1 is` or `2 are`."""
     return f"{len(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """`a, b, c, ...`: the first names."""
-    names = list(names)
-    return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")
-
-
-def printable(name: bytes) -> str:
-    """A file name in one line, with the bytes escaped that cannot be printed."""
-    return in_a_line(name.decode(errors="backslashreplace"))

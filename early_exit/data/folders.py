@@ -202,7 +202,7 @@ class Data(NormalisedImages):
     def _read(self, keys: Iterable[list[ImageKey]]) -> Iterator[Batch]:
         """The batches of these keys. Raises UserError for one unreadable file too many."""
         for batch in self.pool.read(keys):
-            for name, notice in batch.odd:
+            for name, notice in batch.notices:
                 report(name, notice)
             leave_out(batch.unreadable, self.skipped, self.bad_files)
             yield batch

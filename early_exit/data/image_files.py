@@ -55,7 +55,7 @@ class Found:
     left_out: dict[bytes, Counter[str]] = field(default_factory=dict)
     """How many of each kind were left out of each group."""
     unreadable: list[UserError] = field(default_factory=list)
-    """Folders that could not be listed, and files of which nothing could be found out."""
+    """Folders that could not be listed, and files that could not be examined."""
     folders: dict[Identity, bytes | None] = field(default_factory=dict)
     """The folders that were listed; None: a folder above them."""
     links: dict[bytes, int] = field(default_factory=dict)
@@ -211,13 +211,13 @@ def describe(left_out: Counter[str]) -> str:
 
 
 def find_images(
-    names: Iterable[str | Path], tell: Callable[[str], None]
+    names: Iterable[str | Path], log_line: Callable[[str], None]
 ) -> Iterator[Path | UserError]:
     """Yields each file as it is named; for a folder, the images that `walk` finds below it, in the
     order of their paths.
 
-    Instead of a folder that cannot be listed, or holds no image, an error is yielded. tell: called
-    with a line about what was left out of a folder.
+    Instead of a folder that cannot be listed, or holds no image, an error is yielded. log_line:
+    called with a line about what was left out of a folder.
     """
     for name in names:
         path = Path(name)
@@ -228,7 +228,7 @@ def find_images(
         images = sorted(found.images.get(b"", []), key=lambda image: image.split(b"/"))
         left_out = describe(found.left_out.get(b"", Counter()))
         if images and left_out:
-            tell(f"{path}: left out {left_out}")
+            log_line(f"{path}: left out {left_out}")
         yield from (path / os.fsdecode(image) for image in images)
         yield from found.unreadable
         if not images and not found.unreadable:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from early_exit.data.decoding import check_header, decode
-from early_exit.data.file_lists import printable
+from early_exit.system.text import in_a_line
 
 NOISE_CLASSES = 1000
 THREADS = 16  # they wait for storage, above all if it is on a network
@@ -40,10 +40,10 @@ class Files:
 
     def short_name(self, row: int) -> str:
         """The path of the file below the data set's directory."""
-        return f"{self.root.name}/{printable(self.names[row])}"
+        return f"{self.root.name}/{in_a_line(self.names[row])}"
 
     def image(self, row: int, transform: Transform) -> tuple[Tensor, str]:
-        """The transformed image, (H, W, 3) uint8, and what is odd about its file, or ""."""
+        """The transformed image, (H, W, 3) uint8, and the warning about its file, or ""."""
         image, notice = decode(self.name(row))
         return torch.from_numpy(np.array(transform(image))), notice
 
@@ -87,7 +87,7 @@ class Noise:
     short_name = name
 
     def image(self, row: int, _transform: Transform) -> tuple[Tensor, str]:
-        """The image, (H, W, 3) uint8, of which nothing is odd. It is not transformed."""
+        """The image, (H, W, 3) uint8, not transformed, and no warning."""
         generator = torch.Generator().manual_seed(row)
         shape = (self.side, self.side, 3)
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), ""

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from early_exit.data.decoding import Unreadable
-from early_exit.data.file_lists import printable
 from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
 from early_exit.system.signals import STOPPING, held_back
+from early_exit.system.text import in_a_line
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds per period
 
@@ -46,7 +46,7 @@ class UnreadableFile:
     reason: str
 
     def __str__(self) -> str:
-        return f"{printable(os.fsencode(self.name))} ({self.reason})"
+        return f"{in_a_line(self.name)} ({self.reason})"
 
 
 class Sample(NamedTuple):
@@ -57,7 +57,7 @@ class Sample(NamedTuple):
     target: int
     name: str
     notice: str
-    """What is odd about its file, or "". It travels to the main process, which says it once."""
+    """The warning about its file, or "". It is sent to the main process, which logs it once."""
 
 
 class ImageDataset(Dataset):
@@ -89,7 +89,7 @@ class ImageDataset(Dataset):
         return Sample(image, int(source.targets[key.row]), source.name(key.row), notice)
 
     def _augmented(self, key: ImageKey, seed_and_epoch: tuple[int, int]) -> tuple[Tensor, str]:
-        """The image as the key's seed, epoch and row augment it, and what is odd about its file."""
+        """The image as the key's seed, epoch and row augment it, and the warning about its file."""
         in_worker = get_worker_info() is not None
         # the transforms draw from torch's global generator, whose state only workers may change
         with nullcontext() if in_worker else torch.random.fork_rng(devices=[]):
@@ -105,8 +105,8 @@ class Batch(NamedTuple):
     targets: Tensor | None
     """(B,)"""
     unreadable: list[UnreadableFile]
-    odd: list[tuple[str, str]]
-    """The name of each file that something is odd about, and what."""
+    notices: list[tuple[str, str]]
+    """The name of each file with a warning, and the warning."""
 
 
 def collate(items: list[Sample | UnreadableFile]) -> Batch:
@@ -116,8 +116,8 @@ def collate(items: list[Sample | UnreadableFile]) -> Batch:
     if not decoded:
         return Batch(None, None, unreadable, [])
     images, targets = default_collate([(sample.image, sample.target) for sample in decoded])
-    odd = [(sample.name, sample.notice) for sample in decoded if sample.notice]
-    return Batch(images, targets, unreadable, odd)
+    notices = [(sample.name, sample.notice) for sample in decoded if sample.notice]
+    return Batch(images, targets, unreadable, notices)
 
 
 class RequestedBatches:

@@ -84,7 +84,7 @@ class Evaluation:
     weights: str = ""
     """Hash of the weights, and which they are."""
     outdated: bool
-    """Whether the run was trained on since (`early_exit.trained.trained_since`)."""
+    """Whether the run was trained further since then (`early_exit.trained.trained_since`)."""
 
     @property
     def cautions(self) -> list[str]:
@@ -93,7 +93,7 @@ class Evaluation:
         if self.unfinished:
             found.append(f"not finished: {self.unfinished}")
         if self.outdated:
-            found.append("outdated: the run was trained on since; evaluate it again")
+            found.append("outdated: the run was trained further since then; evaluate it again")
         if self.left_out:
             found.append(f"without {self.left_out} unreadable or missing files of val and test")
         return found

@@ -42,7 +42,7 @@ def write_errors(path: Path) -> Iterator[None]:
 def write_error(path: Path, error: OSError) -> UserError:
     """The line of an error while writing to `path`."""
     kind = UserError if error.errno in PERMANENT else Unavailable
-    # the name that the user knows, not the one that a directory has while it is written
+    # the final name, not the temporary one of a directory that is being written
     path = Path(re.sub(r"/\.([^/]+)\.partial(\.[0-9a-f]{8})?(?=/|$)", r"/\1", str(path)))
     return kind(f"{path} cannot be written: {error.strerror or error}")
 
@@ -69,7 +69,7 @@ def is_writable(path: Path) -> bool:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What the system knows about a path; None if there is nothing. Raises UserError if that cannot
+    """`os.stat` of a path; None if there is nothing. Raises UserError if that cannot
     be found out, as in a folder of another user."""
     try:
         return os.stat(path)

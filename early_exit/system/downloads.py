@@ -41,7 +41,7 @@ def downloading(url: str, instead: str) -> Iterator[None]:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         if re.search("corrupted|hash", reason) or isinstance(error, EOFError | pickle.PickleError):
-            reason += ": not the expected file, as if it was cut off or is a proxy's page"
+            reason += ": not the expected file; it may be cut off, or the error page of a proxy"
         raise Unavailable(f"downloading {url} failed ({reason}); {instead}") from None
     finally:
         socket.setdefaulttimeout(before)

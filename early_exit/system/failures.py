@@ -1,5 +1,5 @@
-"""What a machine or its user did, in one line: memory, processes, files and packages that are
-missing. Everything else that a program does not expect is an error in the program."""
+"""Errors of the machine or of the installation, in one line: memory, processes, files and packages
+that are missing. Any other unexpected error is an error in the program."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ MACHINE = {
 
 
 def explain(error: BaseException) -> UserError | None:
-    """An error as the line for its user; None if it is none of the machine's or the user's."""
+    """An error as the line for the user; None for an error in the program."""
     if lacking := explain_machine(error):
         return lacking
     if isinstance(error, ImportError):

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all.
 
-What a file system does not have (NFS, CIFS, mounts of object stores, macOS) is done without.
+Calls that a file system lacks (NFS, CIFS, mounts of object stores, macOS) are skipped.
 """
 
 import contextlib

@@ -118,7 +118,7 @@ def held_back() -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """A signal arrived while `StopSignals` was told to raise at once, or the images that the
+    """A signal arrived while `StopSignals.raise_at_once` was set, or the images that the
     program waited for did not come after it."""
 
 

@@ -1,4 +1,4 @@
-"""What torchrun tells the processes it starts, and a line that comes after its own last words."""
+"""The variables that torchrun sets for its processes, and a line printed after its own output."""
 
 import contextlib
 import os

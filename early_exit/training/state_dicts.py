@@ -4,7 +4,7 @@ import logging
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from early_exit.errors import UserError
+from early_exit.system.text import first_few
 from early_exit.training.weight_files import Blank
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ RENAMED = (
 COUNTERS = {"num_batches_tracked", "n_averaged", "total_ops", "total_params"}
 AVERAGE = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?)(?![a-z])")
 DEPTH = 5  # dictionaries in dictionaries that are looked into
-SHOWN = 3  # names that a message gives
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find_weights(content: Any, own: Weights, path: Path) -> dict[str, Tensor]:
     if equal and best.fit[1]:
         log.info("%s: taking %s, not %s", path, best, " or ".join(equal))
     elif outside and best.fit[1]:
-        log.info("%s: leaving out what is not the backbone's: %s", path, _first(outside))
+        log.info("%s: leaving out what is not the backbone's: %s", path, first_few(outside))
     return best.weights
 
 
@@ -142,7 +142,7 @@ def _without_weights(content: Any, path: Path) -> str:
     objects = [*dict.fromkeys(_blanks(content))]
     if objects:
         return (
-            f"{path} holds {_first(objects)} instead of weights, and objects are not loaded for"
+            f"{path} holds {first_few(objects)} instead of weights, and objects are not loaded for"
             " safety; where it was made, save the state dict: torch.save(model.state_dict(), FILE)"
         )
     return f"{path} holds no state dict, which --backbone expects"
@@ -177,9 +177,9 @@ def load_into(module: nn.Module, weights: Weights, path: Path, owner: str = "thi
     ]
     there = [name for name in weights if name not in own and not _is_counter(name)]
     here = [name for name in own if name not in weights and not _is_counter(name)]
-    parts = [_first(differing) for differing in (shapes, types) if differing]
-    parts += [f"only there: {_first(there)}"] if there else []
-    parts += [f"only here: {_first(here)}"] if here else []
+    parts = [first_few(differing) for differing in (shapes, types) if differing]
+    parts += [f"only there: {first_few(there)}"] if there else []
+    parts += [f"only here: {first_few(here)}"] if here else []
     if parts:
         raise UserError(f"{path} does not fit {owner}: {'; '.join(parts)}")
     # BatchNorm's own counters are kept where the file has none
@@ -198,16 +198,10 @@ def check_finite(module: nn.Module, path: Path) -> None:
     bad = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise UserError(
-            f"the weights in {path} are not finite: {_first(bad)}; the training that made them has"
-            " diverged, so take an earlier checkpoint"
+            f"the weights in {path} are not finite: {first_few(bad)}; the training that made them"
+            " has diverged, so take an earlier checkpoint"
         )
 
 
 def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
-
-
-def _first(words: Sequence[str]) -> str:
-    """The first few words, and how many there are beside them."""
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more

@@ -65,7 +65,7 @@ def stop_while_waiting(
         stop_if_signalled(run, state, stop, undo)
     signum = stop.signum or signal.SIGTERM
     raise Stopped(
-        f"stopped by signal {signum} while no images came, as if the storage hangs, so this epoch"
+        f"stopped by signal {signum} while no images came (the storage may hang), so this epoch"
         f" is not saved; the last good checkpoint: {run.last_good}",
         signum,
     )

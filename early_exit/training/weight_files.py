@@ -117,7 +117,7 @@ def read(path: Path, blanks: bool = False) -> Any:
 
     blanks: read other objects in it, such as the arguments of a script, as `Blank`; else a file
     that has any is refused. Nothing in the file is run. Raises UserError if the file cannot be
-    read, which says what it is if that can be told.
+    read; the message names its kind, if that is known.
     """
     try:
         with path.open("rb") as file:

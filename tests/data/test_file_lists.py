@@ -16,7 +16,8 @@ from helpers import (
 
 from early_exit.data import file_lists
 from early_exit.data.base import FileData
-from early_exit.data.file_lists import changes, printable, remember, remembered, with_val_of
+from early_exit.data.file_lists import changes, remember, remembered, with_val_of
+from early_exit.system.text import in_a_line
 
 ODD = os.fsdecode(b"\xff caf\xc3\xa9\n.JPEG")
 
@@ -73,12 +74,12 @@ def test_images_in_memory_and_noise_have_no_names(tmp_path):
 def test_changes_are_counted_with_three_names():
     before = np.array([b"a", b"b", b"c", b"d", b"e"])
     assert changes(before, before) == changes(before, before[::-1]) == ""
-    assert_names(changes(before, before[4:]), 4, "gone", "a, b, c, ...")
+    assert_names(changes(before, before[4:]), 4, "gone", "a, b, c and 1 more")
     assert_names(changes(before, np.append(before[1:], b"x")), "1 is gone (a)", "1 is new (x)")
 
 
 def test_a_name_is_printed_in_one_line():
-    assert printable(os.fsencode(ODD)) == r"\xff café\n.JPEG"
+    assert in_a_line(os.fsencode(ODD)) == r"\xff café\n.JPEG"
 
 
 def test_other_files_of_train_leave_val_as_it_was(run, folders):

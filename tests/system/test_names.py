@@ -26,4 +26,4 @@ def test_other_names(name):
 
 
 def test_a_line():
-    assert in_a_line("a\nb\x1b[31m \udcff \u00e9") == "a\\nb\\x1b[31m \\udcff \u00e9"
+    assert in_a_line("a\nb\x1b[31m \udcff \u00e9") == "a\\nb\\x1b[31m \\xff \u00e9"
