@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-from early_exit.system import signals
+from early_exit.system import signals, torchrun
 
 
 class TestExitOnSigterm:
@@ -136,3 +139,16 @@ def test_a_process_that_starts_while_signals_are_held_back_never_gets_them():
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         process.kill()
+
+
+def test_a_signal_during_imports_is_the_last_line_too(tmp_path):
+    code = "from early_exit.system import signals; signals.end_at_once('x.py', 15)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, torchrun.LAST_LINE: str(tmp_path / "last")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 143
+    assert (tmp_path / "last").read_text() == done.stderr != ""
