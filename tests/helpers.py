@@ -45,7 +45,7 @@ from early_exit import config as configs
 from early_exit.choosing.goals import Goal, MaxDrop
 from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.choosing.record import ExitRecord
-from early_exit.cli import program
+from early_exit.cli import border
 from early_exit.config import (
     BackbonePhaseConfig,
     Config,
@@ -428,7 +428,7 @@ def run_main(
     handlers = {number: signal.getsignal(number) for number in signals.STOPPING}
     code = 0
     try:
-        program.run(main, prog)
+        border.run(main, prog)
     except SystemExit as ended:
         code = ended.code
     finally:
@@ -576,7 +576,7 @@ def main() -> None:
         at_batch(pytest.MonkeyPatch(), int(step), lambda: os.kill(target, signum), batches)
     script.TASK = TASK
     distributed.TIMEOUT = timedelta(seconds=float(os.environ.get("PATIENCE", 600)))
-    program.run(script.main, prog, log_on_stdout=script is trainer)
+    border.run(script.main, prog, log_on_stdout=script is trainer)
 
 
 if __name__ == "__main__":

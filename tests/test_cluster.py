@@ -194,7 +194,7 @@ class TestExitCodes:
 
     @pytest.mark.slow
     def test_an_unexpected_error(self, tmp_path):
-        broken = "from early_exit.cli import program; program.run(lambda _: 1 / 0, 'trainer.py')"
+        broken = "from early_exit.cli import border; border.run(lambda _: 1 / 0, 'trainer.py')"
         done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
         assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 

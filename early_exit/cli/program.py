@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from early_exit import config as configs
-from early_exit.cli.border import run as run
 from early_exit.cli.settings import (
     check_flags_have_effect,
     evaluation_options,

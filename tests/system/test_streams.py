@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# `program.run` without the imports that it needs for other things
+# `border.run` without the imports that it needs for other things
 QUICK = """
 def run(main, prog, log_on_stdout):
     streams.set_up(logging.INFO, log_on_stdout)
@@ -26,7 +26,7 @@ def run(main, prog, log_on_stdout):
         sys.exit(1)
 """
 REAL = """
-from early_exit.cli.program import run
+from early_exit.cli.border import run
 """
 PROGRAM = """
 import logging, pathlib, sys
