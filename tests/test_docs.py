@@ -222,11 +222,13 @@ def test_a_dead_anchor_and_a_picture_without_a_command_are_found(tmp_path):
     assert (undrawn(page), undrawn(tmp_path / "drawn.md")) == (["b.png"], [])
 
 
+@pytest.mark.slow
 def test_the_built_site_has_no_dead_link(site):
     assert len(list(site.rglob("*.html"))) > len(list(DOCS.rglob("*.md")))  # and one for errors
     assert dead_links(site) == []
 
 
+@pytest.mark.slow
 def test_the_built_site_loads_nothing_from_the_network(site):
     assert loaded_from_elsewhere(site) == []
 

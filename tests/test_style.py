@@ -64,6 +64,7 @@ def test_ruff_finds_nothing(command):
     assert (code, output) == (0, "")
 
 
+@pytest.mark.slow  # `make lint` runs it too
 def test_mypy_finds_nothing():
     code, output = run_module("mypy")
     assert code == 0, output

@@ -102,6 +102,7 @@ def move(browser, stop: int) -> None:
     )
 
 
+@pytest.mark.slow
 class TestInABrowser:
     def test_nothing_is_fetched_and_there_are_no_errors(self, browser, written):
         for kind in ("browser", "performance"):
@@ -202,6 +203,7 @@ def shown(browser, report: Report, path: Path) -> None:
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 class TestOtherReports:
     def test_a_plain_network_has_no_slider(self, browser, evaluated, tmp_path):
         report = evaluated[0]

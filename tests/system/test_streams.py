@@ -4,6 +4,7 @@ Each program is a process of its own that does its work, here a file, whatever h
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def run(request, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.replace("RUN", request.param))
 
     def run(redirection: str, *words: str, **env: str) -> tuple[int, str, list[str]]:
-        command = f"{sys.executable} program.py {' '.join(words)} {redirection}"
+        command = f"{shlex.quote(sys.executable)} program.py {' '.join(words)} {redirection}"
         done = subprocess.run(
             ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
             cwd=tmp_path,
