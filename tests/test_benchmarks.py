@@ -28,6 +28,7 @@ def run(monkeypatch, capsys):
     return lambda *flags: run_main(inference.main, "inference.py", monkeypatch, capsys, *flags)
 
 
+@pytest.mark.slow
 def test_inference_names_the_precision_and_measures_every_batch_size(run):
     code, out, err = run(*TINY, "--exit-shares", "0.5", "0.25")
     assert (code, err) == (0, "")

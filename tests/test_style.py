@@ -218,6 +218,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "example"), EXAMPLES, ids=[relative(page) for page, _ in EXAMPLES]
 )
