@@ -24,7 +24,7 @@ def run(
     main: Callable[[Sequence[str] | None], None] | str, prog: str, *, log_on_stdout: bool = False
 ) -> NoReturn:
     """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143, 130 or 129 stopped by
-    a signal with the state saved, 1 anything else.
+    a signal (the last line states what was saved), 1 anything else.
 
     main: the function, or the name of its module, which is then imported here. prog: the name of
     the script, with which the last line begins. log_on_stdout: whether the log is what the script

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from early_exit.errors import Unavailable, UserError
-from early_exit.system.failures import PERMANENT
+from early_exit.system.disk_errors import PERMANENT
 
 SILENCE = 60.0  # seconds without a byte after which a connection is taken for lost
 # What torch and torchvision raise for a connection that fails or breaks, and for a file that is not
