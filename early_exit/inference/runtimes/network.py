@@ -1,0 +1,101 @@
+"""A multi-exit network in a runtime."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from early_exit.errors import UserError
+from early_exit.inference.criteria import apply_criterion
+from early_exit.inference.infer import Answers, Array, RunSegment, run_segments
+from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.base import Example, RunNetwork, Runtime
+from early_exit.inference.segments import segment_of, spans
+from early_exit.model.features import Features
+from early_exit.model.network import MultiExitNetwork
+
+
+class RuntimeNetwork:
+    """A network's segments and its plain network in a runtime, built when they are first used.
+
+    network: in eval mode; runtime: where it runs; example: images (B, C, H, W), normalised, on the
+    network's device: two or more to trace with and, for integers, enough to find the ranges of
+    values.
+    """
+
+    def __init__(self, network: MultiExitNetwork, runtime: Runtime, example: Tensor) -> None:
+        if network.training:
+            raise UserError("the network is in training mode; call network.eval() first")
+        self.network, self.runtime, self.example = network, runtime, example
+        self._segments: dict[tuple[int, int, str], RunSegment] = {}
+        self._networks: dict[nn.Module, RunNetwork] = {}
+
+    def segment(self, first: int, last: int, criterion: str) -> RunSegment:
+        """The segment from stage `first` to the exit at stage `last`."""
+        key = first, last, criterion
+        if key not in self._segments:
+            segment = segment_of(self.network, first, last, criterion)
+            example = Example(self._stage_inputs[first], self._state(first, criterion))
+            self._segments[key] = self.runtime.segment(segment, example)
+        return self._segments[key]
+
+    def segments(self, policy: Policy) -> list[tuple[int, RunSegment]]:
+        """The segments under a policy's enabled exits, each with the exit it ends at."""
+        policy.check_exits(self.network.exit_names, "the network")
+        return [
+            (last, self.segment(first, last, policy.criterion)) for first, last in spans(policy)
+        ]
+
+    def plain(self, network: nn.Module | None = None) -> RunNetwork:
+        """A network without exits that takes the same images; default: the backbone."""
+        network = self.network.backbone if network is None else network
+        if network not in self._networks:
+            self._networks[network] = self.runtime.network(network, self.example)
+        return self._networks[network]
+
+    def infer(self, images: Tensor, policy: Policy) -> Answers:
+        """Answers every image at the first exit that is sure enough, as
+        `early_exit.inference.infer.infer` does."""
+        segments = self.segments(policy)
+        with self.runtime.context():
+            return run_segments(segments, self.runtime.array(images), policy)
+
+    def logits(self, images: Tensor) -> np.ndarray:
+        """The logits of every exit, (B, N, K) float32."""
+        features, logits = self.runtime.array(images), []
+        with self.runtime.context():
+            for index in range(self.network.num_exits):
+                segment = self.segment(index, index, "max_prob")
+                features, exit_logits, *_ = segment(features, 1.0, None)
+                logits.append(to_numpy(exit_logits))
+        return np.stack(logits, axis=1).astype(np.float32, copy=False)
+
+    @cached_property
+    def _stage_inputs(self) -> list[Features]:
+        """The features that each stage takes, of the example."""
+        inputs: list[Features] = [self.example]
+        with torch.no_grad():
+            for stage in self.network.stages[:-1]:
+                features, _ = stage(inputs[-1], with_logits=False)
+                inputs.append(features)
+        return inputs
+
+    def _state(self, first: int, criterion: str) -> Tensor | None:
+        """The state that the criterion has before stage `first`."""
+        if first == 0:
+            return None
+        logits = torch.zeros(
+            len(self.example), self.network.num_classes, device=self.example.device
+        )
+        return apply_criterion(criterion, logits, 1.0, None)[2]
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """An array of a runtime in numpy."""
+    if isinstance(array, np.ndarray):
+        return array
+    array = array.detach()
+    return (array.float() if array.is_floating_point() else array).cpu().numpy()
