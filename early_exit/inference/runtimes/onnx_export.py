@@ -36,7 +36,7 @@ def export_segment(segment: Segment, example: Example, input_scale: Any = None) 
     them itself.
     """
     several = isinstance(example.features, tuple)
-    features = example.features if several else (example.features,)
+    features: Any = example.features if several else (example.features,)
     inputs = [part[:2] for part in features]
     names = [f"features_{index}" for index in range(len(features))] if several else ["features"]
     if segment.is_first:
@@ -79,7 +79,8 @@ class _ExportedSegment(nn.Module):
         features: Any = inputs[:count] if self.num_maps else inputs[0]
         if self.scaled:
             features = (features.float() - self.offset) * self.scale
-        temperature, *state = inputs[count:]
+        temperature: Any = inputs[count]
+        state = inputs[count + 1 :]
         features, logits, answer, score, new_state = self.segment(
             features, temperature, state[0] if state else None
         )
