@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     run("inference", "inference.py")
 
 import argparse
+import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -56,22 +57,27 @@ def policy_for_shares(
     autocast: Autocast,
 ) -> Policy:
     """The policy under which these shares of `images` exit at each early exit."""
-    policy = Policy(
-        exit_names=network.exit_names,
-        thresholds=(NEVER,) * (network.num_exits - 1),
-        criterion=criterion,
-    )
     with torch.inference_mode(), autocast():
         logits = torch.cat([torch.stack(network(batch), 1) for batch in images.split(BATCH)])
-    remaining = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    return policy_for_logits(network.exit_names, logits, shares, criterion)
+
+
+def policy_for_logits(
+    exit_names: tuple[str, ...], logits: Tensor, shares: Sequence[float], criterion: str
+) -> Policy:
+    """The policy under which these shares of the rows of `logits` (B, N, K) exit at each early
+    exit."""
+    never = (NEVER,) * (len(exit_names) - 1)
+    policy = Policy(exit_names=exit_names, thresholds=never, criterion=criterion)
+    remaining = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     thresholds = []
     for exit_index, share in enumerate(shares):
         _, score, _ = policy.score(exit_index, logits[:, exit_index])
         ranked = score[remaining].sort(descending=True).values
-        count = min(round(share * len(images)), len(ranked))  # rounding may ask for too many
+        count = min(round(share * len(logits)), len(ranked))  # rounding may ask for too many
         thresholds.append(float(ranked[count - 1]) if count else NEVER)
         remaining &= score < thresholds[-1]
-    return Policy(exit_names=network.exit_names, thresholds=tuple(thresholds), criterion=criterion)
+    return dataclasses.replace(policy, thresholds=tuple(thresholds))
 
 
 def exit_shares(
