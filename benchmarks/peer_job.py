@@ -25,6 +25,7 @@ class Reference:
     logits: (images, exits, classes); scores: (images, exits).
     """
 
+    exit_names: tuple[str, ...]
     logits: np.ndarray
     scores: np.ndarray
     thresholds: tuple[float, ...]
@@ -112,4 +113,9 @@ def set_statistics(network: MultiExitNetwork, images: Tensor) -> None:
 def make_reference(logits: Tensor, policy: Policy) -> Reference:
     """The reference for logits (images, exits, classes) under a policy."""
     scores = [policy.score(index, logits[:, index])[1] for index in range(policy.num_exits)]
-    return Reference(logits.numpy(), torch.stack(scores, dim=1).double().numpy(), policy.thresholds)
+    return Reference(
+        policy.exit_names,
+        logits.numpy(),
+        torch.stack(scores, dim=1).double().numpy(),
+        policy.thresholds,
+    )

@@ -283,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" {describe_device(torch.device('cpu'))}; {peer.versions}; ours with {ours.versions}"
     )
     print(DIFFERENCES)
-    names = (*args.exits, "final")
-    shares = [f"{n} {100 * s:.1f} %" for n, s in zip(names, reference.shares, strict=True)]
+    named = zip(reference.exit_names, reference.shares, strict=True)
+    shares = [f"{name} {100 * share:.1f} %" for name, share in named]
     print(f"Images that exit one by one: {', '.join(shares)}.")
     print(
         f"Of {compared} answers, all have the class of the logits of the exit that was taken, and"
