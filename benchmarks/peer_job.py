@@ -62,7 +62,7 @@ class Reference:
         if wrong or wrong_classes:
             raise UserError(
                 f"{name} took another exit for {wrong} and gave another class for {wrong_classes}"
-                f" of {count} images than the logits of all exits; nothing was timed"
+                f" of {count} images than the logits of all exits"
             )
         return len(rows)
 

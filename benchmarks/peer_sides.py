@@ -178,6 +178,7 @@ def our_side(directory: Path) -> Side:
 
     from early_exit.inference.policy import Policy
     from early_exit.inference.runtimes.network import RuntimeNetwork
+    from early_exit.inference.runtimes.packages import import_package
 
     job, network, images = load_job(directory)
     policy = Policy(exit_names=network.exit_names, thresholds=job["thresholds"])
@@ -199,7 +200,7 @@ def our_side(directory: Path) -> Side:
     versions = [f"torch {torch.__version__}"]
     for package in ("onnxruntime", "openvino"):
         if any(name.startswith(package) for name in modes):
-            versions.append(f"{package} {__import__(package).__version__}")
+            versions.append(f"{package} {import_package(package).__version__}")
     return Side(", ".join(versions), modes)
 
 

@@ -67,7 +67,8 @@ class Process:
 
     def ask(self, method: str, *arguments: object):
         """What a method of `peer_sides.Side` returns."""
-        self.pipe.send((method, arguments))
+        with contextlib.suppress(OSError):  # it has ended, as `receive` will find
+            self.pipe.send((method, arguments))
         return receive(self.pipe)[0]
 
 
@@ -75,7 +76,7 @@ def receive(pipe: Connection) -> tuple:
     """What a process sends. Raises UserError for an error."""
     try:
         message = pipe.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
         raise UserError("a process to be timed failed; its error is printed above") from None
     if isinstance(message, str):
         raise UserError(message)
@@ -291,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" {within} took another exit than these logits say, each within {ROUNDING:g} of a"
         " threshold."
     )
+    if any(name.endswith("bf16") for name in args.runtimes):
+        print("In bf16 thresholds are its own, at the same shares; its answers are not compared.")
     runtimes = [f"{name}, ms | ratio (lowest to highest turn)" for name in args.runtimes]
     print(f"\n| batch size | earlyon, ms | {' | '.join(runtimes)} |")
     print("| ---: " * (2 + 2 * len(args.runtimes)) + "|")
