@@ -47,6 +47,13 @@ class Rows:
         return Rows(self.index[rows], select_rows(self.features, rows), state)
 
 
+def all_rows(images: Array) -> Rows:
+    """The rows of a batch (B, C, H, W) before its first segment."""
+    array = namespace(images)
+    placed = {} if array is np else {"device": images.device}
+    return Rows(array.arange(len(images), **placed), images)
+
+
 @dataclass
 class Exited:
     """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
@@ -105,9 +112,8 @@ def run_segments(
     (B, C, H, W), B at least 1.
     """
     array = namespace(images)
-    count = len(images)
-    placed = {} if array is np else {"device": images.device}
-    rows = Rows(array.arange(count, **placed), images)
+    rows = all_rows(images)
+    everything = rows.index
     groups: list[tuple[int, Exited]] = []
     for exit_index, segment in segments:
         remaining, exited = advance(segment, rows, policy, exit_index)
@@ -121,7 +127,7 @@ def run_segments(
         return Answers(group.answer, array.full_like(group.index, exit_index), group.score)
     index = array.concatenate([group.index for _, group in groups])
     order = array.empty_like(index)
-    order[index] = array.arange(count, **placed)
+    order[index] = everything
     exits = [array.full_like(group.index, number) for number, group in groups]
     return Answers(
         array.concatenate([group.answer for _, group in groups])[order],
