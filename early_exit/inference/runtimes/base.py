@@ -37,10 +37,13 @@ class Example:
 class Runtime(Protocol):
     """Makes callables of segments and of networks without exits."""
 
-    name: str
-    """As `--runtime` takes it."""
-    precision: str
-    """f32, bf16, fp16 or int8."""
+    @property
+    def name(self) -> str:
+        """As `--runtime` takes it."""
+
+    @property
+    def precision(self) -> str:
+        """f32, bf16, fp16 or int8."""
 
     def array(self, images: Tensor) -> Array:
         """Images as the first segment takes them."""
