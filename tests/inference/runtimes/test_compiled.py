@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import bound
+from helpers import assert_close
 
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.compiled import CompiledRuntime
@@ -81,13 +81,14 @@ def test_results_and_inputs_outlast_later_calls(compiled):
     assert all(map(torch.equal, results, kept))
 
 
-def test_a_network_without_exits_is_compiled_too(tiny_net):
-    net = tiny_net.double()  # so that folding changes no digit of float32
-    run = RuntimeNetwork(net, CompiledRuntime("compile", "f32", CPU), some(2).double())
-    images = some(7).double()
+def test_a_network_without_exits_is_compiled_too(compiled, monkeypatch):
+    run, _ = compiled
+    if run.runtime.precision != "f32":
+        pytest.skip("bfloat16 differs by more than a sharp bound")
+    monkeypatch.setattr("early_exit.inference.runtimes.compiled.WARM_ROWS", (2,))
     with run.runtime.context():
-        found = run.plain()(run.runtime.array(images))
+        found = run.plain()(run.runtime.array(some(7)))
     with torch.no_grad():
-        expected = net.backbone(images)
-    limit = bound(torch.float32, 1) * float(expected.abs().max())
-    assert float((found - expected).abs().max()) <= limit
+        expected = run.network.backbone(some(7))
+    # 3x3 convolutions of 3 channels, three of 16, two of 32 with one of 16 before, 64 the same
+    assert_close(found, expected, terms=9 * (3 + 3 * 16 + 32 + 32 + 64) + 100)
