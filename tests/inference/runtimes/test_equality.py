@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bound
+from helpers import bound, skip_without
 
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import NEVER, Policy
@@ -118,9 +118,7 @@ def test_max_prob_takes_the_same_exits(built, trained_net, clear_images, max_pro
     ],
 )
 def test_patience_takes_the_same_exits(built, trained_net, clear_images, name, enabled):
-    # one exit less, one agreement less
-    thresholds = PATIENCE.thresholds if enabled == ALL else (2.0, 1.0, 1.0)
-    policy = dataclasses.replace(PATIENCE, enabled=enabled, thresholds=thresholds)
+    policy = dataclasses.replace(PATIENCE, enabled=enabled)
     assert_equal(built(name), trained_net, clear_images, policy)
 
 
@@ -131,6 +129,8 @@ def test_patience_takes_the_same_exits(built, trained_net, clear_images, name, e
 def test_the_score_is_computed_in_float32(built, clear_images, name):
     """From the logits that the exit gives, in whatever precision: not in bfloat16, which is off by
     up to 2^-9 of a probability."""
+    if "bf16" in name:
+        skip_without(torch.bfloat16)
     run = built(name)
     with run.runtime.context():
         _, logits, answer, score, _ = run.segment(0, 0, "max_prob")(
@@ -143,18 +143,3 @@ def test_the_score_is_computed_in_float32(built, clear_images, name):
     terms = 16 + 2 * int(np.abs(exact).max())
     assert np.abs(to_numpy(score) - expected).max() <= bound(torch.float32, terms)
     assert np.abs(to_numpy(answer) - exact).max() <= bound(torch.float32, 1) * np.abs(exact).max()
-
-
-@pytest.mark.parametrize("name", ["torch-bf16", slow("openvino-bf16")])
-def test_bfloat16_takes_the_exits_of_its_own_record(built, clear_images, max_prob, name):
-    """But for images whose scores fall on either side of a threshold: bfloat16 rounds a batch of
-    another size differently, so few may differ."""
-    run = built(name)
-    record = infer_each(run, clear_images, max_prob)
-    found = to_numpy(run.infer(clear_images, max_prob).exit_index)
-    assert (found != record).sum() <= COUNT // 10
-
-
-def infer_each(run, images, policy):
-    """The exit of every image by itself, (B,)."""
-    return np.concatenate([to_numpy(run.infer(image[None], policy).exit_index) for image in images])
