@@ -24,6 +24,11 @@ def select_rows(features: Any, rows: Any) -> Any:
     return features[rows]  # indexing keeps channels_last, index_select does not
 
 
+def num_rows(features: Any) -> int:
+    """The number of rows."""
+    return len(features[0] if isinstance(features, tuple) else features)
+
+
 def shape_of(features: Any) -> Any:
     """The shape of features; of a tuple, the tuple of its shapes."""
     if isinstance(features, tuple):

@@ -37,12 +37,17 @@ class Example:
 class Runtime(Protocol):
     """Makes callables of segments and of networks without exits."""
 
-    name: str
-    """As `--runtime` takes it."""
-    precision: str
-    """f32, bf16, fp16 or int8."""
-    slow_to_build: bool
-    """Whether a segment takes a minute or so to build."""
+    @property
+    def name(self) -> str:
+        """As `--runtime` takes it."""
+
+    @property
+    def precision(self) -> str:
+        """f32, bf16, fp16 or int8."""
+
+    @property
+    def slow_to_build(self) -> bool:
+        """Whether a segment takes a minute or so to build."""
 
     def array(self, images: Tensor) -> Array:
         """Images as the first segment takes them."""

@@ -5,7 +5,12 @@ from types import ModuleType
 
 from early_exit.errors import UserError
 
-EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "nncf": "openvino"}
+EXTRAS = {
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxruntime",
+    "openvino": "openvino",
+    "nncf": "openvino",
+}
 """The extra of each package."""
 
 
