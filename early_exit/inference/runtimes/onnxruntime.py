@@ -28,6 +28,7 @@ class OnnxRuntime:
 
     name: str = "onnxruntime"
     precision: str = "f32"
+    """f32 or int8."""
     threads: int | None = None
     """None: one per core."""
 
@@ -39,20 +40,28 @@ class OnnxRuntime:
         """Exports and loads a segment."""
         from early_exit.inference.runtimes.onnx_export import export_segment
 
-        return self.load(export_segment(segment, example))
+        return self.load(self._quantised(export_segment(segment, example), example))
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
         """Exports and loads a network without exits."""
         from early_exit.inference.runtimes.onnx_export import export_network
 
-        return as_network(self.load(export_network(network, example)))
+        model = self._quantised(export_network(network, example), Example(example))
+        return as_network(self.load(model))
+
+    def _quantised(self, model: bytes, example: Example) -> bytes:
+        """The model in the runtime's precision."""
+        if self.precision != "int8":
+            return model
+        from early_exit.inference.runtimes.quantise import quantise_for_onnxruntime
+
+        return quantise_for_onnxruntime(model, example, self.threads)
 
     def load(self, model: bytes | Path) -> RunSegment:
         """An ONNX model with the inputs and outputs that `onnx_export` names."""
         ort = import_package("onnxruntime")
         options = ort.SessionOptions()
-        # one pool of threads for all sessions: the pools of several would compete for the cores
-        _share_threads(self.threads or os.cpu_count() or 1)
+        share_threads(self.threads)
         options.use_per_session_threads = False
         options.log_severity_level = 3  # errors; warnings are about optimisations
         session = ort.InferenceSession(
@@ -75,8 +84,10 @@ class OnnxRuntime:
 
 
 @functools.cache
-def _share_threads(count: int) -> None:
-    """Sets the process's pool of threads; only the first call has an effect."""
+def share_threads(count: int | None) -> None:
+    """Makes one pool of threads for all sessions of the process: the pools of several would compete
+    for the cores. None: one thread per core. Only the first call has an effect."""
+    count = count or os.cpu_count() or 1
     import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
 
 

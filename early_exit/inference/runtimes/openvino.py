@@ -33,6 +33,7 @@ class OpenVINORuntime:
 
     name: str = "openvino"
     precision: str = "f32"
+    """f32, bf16 or int8."""
     threads: int | None = None
     """None: one per core."""
 
@@ -44,13 +45,22 @@ class OpenVINORuntime:
         """Exports and loads a segment."""
         from early_exit.inference.runtimes.onnx_export import export_segment
 
-        return self.load(export_segment(segment, example))
+        return self.load(self._quantised(export_segment(segment, example), example))
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
         """Exports and loads a network without exits."""
         from early_exit.inference.runtimes.onnx_export import export_network
 
-        return as_network(self.load(export_network(network, example)))
+        model = self._quantised(export_network(network, example), Example(example))
+        return as_network(self.load(model))
+
+    def _quantised(self, model: bytes, example: Example) -> bytes:
+        """The model in the runtime's precision."""
+        if self.precision != "int8":
+            return model
+        from early_exit.inference.runtimes.quantise import quantise_for_openvino
+
+        return quantise_for_openvino(model, example, self.threads)
 
     def load(self, model: bytes | Path) -> RunSegment:
         """An ONNX model with the inputs and outputs that `onnx_export` names."""
