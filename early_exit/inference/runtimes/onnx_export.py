@@ -22,6 +22,7 @@ from early_exit.inference.criteria import apply_criterion
 from early_exit.inference.runtimes import onnx_graph
 from early_exit.inference.runtimes.base import Example
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.inference.runtimes.pooling import expand_uneven_pools
 from early_exit.inference.runtimes.quiet import quiet
 from early_exit.inference.segments import Segment
 from early_exit.model.network import evaluation_mode
@@ -135,7 +136,8 @@ class _Criterion(nn.Module):
 
 def _check(module: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Raises UserError for what could not be exported or stored."""
-    import_package("onnxscript")  # which the exporter needs
+    for package in ("onnx", "onnxscript"):  # which the exporter needs
+        import_package(package)
     if len(inputs[0]) < 2:
         raise UserError(
             f"an ONNX model is traced with two rows or more, got {len(inputs[0])}; give more images"
@@ -164,7 +166,7 @@ def _export(
         # exactly two rows
         traced = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
-            traced,
+            expand_uneven_pools(traced),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(names),

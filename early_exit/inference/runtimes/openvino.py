@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
 from early_exit.inference.runtimes.onnxruntime import as_network, by_name
@@ -36,6 +37,10 @@ class OpenVINORuntime:
     """f32, bf16 or int8."""
     threads: int | None = None
     """None: one per core."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16", "int8"):
+            raise UserError(f"OpenVINO runs in f32, bf16 or int8, got {self.precision!r}")
 
     def array(self, images: Tensor) -> np.ndarray:
         """The images, channels first."""

@@ -21,8 +21,8 @@ def import_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0]
+        package, reason = name.partition(".")[0], " ".join(str(error).split())
         raise UserError(
-            f"the package {package} cannot be imported ({' '.join(str(error).split())}); install it:"
+            f"the package {package} cannot be imported ({reason}); install it:"
             f' pip install "early-exit[{EXTRAS[package]}]"'
         ) from None
