@@ -7,17 +7,18 @@ the criterion of the returned logits without an error of its own. Weights use se
 without VNNI instructions sums of 8-bit products overflow: the same model then gives the same
 answers on any processor.
 
-Each model is for one runtime. OpenVINO computes wrong logits from the one for ONNX Runtime.
+Each model is for one runtime: OpenVINO computes wrong logits from the one for ONNX Runtime.
 
 Segments. Features and states between segments stay float32, so an int8 model fits wherever the
-float32 one does, but a map that the next segment multiplies by weights is rounded to 8 bits there.
-Merging segments does not remove that rounding: the map has the same range and nearly the same
-scale inside the merged segment. The scales come from the examples in float32 by two ways, which
-differ in the last digits, and that moves a value that lies between two integers by a whole one. So
-the record of all exits (one segment a stage) and live inference with merged segments agree up to
-about an integer step in some maps: scores near a threshold and near-ties may be decided
-differently, more often than in float32. Where that matters, compare with a record of the merged
-segments.
+float32 one does; but a map that the next segment multiplies by weights is rounded to 8 bits there,
+and ONNX Runtime's is already rounded where it leaves a segment. Merging segments does not remove
+the rounding: inside the merged segment the map has nearly the same scale. It is not exactly the
+same, because each segment's scales come from examples that ran through other parts of the network,
+in torch or in ONNX Runtime, and NNCF averages over runs and shares scales within a model. A scale
+that differs in its last digit moves a value halfway between two integers by a whole step. So the
+record of all exits (one segment a stage) and live inference with merged segments are equal up to
+such steps and not, as in float32, up to rounding: more scores near a threshold, and more near-ties,
+are decided differently. Count them, or compare with a record of the merged segments.
 """
 
 from __future__ import annotations
