@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.inference.runtimes.threads import share_threads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,14 +85,6 @@ class OnnxRuntime:
 
     def synchronize(self) -> None:
         """Every call waits for its result."""
-
-
-@functools.cache
-def share_threads(count: int | None) -> None:
-    """Makes one pool of threads for all sessions of the process: the pools of several would compete
-    for the cores. None: one thread per core. Only the first call has an effect."""
-    count = count or os.cpu_count() or 1
-    import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,18 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from early_exit.errors import UserError
 from early_exit.inference.runtimes import onnx_graph
 from early_exit.inference.runtimes.base import Example
-from early_exit.inference.runtimes.onnxruntime import share_threads
 from early_exit.inference.runtimes.packages import import_package
 from early_exit.inference.runtimes.quiet import quiet
+from early_exit.inference.runtimes.threads import sharing_threads
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -69,7 +68,7 @@ def quantise_for_onnxruntime(model: bytes, example: Example, threads: int | None
         # logits, and what attention and normalisation read
         "extra_options": {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
     }
-    with tempfile.TemporaryDirectory() as folder, _sessions(threads), quiet():
+    with tempfile.TemporaryDirectory() as folder, sharing_threads(threads), quiet():
         source, prepared, target = (Path(folder, f"{name}.onnx") for name in "abc")
         source.write_bytes(model)
         prepare(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
@@ -90,7 +89,7 @@ def quantise_for_openvino(model: bytes, example: Example, threads: int | None = 
     integer = {node.name for node in onnx_graph.integer_nodes(graph)}
     others = [node.name for node in graph.graph.node if node.name not in movable | integer]
     rows = list(feeds(graph, example))
-    with _sessions(threads), quiet():
+    with sharing_threads(threads), quiet():
         quantised = nncf.quantize(
             graph,
             nncf.Dataset(rows),
@@ -140,26 +139,6 @@ class _Feeds:
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.rows, None)
-
-
-@contextmanager
-def _sessions(threads: int | None) -> Iterator[None]:
-    """Makes the sessions that other packages open use the shared pool of threads: ONNX Runtime
-    refuses any other once there is one."""
-    share_threads(threads)
-    runtime: Any = import_package("onnxruntime")
-    plain = runtime.InferenceSession
-
-    def session(model: Any, sess_options: Any = None, *rest: Any, **options: Any) -> Any:
-        settings = sess_options or runtime.SessionOptions()
-        settings.use_per_session_threads = False
-        return plain(model, settings, *rest, **options)
-
-    runtime.InferenceSession = session
-    try:
-        yield
-    finally:
-        runtime.InferenceSession = plain
 
 
 def _import_nncf() -> ModuleType:

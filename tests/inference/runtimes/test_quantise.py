@@ -17,6 +17,7 @@ from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.onnx_export import export_segment
 from early_exit.inference.runtimes.onnxruntime import OnnxRuntime
 from early_exit.inference.runtimes.openvino import OpenVINORuntime
+from early_exit.inference.runtimes.threads import sharing_threads
 from early_exit.inference.segments import segment_of
 
 onnx = pytest.importorskip("onnx")
@@ -199,7 +200,7 @@ def test_another_precision_is_refused(make):
 
 def test_sessions_are_restored_after_an_error():
     before = onnxruntime.InferenceSession
-    with pytest.raises(ZeroDivisionError), quantise._sessions(1):
+    with pytest.raises(ZeroDivisionError), sharing_threads(1):
         assert onnxruntime.InferenceSession is not before
         _ = 1 / 0
     assert onnxruntime.InferenceSession is before
