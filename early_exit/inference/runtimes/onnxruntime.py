@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.inference.runtimes.threads import share_threads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,9 +28,14 @@ class OnnxRuntime:
 
     name: str = "onnxruntime"
     precision: str = "f32"
+    """f32 or int8."""
     threads: int | None = None
     """None: one per core."""
     slow_to_build: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "int8"):
+            raise UserError(f"ONNX Runtime runs in f32 or int8, got {self.precision!r}")
 
     def array(self, images: Tensor) -> np.ndarray:
         """The images, channels first."""
@@ -40,20 +45,28 @@ class OnnxRuntime:
         """Exports and loads a segment."""
         from early_exit.inference.runtimes.onnx_export import export_segment
 
-        return self.load(export_segment(segment, example))
+        return self.load(self._quantised(export_segment(segment, example), example))
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
         """Exports and loads a network without exits."""
         from early_exit.inference.runtimes.onnx_export import export_network
 
-        return as_network(self.load(export_network(network, example)))
+        model = self._quantised(export_network(network, example), Example(example))
+        return as_network(self.load(model))
+
+    def _quantised(self, model: bytes, example: Example) -> bytes:
+        """The model in the runtime's precision."""
+        if self.precision != "int8":
+            return model
+        from early_exit.inference.runtimes.quantise import quantise_for_onnxruntime
+
+        return quantise_for_onnxruntime(model, example, self.threads)
 
     def load(self, model: bytes | Path) -> RunSegment:
         """An ONNX model with the inputs and outputs that `onnx_export` names."""
         ort = import_package("onnxruntime")
         options = ort.SessionOptions()
-        # one pool of threads for all sessions: the pools of several would compete for the cores
-        _share_threads(self.threads or os.cpu_count() or 1)
+        share_threads(self.threads)
         options.use_per_session_threads = False
         options.log_severity_level = 3  # errors; warnings are about optimisations
         session = ort.InferenceSession(
@@ -73,12 +86,6 @@ class OnnxRuntime:
 
     def synchronize(self) -> None:
         """Every call waits for its result."""
-
-
-@functools.cache
-def _share_threads(count: int) -> None:
-    """Sets the process's pool of threads; only the first call has an effect."""
-    import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
 from early_exit.inference.runtimes.onnxruntime import as_network, by_name
@@ -33,9 +34,14 @@ class OpenVINORuntime:
 
     name: str = "openvino"
     precision: str = "f32"
+    """f32, bf16 or int8."""
     threads: int | None = None
     """None: one per core."""
     slow_to_build: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("f32", "bf16", "int8"):
+            raise UserError(f"OpenVINO runs in f32, bf16 or int8, got {self.precision!r}")
 
     def array(self, images: Tensor) -> np.ndarray:
         """The images, channels first."""
@@ -45,13 +51,22 @@ class OpenVINORuntime:
         """Exports and loads a segment."""
         from early_exit.inference.runtimes.onnx_export import export_segment
 
-        return self.load(export_segment(segment, example))
+        return self.load(self._quantised(export_segment(segment, example), example))
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
         """Exports and loads a network without exits."""
         from early_exit.inference.runtimes.onnx_export import export_network
 
-        return as_network(self.load(export_network(network, example)))
+        model = self._quantised(export_network(network, example), Example(example))
+        return as_network(self.load(model))
+
+    def _quantised(self, model: bytes, example: Example) -> bytes:
+        """The model in the runtime's precision."""
+        if self.precision != "int8":
+            return model
+        from early_exit.inference.runtimes.quantise import quantise_for_openvino
+
+        return quantise_for_openvino(model, example, self.threads)
 
     def load(self, model: bytes | Path) -> RunSegment:
         """An ONNX model with the inputs and outputs that `onnx_export` names."""

@@ -1,0 +1,37 @@
+"""One pool of threads for all of ONNX Runtime's sessions of the process."""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from early_exit.inference.runtimes.packages import import_package
+
+
+@functools.cache
+def share_threads(count: int | None) -> None:
+    """Makes one pool of threads for all sessions of the process: the pools of several would compete
+    for the cores. None: one thread per core. Only the first call has an effect."""
+    count = count or os.cpu_count() or 1
+    import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
+
+
+@contextmanager
+def sharing_threads(threads: int | None) -> Iterator[None]:
+    """Makes the sessions that other packages open use the shared pool of threads: ONNX Runtime
+    refuses any other once there is one."""
+    share_threads(threads)
+    runtime: Any = import_package("onnxruntime")
+    plain = runtime.InferenceSession
+
+    def session(model: Any, sess_options: Any = None, *rest: Any, **options: Any) -> Any:
+        settings = sess_options or runtime.SessionOptions()
+        settings.use_per_session_threads = False
+        return plain(model, settings, *rest, **options)
+
+    runtime.InferenceSession = session
+    try:
+        yield
+    finally:
+        runtime.InferenceSession = plain
