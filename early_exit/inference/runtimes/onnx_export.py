@@ -130,4 +130,6 @@ def _export(
     finally:
         log.disabled = level
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with this machine's directories
     return program.model_proto.SerializeToString()
