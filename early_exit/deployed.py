@@ -117,7 +117,7 @@ def load(
     _declare_criterion(manifest)
     policy = Policy.load(directory / "policy.yaml")
     manifest.check_policy(policy, directory / "policy.yaml")
-    name = _choose_runtime(manifest, runtime)
+    name = choose_runtime(manifest, runtime)
     loader = find_runtime(name, threads)
     segments = [
         (segment.last, _loaded(directory, segment, loader)) for segment in manifest.segments
@@ -132,7 +132,7 @@ def find_runtime(name: str, threads: int | None = None) -> Any:
     return kind(name, precision, threads)
 
 
-def _choose_runtime(manifest: Manifest, wanted: str | None) -> str:
+def choose_runtime(manifest: Manifest, wanted: str | None) -> str:
     """The runtime to use, whose package is installed. Raises UserError if there is none."""
     own = manifest.runtime
     for name in (own, wanted or own):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from early_exit.inference.segments import Segment
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,20 @@ class OnnxRuntime:
         """Every call waits for its result."""
 
 
-@functools.cache
+_pool: list[int] = []  # the size of the process's pool of threads, once it is set
+
+
 def _share_threads(count: int) -> None:
-    """Sets the process's pool of threads; only the first call has an effect."""
-    import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
+    """Sets the size of the process's pool of threads, which later calls cannot change."""
+    if not _pool:
+        import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
+        _pool.append(count)
+    elif _pool != [count]:
+        log.warning(
+            "ONNX Runtime keeps the %d threads that this process began with; %d were asked for",
+            _pool[0],
+            count,
+        )
 
 
 @dataclass(frozen=True)
