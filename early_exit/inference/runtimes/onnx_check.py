@@ -30,7 +30,7 @@ from early_exit.model.network import MultiExitNetwork
 
 EPSILON = float(np.finfo(np.float32).eps)
 ELEMENTWISE = 4  # operations of a module on each element, such as those of BatchNorm
-HALF_THE_DIGITS = EPSILON**0.5
+ROOT_EPSILON = EPSILON**0.5
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def check_segments(
                 f" {difference:.1e} of the largest one, more than rounding allows ({allowed:.1e})"
             )
         scores = np.abs(values.found_score - values.own_score)
-        if not (scores <= HALF_THE_DIGITS * np.maximum(1, np.abs(values.own_score))).all():
+        if not (scores <= ROOT_EPSILON * np.maximum(1, np.abs(values.own_score))).all():
             raise UserError(
                 f"the exported segments differ from torch: the scores of {segment.criterion} at"
                 f" {name} by {scores.max():.1e} on the same logits"
