@@ -141,7 +141,7 @@ def choose_runtime(manifest: Manifest, wanted: str | None) -> str:
                 f"there is no runtime {name!r} for deployed models; choose one of"
                 f" {', '.join(RUNTIMES)}"
             )
-    precision = RUNTIMES[own][1]
+    precision = manifest.precision
     if wanted and RUNTIMES[wanted][1] != precision:
         log.warning(
             "%s computes in %s; the model is for %s", wanted, RUNTIMES[wanted][1], precision

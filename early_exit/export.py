@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.format == "onnx":
             notes = write_deployed(partial, classifier, report, args.input)
         else:
-            notes = write_run(partial, classifier, report, run, evaluation.name)
+            notes = []
+            write_run(partial, classifier, report, run, evaluation.name)
         with _complete(path):
             text = card(
                 report, classifier, training_sentence(run), args.licence, args.source, notes
@@ -132,15 +133,13 @@ def _complete(path: Path) -> Iterator[None]:
 
 def write_run(
     directory: Path, classifier: Classifier, report: dict[str, Any], run: Path, name: str
-) -> list[str]:
-    """Writes the weights, and the policy and report of the evaluation of this name. Returns the
-    card's paragraphs on them."""
+) -> None:
+    """Writes the weights, and the policy and report of the evaluation of this name."""
     with atomic_file(directory / checkpoint.NAME) as file:
         torch.save(slim(checkpoint.load(run)), file)
     copy = directory / "eval" / name
     classifier.policy.save(copy / "policy.yaml")
     write_text(copy / "report.json", json.dumps(report) + "\n")
-    return ["All settings and numbers are in `eval/*/report.json`."]
 
 
 def write_deployed(
@@ -193,8 +192,11 @@ def card(
     """What users of the network must know, in Markdown.
 
     training, source: sentences on how it was trained and on its data; either may be empty. notes:
-    paragraphs on the files.
+    paragraphs on the files of a deployed model; none: they are a run's.
     """
+    numbers = "all settings and numbers are in `eval/*/report.json`"
+    if notes:
+        numbers = "the numbers are in `model.json` too"
     run, choice, environment = report["run"], report["choice"], report["environment"]
     plain = len(report["exits"]) == 1
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
@@ -214,7 +216,7 @@ def card(
         exit_table(report),
         " ".join(filter(None, sentences)),
         f"Licence of the weights: {licence}.",
-        f"Evaluated with `{environment['command']}`, {versions}.",
+        f"Evaluated with `{environment['command']}`, {versions}; {numbers}.",
         *notes,
         "Use it: `python -m early_exit.predict DIRECTORY photo.jpg`, or from Python:",
         USAGE,

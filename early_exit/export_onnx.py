@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Example
 from early_exit.inference.runtimes.onnx_check import check_segments
 from early_exit.inference.runtimes.onnx_export import OPSET, export_segment
+from early_exit.inference.runtimes.packages import import_package
 from early_exit.inference.segments import segments_of, spans
 from early_exit.manifest import NAME, CentreCrop, ImageInput, Manifest, SegmentFile
 from early_exit.system.device import PRECISIONS
@@ -87,13 +87,14 @@ def write(
         criterion=classifier.policy.criterion,
         traits=traits_of(classifier.policy, len(classifier.classes)),
         runtime=runtime,
+        precision=RUNTIMES[runtime][1],
         opset=OPSET,
         segments=segments,
         check={"runtime": checked_in, **vars(agreement)},
         versions={
             "early-exit": early_exit.__version__,
             **versions(),
-            **{name: importlib.metadata.version(name) for name in (checked_in, "onnxscript")},
+            **{name: import_package(name).__version__ for name in (checked_in, "onnxscript")},
         },
         **facts,
     )

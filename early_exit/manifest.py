@@ -102,7 +102,9 @@ class Manifest:
     traits: Traits
     """Its properties, as numbers for this model's classes and exits."""
     runtime: str
-    """The runtime and precision it was made for, as `--runtime` takes it."""
+    """The runtime that it was made for, as `--runtime` takes it."""
+    precision: str
+    """That the runtime computes in: f32 or bf16."""
     opset: int
     segments: tuple[SegmentFile, ...]
     check: dict[str, Any]
@@ -124,6 +126,8 @@ class Manifest:
         ends = [0, *(segment.last + 1 for segment in self.segments)]
         firsts = [segment.first for segment in self.segments]
         _require(bool(self.classes), "it has classes")
+        for name in (self.criterion, self.runtime, self.precision):
+            _require(isinstance(name, str), "criterion, runtime and precision are names")
         _require(
             len(self.cost.stage_macs) == len(self.cost.head_macs) == num_exits,
             "there is a cost of every exit",

@@ -223,6 +223,8 @@ class TestFiles:
             {"cost": None},
             {"traits": {"of": "somebody"}},
             {"unknown": 1},
+            {"runtime": ["onnxruntime"]},
+            {"criterion": {}},
         ],
         ids=str,
     )
@@ -255,7 +257,11 @@ class TestRuntime:
 
         def chosen(*installed: str, own: str = "onnxruntime", wanted: str | None = None) -> str:
             monkeypatch.setattr(deployed, "_is_installed", lambda package: package in installed)
-            manifest = dataclasses.replace(Manifest.read(deployed_model), runtime=own)
+            manifest = dataclasses.replace(
+                Manifest.read(deployed_model),
+                runtime=own,
+                precision="bf16" if own.endswith("bf16") else "f32",
+            )
             return deployed.choose_runtime(manifest, wanted)
 
         return chosen

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ class TestFiles:
         assert manifest.classes == own.classes
         assert manifest.cost == own.cost
         assert (manifest.criterion, manifest.runtime) == ("max_prob", "onnxruntime")
+        assert manifest.precision == "f32"
         assert manifest.traits.range() == (0.1, 1)
         assert [(one.first, one.last) for one in manifest.segments] == [(0, 0), (1, 1), (2, 2)]
         mean, std = (tuple(own.loaded.normalisation[name]) for name in ("mean", "std"))
@@ -143,7 +145,7 @@ class TestRuntimeFor:
         path.write_text(json.dumps(report))
         export.main([str(evaluated_copy), str(tmp_path / "model"), *ONNX])
         manifest = Manifest.read(tmp_path / "model")
-        assert manifest.runtime == "openvino-bf16"
+        assert (manifest.runtime, manifest.precision) == ("openvino-bf16", "bf16")
         assert manifest.check["runtime"] == "openvino"
         assert manifest.chosen_in == {"runtime": "openvino-bf16", "precision": "bfloat16"}
 
@@ -215,8 +217,11 @@ class TestKinds:
         for package in ("onnxruntime", "onnxscript"):
             pytest.importorskip(package)
 
-    def test_normalised_input(self, evaluated_run, photos, tmp_path):
-        export.main([str(evaluated_run), str(tmp_path / "model"), *ONNX, "--input", "float"])
+    def test_normalised_input(self, evaluated_run, photos, tmp_path, caplog):
+        """And the exporter's own messages are not shown."""
+        with caplog.at_level(logging.INFO):
+            export.main([str(evaluated_run), str(tmp_path / "model"), *ONNX, "--input", "float"])
+        assert {one.name.partition(".")[0] for one in caplog.records} <= {"early_exit"}
         assert Manifest.read(tmp_path / "model").input.type == "float32"
         files = sorted(photos.rglob("*.png"))
         assert_same_answers(tmp_path / "model", evaluated_run, TASK, files)

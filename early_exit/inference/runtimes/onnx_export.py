@@ -112,9 +112,11 @@ def _export(
     shapes: Any = tuple({0: rows} if part.ndim else None for part in inputs)
     if isinstance(module, _ExportedSegment):
         shapes = (shapes,)  # they are its variable arguments
-    log = logging.getLogger("torch.onnx")
-    level, log.disabled = log.disabled, True
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
     try:
+        for log in logs:  # they describe every step
+            log.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -128,7 +130,8 @@ def _export(
                 verbose=False,
             )
     finally:
-        log.disabled = level
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's directories
