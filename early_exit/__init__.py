@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from early_exit.choosing.goals import MaxDrop as MaxDrop
     from early_exit.choosing.goals import Risk as Risk
     from early_exit.choosing.goals import choose as choose
-    from early_exit.classifier import load as load
     from early_exit.config import Config as Config
     from early_exit.evaluation.evaluate import evaluate as evaluate
     from early_exit.inference.infer import infer as infer
     from early_exit.inference.policy import Policy as Policy
+    from early_exit.loading import load as load
     from early_exit.model.cost import network_cost as network_cost
     from early_exit.model.network import MultiExitNetwork as MultiExitNetwork
     from early_exit.task import Task as Task
@@ -48,7 +48,7 @@ _MODULES = {
     "choose": "choosing.goals",
     "evaluate": "evaluation.evaluate",
     "infer": "inference.infer",
-    "load": "classifier",
+    "load": "loading",
     "network_cost": "model.cost",
     "train": "training.train",
 }

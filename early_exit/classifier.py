@@ -1,10 +1,7 @@
 """A trained run and its policy, ready to classify images.
 
-    from early_exit import load
-    classify = load("runs/mine")
-    print(classify(["photo.jpg"]))
-
-The policy that an evaluation of the run chose decides which image exits where.
+The policy that an evaluation of the run chose decides which image exits where. `early_exit.load`
+(`early_exit.loading`) loads deployed models too.
 """
 
 from collections.abc import Sequence
@@ -14,39 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from early_exit import config as configs
-from early_exit.data.decoding import read_image
+from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
-from early_exit.model.cost import Cost, network_cost
+from early_exit.manifest import refuse_deployed
+from early_exit.model.cost import network_cost
+from early_exit.model.macs import Cost
+from early_exit.prediction import Prediction, classify, make_predictions
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import Loaded, check_run_directory, evaluations, load_network
 
 DEFAULT_EVALUATION = "max-drop-0.5-max_prob"  # if there are several
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image."""
-
-    name: str
-    """Of the class."""
-    class_index: int
-    confidence: float
-    """Probability of that class at the exit that answered, after temperature scaling."""
-    exit: str
-    exit_index: int
-    macs: int
-    """Multiply-adds computed for the image."""
-    macs_share: float
-    """Of the plain network's; over 1 at the final exit, because the heads are included."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +45,14 @@ class Classifier:
         """The names of the classes, in the order of the logits."""
         return self.loaded.classes
 
-    def __call__(
-        self, images: Sequence[str | Path | Image.Image], batch_size: int = 64
-    ) -> list[Prediction]:
+    def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
         """The predictions, in the order of the images.
 
         Raises UserError for a file that cannot be read as an image.
         """
-        predictions: list[Prediction] = []
-        for start in range(0, len(images), batch_size):
-            batch = [self.read(image) for image in images[start : start + batch_size]]
-            predictions += self.predict(batch)
-        return predictions
+        return classify(self, images, batch_size)
 
-    def read(self, image: str | Path | Image.Image) -> np.ndarray:
+    def read(self, image: ImageSource) -> np.ndarray:
         """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
         evaluation.
 
@@ -101,22 +77,9 @@ class Classifier:
         """The predictions for what `read` gave."""
         answers = self.answer(torch.from_numpy(np.stack(images)))
         confidence, classes = answers.logits.softmax(dim=-1).max(dim=-1)
-        policy = self.policy
-        macs, shares = self.cost.cumulative(policy.enabled), self.cost.shares(policy.enabled)
-        return [
-            Prediction(
-                self.classes[class_index],
-                class_index,
-                sure,
-                policy.exit_names[exit_index],
-                exit_index,
-                macs[exit_index],
-                shares[exit_index],
-            )
-            for class_index, sure, exit_index in zip(
-                classes.tolist(), confidence.tolist(), answers.exit_index.tolist(), strict=True
-            )
-        ]
+        return make_predictions(
+            self, classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
+        )
 
 
 def load(
@@ -179,6 +142,7 @@ def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
 
 def find_evaluation(run: Path, name: str | None = None) -> Path:
     """The directory of an evaluation: `run` itself if it is one, else that of a run directory."""
+    refuse_deployed(run)
     if run.parent.name == "eval":
         restore_all(run.parent)
     if (run / "policy.yaml").is_file():

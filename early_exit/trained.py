@@ -22,6 +22,7 @@ from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.table import find_runtime
+from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
@@ -117,6 +118,7 @@ class Splits:
 
 def check_run_directory(run_dir: Path) -> None:
     """Raises UserError if there is no run directory."""
+    refuse_deployed(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory at {run_dir}; training prints its path")
 

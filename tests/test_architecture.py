@@ -34,6 +34,8 @@ HOUSE = (
     ("config",),
     ("inference",),
     ("data",),
+    ("manifest", "prediction"),
+    ("deployed",),
     ("choosing",),
     ("task",),
     ("training",),
@@ -41,6 +43,7 @@ HOUSE = (
     ("trained",),
     ("evaluation",),
     ("classifier",),
+    ("loading", "export_onnx"),
     ("cli",),
     ("predict", "compare", "export"),
 )

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from early_exit import config as configs
+from early_exit.cli.flags import settings_of
 from early_exit.cli.settings import (
     check_flags_have_effect,
     evaluation_options,
     goal_of,
     resolve_config,
-    settings_of,
 )
 from early_exit.config import Config
 from early_exit.errors import DataError, UserError

@@ -16,6 +16,7 @@ from early_exit.choosing.goals import (
     MaxDrop,
     Risk,
 )
+from early_exit.cli.flags import settings_of
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
@@ -23,37 +24,6 @@ from early_exit.system.names import is_hidden
 
 # The defaults of the regime cdl: linear heads, and an exit after every block.
 CDL = {"model": {"head": ["linear"], "exits": None}}
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The nested settings that flags and --set gave."""
-    given = dict(args.settings)
-    for pair in getattr(args, "set", []):
-        key, equals, value = pair.partition("=")
-        if not equals or "." not in key:
-            raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
-        given[key] = value.split(",") if "," in value else value
-    nested: dict[str, Any] = {}
-    for key, value in given.items():
-        section, name = key.split(".", 1)
-        nested.setdefault(section, {})[name] = value
-    model = nested.get("model", {})
-    for name, kind in (("exits", "a place"), ("head", "a kind of head")):
-        _check_no_directory(name, kind, model.get(name))
-    exits = model.get("exits")
-    if exits is not None:  # no names: the default places, which the configuration writes as null
-        model["exits"] = exits or None
-    return nested
-
-
-def _check_no_directory(name: str, kind: str, values: Any) -> None:
-    """Raises UserError if a flag with several values took the data directory for one of them."""
-    for word in values if isinstance(values, list) else ():
-        if "/" in word or (Path(word) / "train").is_dir():
-            raise UserError(
-                f"--{name} got the directory {word} instead of {kind}; put the directory before the"
-                " flags, or -- between them"
-            )
 
 
 def resolve_config(

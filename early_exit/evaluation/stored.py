@@ -13,6 +13,7 @@ from early_exit.choosing.goals import Goal
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
+from early_exit.manifest import refuse_deployed
 from early_exit.model.losses import resolve_weights
 from early_exit.output import source_run
 from early_exit.system.directories import restore_all
@@ -112,6 +113,7 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    refuse_deployed(path)
     if path.parent.name == "eval":
         restore_all(path.parent)
     if (path / "report.json").is_file():

@@ -64,7 +64,8 @@ def test_every_flag_that_a_message_names_is_one_of_a_script():
     parsers = [module.parser() for module in modules]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     known |= {flag for parser in parsers for flag in parser.instead}  # other programs' names
-    known |= {"--nproc-per-node", "--force-reinstall", "--shm-size"}  # torchrun, pip and docker
+    known |= {"--nproc-per-node", "--shm-size"}  # torchrun's and docker's
+    known |= {"--force-reinstall", "--no-deps"}  # pip's
     paths = [
         path
         for name in ("early_exit", "cifar10", "imagenet")

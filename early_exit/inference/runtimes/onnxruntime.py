@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from early_exit.inference.segments import Segment
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class OnnxRuntime:

@@ -118,12 +118,14 @@ class OpenVINOModel:
 
     def __call__(self, features: Array, temperature: float = 1.0, state: Array | None = None):
         parts = iter(features if isinstance(features, tuple) else (features,))
+        arrays = []  # OpenVINO's tensors use their memory and do not keep them alive
         for index, name in enumerate(self.inputs):
             if name == "temperature":
                 value: Any = np.array(temperature, np.float32)
             else:
                 value = state if name == "state" else next(parts)
-            self.request.set_input_tensor(index, _tensor(value, self.input_types[index]))
+            arrays.append(np.require(value, requirements="C"))
+            self.request.set_input_tensor(index, _tensor(arrays[-1], self.input_types[index]))
         self.request.infer()
         # the request's own memory, which the next call overwrites
         values = [
@@ -133,9 +135,8 @@ class OpenVINOModel:
 
 
 def _tensor(array: np.ndarray, kind: Any) -> Any:
-    """An array as OpenVINO's tensor, without a copy."""
+    """A contiguous array as OpenVINO's tensor, without a copy."""
     ov = import_package("openvino")
-    array = np.require(array, requirements="C")
     return ov.Tensor(array, ov.Shape(list(array.shape)), kind)
 
 

@@ -1,0 +1,172 @@
+"""Whether exported segments compute what the network does.
+
+Logits of the same images by torch and by the exported files differ by rounding only. A logit is the
+end of a chain of sums; of n terms each is off by at most n epsilon relative to the largest number
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The tolerance is therefore
+
+    epsilon of float32 x the terms along one path to the exit x the exit's largest logit
+
+where a layer has as many terms as weights per output, and each module a few for what it computes
+element by element. Scores are compared on the same logits, so only the criterion's own rounding is
+between them: they agree in half of float32's digits, also for a criterion that cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from early_exit.errors import UserError
+from early_exit.inference.infer import Array, RunSegment, infer, run_segments
+from early_exit.inference.policy import Policy
+from early_exit.inference.segments import segments_of
+from early_exit.model.features import Features
+from early_exit.model.network import MultiExitNetwork
+
+EPSILON = float(np.finfo(np.float32).eps)
+ELEMENTWISE = 4  # operations of a module on each element, such as those of BatchNorm
+ROOT_EPSILON = EPSILON**0.5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a comparison found; logits relative to the largest of their exit."""
+
+    images: int
+    largest_difference: float
+    """Of logits, over all exits."""
+    tolerance: float
+    """At the exit of the largest difference."""
+    other_exits: int
+    """Images that took another exit, because a score is within rounding of its threshold."""
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """An exit on all images, none of which exited before: logits (B, K), scores (B,)."""
+
+    expected: np.ndarray
+    found: np.ndarray
+    expected_score: np.ndarray
+    found_score: np.ndarray
+    own_score: np.ndarray
+    """Torch's criterion on the logits that the files give."""
+
+
+def check_segments(
+    network: MultiExitNetwork,
+    policy: Policy,
+    segments: Sequence[tuple[int, RunSegment]],
+    normalised: Tensor,
+    images: Array,
+) -> Agreement:
+    """Compares exported segments with the network's own, on the CPU in float32.
+
+    segments: each with the exit it ends at. normalised: images as the network takes them; images:
+    the same as the first exported segment takes them. The exits taken are compared for the policy
+    and for the medians of the scores as thresholds, with which images exit everywhere.
+
+    Raises UserError if logits, scores or exits differ by more than rounding.
+    """
+    exits = _all_exits(network, policy, segments, normalised, images)
+    largest, tolerance = 0.0, 0.0
+    for (index, segment), values in zip(segments_of(network, policy), exits, strict=True):
+        name = policy.exit_names[index]
+        allowed = EPSILON * work(network, index)
+        scale = float(np.abs(values.expected).max()) or 1.0
+        difference = float(np.abs(values.found - values.expected).max()) / scale
+        if not difference <= allowed:  # nor if it is nan
+            raise UserError(
+                f"the exported segments differ from torch: the logits of {name} by"
+                f" {difference:.1e} of the largest one, more than rounding allows ({allowed:.1e})"
+            )
+        scores = np.abs(values.found_score - values.own_score)
+        if not (scores <= ROOT_EPSILON * np.maximum(1, np.abs(values.own_score))).all():
+            raise UserError(
+                f"the exported segments differ from torch: the scores of {segment.criterion} at"
+                f" {name} by {scores.max():.1e} on the same logits"
+            )
+        if difference >= largest:
+            largest, tolerance = difference, allowed
+    medians = [float(np.median(values.expected_score)) for values in exits]
+    spread = list(policy.thresholds)
+    for (index, _), median in list(zip(segments, medians, strict=True))[:-1]:
+        spread[index] = median
+    other = 0
+    for tried in (replace(policy, thresholds=tuple(spread), guarantee=None), policy):
+        other = _count_other_exits(network, tried, segments, normalised, images, exits)
+    return Agreement(len(images), largest, tolerance, other)
+
+
+def work(network: MultiExitNetwork, last: int) -> int:
+    """The terms along one path from an image to the exit at stage `last`."""
+    parts: list[nn.Module] = [stage.body for stage in network.stages[: last + 1]]
+    head = network.stages[last].head
+    modules = [module for part in [*parts, *([head] if head else [])] for module in part.modules()]
+    weights = (
+        weight[0].numel()
+        for module in modules
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1
+    )
+    return sum(weights) + ELEMENTWISE * len(modules)
+
+
+def _all_exits(
+    network: MultiExitNetwork,
+    policy: Policy,
+    segments: Sequence[tuple[int, RunSegment]],
+    normalised: Tensor,
+    images: Array,
+) -> list[_Exit]:
+    """Every enabled exit on all images, by torch and by the exported segments."""
+    features: Features = normalised
+    their_features: Any = images
+    state, their_state, own_state, values = None, None, None, []
+    with torch.no_grad():
+        for (index, segment), (_, exported) in zip(
+            segments_of(network, policy), segments, strict=True
+        ):
+            temperature = policy.temperatures[index]
+            features, logits, _, score, state = segment(features, temperature, state)
+            their_features, found, _, found_score, their_state = exported(
+                their_features, temperature, their_state
+            )
+            _, own_score, own_state = policy.score(index, torch.from_numpy(found), own_state)
+            values.append(
+                _Exit(logits.numpy(), found, score.numpy(), found_score, own_score.numpy())
+            )
+    return values
+
+
+def _count_other_exits(
+    network: MultiExitNetwork,
+    policy: Policy,
+    segments: Sequence[tuple[int, RunSegment]],
+    normalised: Tensor,
+    images: Array,
+    exits: Sequence[_Exit],
+) -> int:
+    """How many images take another exit in the exported segments than in torch.
+
+    Raises UserError for one whose scores are not within rounding of their thresholds: twice the
+    largest difference of the exit's scores, because kernels differ with the number of rows too.
+    """
+    expected = infer(network, normalised, policy).exit_index.numpy()
+    found = run_segments(segments, images, policy).exit_index
+    near = np.zeros(len(expected), bool)
+    for (index, _), values in list(zip(segments, exits, strict=True))[:-1]:
+        rounding = 2 * np.abs(values.found_score - values.expected_score).max()
+        near |= np.abs(values.expected_score - policy.thresholds[index]) <= rounding
+    other = expected != found
+    if (other & ~near).any():
+        raise UserError(
+            f"the exported segments differ from torch: {(other & ~near).sum()} of {len(near)}"
+            " images take another exit"
+        )
+    return int(other.sum())

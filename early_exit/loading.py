@@ -1,0 +1,59 @@
+"""A run, an export of it or a deployed model, ready to classify images.
+
+    from early_exit import load
+    classify = load("runs/mine")
+    print(classify(["photo.jpg"]))
+
+A deployed model needs no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from early_exit import deployed
+from early_exit.errors import UserError
+from early_exit.manifest import is_deployed
+
+if TYPE_CHECKING:
+    from early_exit.classifier import Classifier
+    from early_exit.task import Task
+
+
+def load(
+    path: str | Path,
+    evaluation: str | None = None,
+    *,
+    task: Task | str | None = None,
+    device: str = "auto",
+    overrides: dict[str, Any] | None = None,
+    runtime: str | None = None,
+    threads: int | None = None,
+) -> Classifier | deployed.DeployedClassifier:
+    """What classifies images with the policy that an evaluation chose.
+
+    path: a run, one of its evaluations, an export, or a deployed model. evaluation, task, device,
+    overrides: of a run, see `early_exit.classifier.load`. runtime, threads: of a deployed model,
+    see `early_exit.deployed.load`.
+
+    Raises UserError for an argument that has no effect on what is loaded, and if it cannot be
+    loaded.
+    """
+    if is_deployed(Path(path)):
+        given = {"evaluation": evaluation, "task": task, "overrides": overrides}
+        _refuse(given, f"{path} is a deployed model")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"{path} is a deployed model, which runs on the CPU, not on {device!r}")
+        return deployed.load(path, runtime, threads)
+    _refuse({"runtime": runtime, "threads": threads}, f"{path} is no deployed model")
+    from early_exit.classifier import load as load_run  # imports torch
+
+    return load_run(path, evaluation, task=task, device=device, overrides=overrides)
+
+
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Raises UserError for arguments that were given."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UserError(f"{' and '.join(names)} has no effect: {reason}; remove it")
