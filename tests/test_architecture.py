@@ -16,7 +16,8 @@ import pytest
 import torch
 from helpers import ROOT, replay
 
-from early_exit.choosing.goals import Budget, MaxDrop, Risk, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import Budget, MaxDrop, Risk
 from early_exit.config import Config
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.evaluate import evaluate
@@ -202,9 +203,9 @@ class TestPlanted:
 
     @pytest.mark.parametrize("line", ["{}", "if TYPE_CHECKING:\n    {}", "def later():\n    {}"])
     def test_a_cycle(self, line):
-        statement = "from early_exit.choosing.goals import choose"  # which imports the search
+        statement = "from early_exit.choosing.choice import choose"  # which imports the search
         found = cycle(planted("choosing.search", line.format(statement)))
-        assert {"choosing.goals", "choosing.search"} <= set(found)
+        assert {"choosing.choice", "choosing.search"} <= set(found)
 
     @pytest.mark.parametrize(
         "line", ["digits = 10", "MEAN = {'CIFAR-10': 0.5}", "def load_imagenet():\n    pass"]

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from helpers import assert_names, refusal
 
+from early_exit.choosing.choice import (
+    CURVE_POINTS,
+    calibrated,
+    choose,
+    fit_and_certify,
+    thinned,
+)
 from early_exit.choosing.curve import for_budget, for_latency, for_max_drop, shared_curve
 from early_exit.choosing.goals import (
-    CURVE_POINTS,
     Budget,
     ConditionalDeepLearning,
     FixedPolicy,
@@ -18,11 +24,7 @@ from early_exit.choosing.goals import (
     LatencyBudget,
     MaxDrop,
     Risk,
-    calibrated,
     check_given,
-    choose,
-    fit_and_certify,
-    thinned,
 )
 from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import score_record

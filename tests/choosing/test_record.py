@@ -17,7 +17,8 @@ import torch
 from helpers import assert_close, refusal, replay
 
 from early_exit.choosing import record as records
-from early_exit.choosing.goals import MaxDrop, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import MaxDrop
 from early_exit.choosing.outcome import disagreements
 from early_exit.choosing.record import ExitRecord, record, score_record
 from early_exit.errors import Unavailable

@@ -25,6 +25,7 @@ from by_hand import (
 from helpers import CPU, assert_names
 
 from early_exit.choosing import guarantees
+from early_exit.choosing.choice import choose
 from early_exit.choosing.goals import (
     Budget,
     ConditionalDeepLearning,
@@ -32,7 +33,6 @@ from early_exit.choosing.goals import (
     LatencyBudget,
     MaxDrop,
     Risk,
-    choose,
 )
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
