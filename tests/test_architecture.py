@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, replay
+from helpers import ROOT, in_torch, replay
 
 from early_exit.choosing.choice import choose
 from early_exit.choosing.goals import Budget, MaxDrop, Risk
@@ -313,7 +313,7 @@ GOALS = [
 
 
 @pytest.fixture
-def policy_of(tiny_net, tmp_path, monkeypatch):
+def policy_of(tiny_net, images, tmp_path, monkeypatch):
     """The policy that an evaluation writes, given the records of val and test."""
 
     def policy_of(val, test, goal):
@@ -323,6 +323,7 @@ def policy_of(tiny_net, tmp_path, monkeypatch):
             network=tiny_net,
             data=None,
             cost=network_cost(tiny_net),
+            runtime=in_torch(tiny_net, images[:2]),
             device=torch.device("cpu"),
             precision="off",
             weights="some weights",
