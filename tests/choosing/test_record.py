@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, refusal, replay, replayed_live
+from helpers import assert_close, in_torch, refusal, replay, replayed_live
 
 from early_exit.choosing import record as records
 from early_exit.choosing.choice import choose
@@ -398,3 +398,53 @@ def test_logits_that_are_not_finite_are_refused(tiny_net, images, targets, hand,
     message = refusal(record, tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
     for part in ("layer1", "not finite", "20 of 20", "val", "torch", "float32", "--amp off"):
         assert part in message
+
+
+class TestRuntimes:
+    """A record of a network in a runtime."""
+
+    def recorded(self, network, images, targets, info, batch=100):
+        batches = batches_of(images, targets, batch)
+        return record(network, batches, len(images), info, CPU, nullcontext)
+
+    @pytest.fixture
+    def info(self, hand, tiny_net):
+        return dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
+
+    def test_in_eager_torch_it_is_that_of_the_network_to_the_last_bit(
+        self, tiny_net, images, targets, info
+    ):
+        some, their = images[:300], targets[:300]
+        expected = self.recorded(tiny_net, some, their, info)
+        found = self.recorded(in_torch(tiny_net, some[:2]), some, their, info)
+        assert np.array_equal(found.logits, expected.logits)
+        assert np.array_equal(found.targets, expected.targets)
+        assert found.info == expected.info
+
+    def test_temperatures_and_criteria_of_no_policy_are_in_it(self, tiny_net, images):
+        with torch.no_grad():
+            expected = tiny_net(images[:5])
+        for ours, theirs in zip(in_torch(tiny_net, images[:2])(images[:5]), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_precision_and_runtime_are_named_if_logits_are_not_finite(
+        self, tiny_net, images, targets, info
+    ):
+        with torch.no_grad():
+            list(tiny_net.heads["layer1"].parameters())[-1].fill_(float("nan"))
+        other = dataclasses.replace(info, runtime="openvino-bf16", precision="bf16")
+        network = in_torch(tiny_net, images[:2])
+        message = refusal(self.recorded, network, images[:20], targets[:20], other)
+        for part in ("openvino-bf16", "precision bf16", "--runtime"):
+            assert part in message
+        exact = dataclasses.replace(info, runtime="onnxruntime", precision="f32")
+        assert "too low" not in refusal(self.recorded, network, images[:20], targets[:20], exact)
+
+    def test_one_of_before_there_were_runtimes_is_of_torch(self, hand, tmp_path):
+        hand.save(tmp_path / "old")
+        path = tmp_path / "old" / "info.json"
+        values = json.loads(path.read_text())
+        del values["runtime"]
+        path.write_text(json.dumps(values))
+        assert ExitRecord.load(tmp_path / "old").info == hand.info
+        assert hand.info.runtime == "torch"
