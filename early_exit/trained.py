@@ -249,9 +249,10 @@ def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNe
         name = "compile" if loaded.config.run.compile else "torch"
         name += "" if loaded.precision == "off" else f"-{loaded.precision}"
     runtime = find_runtime(name, str(loaded.device), torch.get_num_threads())
-    count = CALIBRATION if runtime.precision == "int8" else 2
-    example, _ = next(iter(data.eval_batches("train", count)))
-    return RuntimeNetwork(loaded.network, runtime, example.to(loaded.device))
+    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    if runtime.precision == "int8":
+        example = next(iter(data.eval_batches("train", CALIBRATION)))[0].to(loaded.device)
+    return RuntimeNetwork(loaded.network, runtime, example)
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:

@@ -17,6 +17,7 @@ from torch import nn
 
 from early_exit import config as configs
 from early_exit.choosing import cdl, overthinking
+from early_exit.choosing.choice import choose, exits_to_time
 from early_exit.choosing.goals import (
     ConditionalDeepLearning,
     FixedPolicy,
@@ -24,8 +25,6 @@ from early_exit.choosing.goals import (
     Goal,
     Risk,
     check_given,
-    choose,
-    exits_to_time,
     timed_batch,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy

@@ -235,18 +235,22 @@ def timing_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def stage_table(report: Report) -> str:
-    """The stages' shares of MACs and seconds, one stage per column."""
-    names = [row.name for row in report.exits]
-    totals = [row.macs for row in report.exits]
+def segment_table(report: Report) -> str:
+    """The segments' shares of MACs and seconds, one segment per column."""
+    enabled = [index for index, row in enumerate(report.exits) if row.enabled]
+    names = [report.exits[index].name for index in enabled]
+    totals = [report.exits[index].macs for index in enabled]
     macs = [now - before for now, before in zip(totals, [0, *totals[:-1]], strict=True)]
     rows = [("MACs", [value / totals[-1] for value in macs])]
     rows += [
-        (f"seconds, batch {timing.batch_size}", list(timing.segment_shares))
+        (
+            f"seconds, batch {timing.batch_size}",
+            [timing.segment_shares[index] for index in enabled],
+        )
         for timing in report.timing
     ]
     lines = [
-        "| share of each stage, by the exit it ends at | " + " | ".join(names) + " |",
+        "| share of each segment, by the exit it ends at | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for label, shares in rows:
@@ -366,7 +370,7 @@ def _measured_sections(report: Report) -> list[Section]:
                 " at the number of rows that reached it, over the measured time; comparing scores"
                 " and selecting rows are the rest. *Speed-up without heads*: what would be reported"
                 " if heads, decisions and the selection of rows were not timed, as some papers time"
-                f" it.\n\n{stage_table(report)}",
+                f" it.\n\n{segment_table(report)}",
             )
         )
     return found

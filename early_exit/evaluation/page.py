@@ -166,7 +166,7 @@ def _legend(report: Report) -> str:
             for seconds in report.curve_seconds
         )
         items.append(
-            "<strong>expected time per image</strong>: the sum of the stages' times at the mean"
+            "<strong>expected time per image</strong>: the sum of the segments' times at the mean"
             " numbers of rows that reach them, without decisions and the selection of rows. The"
             f" plain network takes {plain}"
         )
