@@ -115,3 +115,39 @@ def test_a_loop_that_fails_ends_the_benchmark(tmp_path):
     done = finish(start("benchmarks/training.py", "--arch", "resnet21", cwd=tmp_path))
     assert done.returncode == 2
     assert re.search(r"^training\.py: .*'usual'", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino-bf16"])
+def test_streams_compares_with_infer_and_the_plain_network(tmp_path, runtime):
+    package = runtime.partition("-")[0]
+    pytest.importorskip(package)
+    if package != "torch":
+        pytest.importorskip("onnxscript")
+    flags = ("--runtime", runtime, "--repeats", "1", "--exit-shares", "0.5", "0.25")
+    small = ("--arch", "resnet20", "--images", "64", "--batch-sizes", "8", "48", "--threads", "1")
+    done = finish(start("benchmarks/streams.py", *flags, *small, "--device", "cpu", cwd=tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert runtime in done.stdout
+    if package == "torch":
+        assert_shares(done.stdout, (0.5, 0.25, 0.25))
+    number, ratio = r"(\d+) \| ", r"([\d.]+) \([\d.]+ to [\d.]+\) \| "
+    rows = re.findall(rf"^\| {number * 4}{ratio * 2}([\d.]+) \|$", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["8", "48"]
+    assert all(float(value) > 0 for row in rows for value in row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--repeats", "0"), ["--repeats", "0"]),
+        (("--runtime", "onnx"), ["--runtime", "onnx", "onnxruntime"]),
+        (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+    ],
+)
+def test_streams_refuses_mistakes_in_one_line(tmp_path, flags, named):
+    done = finish(start("benchmarks/streams.py", *flags, cwd=tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("streams.py: ") and done.stderr.count("\n") == 1
+    assert all(part in done.stderr for part in named)
