@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
     run("streams", "streams.py")
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
