@@ -1,7 +1,7 @@
 """Times inference on a stream beside single batches and the plain network, in one run.
 
     python benchmarks/streams.py                             ResNet-56, batches of 8 to 64
-    python benchmarks/streams.py --runtime openvino-bf16     in another runtime
+    python benchmarks/streams.py --runtime torch onnxruntime openvino-bf16
     python benchmarks/streams.py --exit-shares 0.6 0.2       60 % exit at layer1, 20 % at layer2
 
 Needs no data and no training: the time does not depend on the weights, and each threshold is the
@@ -21,57 +21,32 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 
-import numpy as np
 import torch
-from inference import add_network_flags, check, policy_for_shares
+from inference import (
+    BATCH,
+    add_network_flags,
+    build_network,
+    check,
+    exit_shares,
+    policy_for_shares,
+)
 from torch import Tensor
 
-from cifar10 import networks
 from early_exit.cli import flags
 from early_exit.errors import UserError
-from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Runtime
-from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
-from early_exit.inference.runtimes.onnxruntime import OnnxRuntime
-from early_exit.inference.runtimes.openvino import OpenVINORuntime
-from early_exit.system.device import choose_device, describe_device
-
-RUNTIMES = ("torch", "onnxruntime", "openvino", "openvino-bf16")
-CPU = torch.device("cpu")
-
-
-def build_runtime(name: str, device: torch.device, threads: int | None) -> Runtime:
-    """The runtime of a name. threads: None: its own default."""
-    if name == "torch":
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return EagerRuntime(name, "f32", device)
-    if device != CPU:
-        raise UserError(f"{name} runs on the CPU, not on {device}; use --device cpu")
-    if name == "onnxruntime":
-        return OnnxRuntime(threads=threads)
-    return OpenVINORuntime(name, "bf16" if name.endswith("bf16") else "f32", threads)
+from early_exit.inference.runtimes.table import find_runtime
+from early_exit.system.device import PRECISIONS, choose_device, describe_device
 
 
 def parser() -> flags.Parser:
     """The benchmark's flags."""
     parser = flags.build_parser("streams.py", "python benchmarks/streams.py [flags]", __doc__)
     add_network_flags(parser, (8, 16, 32, 64))
-    parser.add_argument(
-        "--runtime",
-        choices=RUNTIMES,
-        default="torch",
-        metavar="NAME",
-        help=f"{', '.join(RUNTIMES)} (default torch)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="default: with torch, the GPU if there is one"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: the runtime's own)")
+    parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument(
         "--repeats", type=int, default=7, help="timed passes over the images (default 7)"
     )
@@ -117,19 +92,30 @@ def time_batches(
     return time_passes(passes, repeats, runtime)
 
 
-def exits_of(answers: Sequence[Answers]) -> list[np.ndarray]:
-    """The exits taken in each batch."""
-    return [to_numpy(answer.exit_index) for answer in answers]
+def last_rows(network: RuntimeNetwork, batches: Sequence[Tensor], policy: Policy) -> float:
+    """The mean number of rows of a call of the last segment in `infer`."""
+    final = policy.num_exits - 1
+    exits = [to_numpy(network.infer(images, policy).exit_index) for images in batches]
+    rows = [count for taken in exits if (count := int((taken == final).sum()))]
+    return statistics.mean(rows) if rows else 0.0
 
 
-def row(batch_size: int, images: int, seconds: Mapping[str, list[float]], last: float) -> str:
-    """One batch size, as a row of the table. last: rows per call of the last segment in `infer`."""
-    speeds = [f"{images / statistics.median(values):.0f}" for values in seconds.values()]
-    ratios = []
-    for name in ("infer", "plain"):
-        turns = [a / b for a, b in zip(seconds[name], seconds["stream"], strict=True)]
-        ratios.append(f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})")
-    return f"| {' | '.join([str(batch_size), *speeds, *ratios, f'{last:.1f}'])} |"
+HEADING = """\
+| runtime | batch size | plain network, images/s | infer, images/s | infer_stream, images/s \
+| stream / infer (turns) | stream / plain (turns) | rows per call of the last segment in infer |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def row(
+    name: str, batch_size: int, images: int, seconds: Mapping[str, list[float]], last: float
+) -> str:
+    """One runtime at one batch size, as a row of the table. last: as `last_rows` gives it."""
+    cells = [name, str(batch_size)]
+    cells += [f"{images / statistics.median(values):.0f}" for values in seconds.values()]
+    for other in ("infer", "plain"):
+        turns = [a / b for a, b in zip(seconds[other], seconds["stream"], strict=True)]
+        cells.append(f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})")
+    return f"| {' | '.join([*cells, f'{last:.1f}'])} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,41 +124,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     if args.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {args.repeats}")
-    on_cpu = args.runtime != "torch" and args.device == "auto"
-    device = CPU if on_cpu else choose_device(args.device)
-    runtime = build_runtime(args.runtime, device, args.threads)
-    layout = torch.channels_last if args.runtime == "torch" else torch.contiguous_format
-
+    device = choose_device(args.device)
+    runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
     torch.manual_seed(0)
-    net = networks.build_network(args.arch, tuple(args.exits), args.head)
-    net.to(device, memory_format=layout).eval()
-    images = torch.randn(args.images, 3, 32, 32, device=device).to(memory_format=layout)
-    policy = policy_for_shares(net, images, args.exit_shares, args.criterion, nullcontext)
-    network = RuntimeNetwork(net, runtime, images[:2])
-
+    network = build_network(args.arch, args.exits, args.head, args.image_size)
+    network.to(device, memory_format=torch.channels_last).eval()
+    images = torch.randn(args.images, *network.image_shape, device=device)
+    images = images.to(memory_format=torch.channels_last)
     print(
-        f"{args.arch}, exits after {', '.join(args.exits)}, {args.head} heads, {args.runtime}"
-        f" {runtime.precision}, {describe_device(device)}, torch {torch.__version__}"
+        f"{args.arch}, {args.image_size} pixels, exits after {', '.join(args.exits)},"
+        f" {describe_device(device)}, torch {torch.__version__}"
     )
-    print_shares(network, images, policy)
-    print(
-        "| batch size | plain network, images/s | infer, images/s | infer_stream, images/s"
-        " | stream / infer (turns) | stream / plain (turns)"
-        " | rows per call of the last segment in infer |"
-    )
-    print("| ---: " * 7 + "|")
-    for batch_size in args.batch_sizes:
-        batches = images.split(batch_size)
-        exits = exits_of([network.infer(batch, policy) for batch in batches])
-        finals = [int((taken == policy.num_exits - 1).sum()) for taken in exits]
-        calls = sum(map(bool, finals))
-        seconds = time_batches(network, batches, policy, args.repeats)
-        print(row(batch_size, len(images), seconds, sum(finals) / max(calls, 1)))
-
-
-def print_shares(network: RuntimeNetwork, images: Tensor, policy: Policy) -> None:
-    """Prints the shares of the images that take each exit in this runtime."""
-    taken = np.concatenate(exits_of(list(network.infer_stream(images.split(64), policy))))
-    shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
-    named = zip(policy.exit_names, shares, strict=True)
-    print("images that exit: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in named))
+    print(HEADING)
+    told = []
+    for runtime in runtimes:
+        built = RuntimeNetwork(network, runtime, images[:BATCH])
+        policy = policy_for_shares(built, images, args.exit_shares, args.criterion)
+        shares = zip(network.exit_names, exit_shares(built, images, policy), strict=True)
+        exits = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
+        told.append(f"{runtime.name} ({PRECISIONS[runtime.precision]}), images that exit: {exits}")
+        for batch_size in args.batch_sizes:
+            batches = images.split(batch_size)
+            seconds = time_batches(built, batches, policy, args.repeats)
+            last = last_rows(built, batches, policy)
+            print(row(runtime.name, batch_size, len(images), seconds, last), flush=True)
+    print("\n".join(["", *told]))

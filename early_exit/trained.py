@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from early_exit.config import Config
 from early_exit.data import file_lists
 from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.runtimes.table import find_runtime
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
@@ -43,6 +45,7 @@ from early_exit.training.state_dicts import load_into
 log = logging.getLogger(__name__)
 
 # The machine settings of evaluations, unless overridden; those of training are ignored.
+CALIBRATION = 512  # images of train, by which the ranges of 8-bit integers are found
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
 
 
@@ -78,6 +81,8 @@ class Trained(Loaded):
 
     data: Data
     cost: Cost
+    runtime: RuntimeNetwork
+    """The network in the runtime in which it is evaluated."""
     gone: tuple[str, ...] = ()
     """Files of val that were removed after the training, and are left out."""
 
@@ -203,11 +208,19 @@ def trained_since(run_dir: Path, weights: str) -> bool:
     return checkpoint.weights_hash(checkpoint.reported(state)) != found[1]
 
 
-def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train") -> Trained:
+def load_run(
+    run_dir: Path,
+    task: Task,
+    overrides: dict,
+    val_from: str = "train",
+    runtime: str | None = None,
+) -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    val_from: as for `get_splits`. Raises DataError if the data have other classes, and if val is
-    held out from train and the images that the run held out are not there.
+    val_from: as for `get_splits`; runtime: a name of `early_exit.inference.runtimes.table`;
+    default: torch, compiled and in reduced precision if the settings say so. Raises DataError if
+    the data have other classes, and if val is held out from train and the images that the run held
+    out are not there.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
@@ -218,28 +231,44 @@ def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train"
         alternative = ", or cut val from the official test set with --val-from test"
         data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, alternative)
     file_lists.log_changed_test(data, source_run(run_dir))
+    data = data.to(loaded.device, loaded.config.run.memory_format)
     return Trained(
         **vars(loaded),
-        data=data.to(loaded.device, loaded.config.run.memory_format),
+        data=data,
         cost=network_cost(loaded.network),
+        runtime=in_runtime(loaded, data, runtime),
         gone=gone,
     )
+
+
+def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNetwork:
+    """The network in a runtime; name, default: as for `load_run`."""
+    if name is None:
+        name = "compile" if loaded.config.run.compile else "torch"
+        name += "" if loaded.precision == "off" else f"-{loaded.precision}"
+    runtime = find_runtime(name, str(loaded.device), torch.get_num_threads())
+    count = CALIBRATION if runtime.precision == "int8" else 2
+    example, _ = next(iter(data.eval_batches("train", count)))
+    return RuntimeNetwork(loaded.network, runtime, example.to(loaded.device))
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
     """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
+    runtime = trained.runtime.runtime
+    eager = runtime.name.startswith("torch")
     info = RecordInfo(
         split=split,
         split_hash=data.digest(split),
         exit_names=network.exit_names,
         stage_macs=cost.stage_macs,
         head_macs=cost.head_macs,
-        precision=trained.precision,
+        precision=trained.precision if eager else runtime.precision,
         weights=trained.weights,
         device=describe_device(trained.device),
+        runtime="torch" if eager else runtime.name,
     )
-    name = f"{split}-{trained.precision}"
+    name = f"{split}-{info.precision if eager else runtime.name}"
     directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
         restore(directory)
@@ -256,12 +285,12 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         log.info("recording every exit on %s", split)
         stamps = data.file_stamps(split) if isinstance(data, FileData) else None
         made = record(
-            network,
+            trained.runtime,
             data.eval_batches(split, data.eval_batch),
             data.size(split),
             info,
             trained.device,
-            trained.autocast,
+            nullcontext,
             directory,
             partial(data.unreadable, split) if isinstance(data, FileData) else dict,
         )

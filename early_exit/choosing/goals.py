@@ -19,11 +19,12 @@ from early_exit.choosing.search import (
     cheapest,
     exits_that_pay,
     most_accurate,
+    shortlist,
 )
 from early_exit.errors import UserError
 from early_exit.inference.criteria import check_threshold, get_traits
-from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import NEVER, Policy
+from early_exit.inference.segment_times import SegmentTimes
 from early_exit.model.cost import Cost
 
 CURVE_POINTS = 200  # of all outcomes on val, how many a report keeps and a guarantee looks at
@@ -49,14 +50,22 @@ class MaxDrop(Goal):
 
     drop: float
     """A fraction: 0.005 is half a point."""
+    minimise: str = "macs"
+    """What is cheap: `macs` or `seconds`."""
+    batch_size: int = 1
+    """For seconds: images per batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise UserError(f"--max-drop is {100 * self.drop:g} points; it must be in 0 to 100")
+        if self.minimise not in ("macs", "seconds"):
+            raise UserError(f"--minimise is macs or seconds, got {self.minimise!r}")
+        _check_batch_size(self.batch_size)
 
     def __str__(self) -> str:
-        return f"max drop {100 * self.drop:g} points"
+        words = f"max drop {100 * self.drop:g} points"
+        return words if self.minimise == "macs" else f"{words}, seconds at batch {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -88,10 +97,9 @@ class LatencyBudget(Goal):
         super().__post_init__()
         if not self.limit > 0:
             raise UserError(f"--latency-budget must be positive, got {self.limit:g}")
-        if self.batch_size < 1:
-            raise UserError(f"--latency-batch must be at least 1, got {self.batch_size}")
+        _check_batch_size(self.batch_size)
 
-    def seconds(self, times: StageTimes) -> float:
+    def seconds(self, times: SegmentTimes) -> float:
         """The seconds allowed per batch."""
         return self.limit * times.plain if self.of_plain else self.limit
 
@@ -100,6 +108,11 @@ class LatencyBudget(Goal):
         if self.of_plain:
             limit = f"{100 * self.limit:g} % of the seconds"
         return f"latency {limit} at batch {self.batch_size}"
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"--latency-batch must be at least 1, got {batch_size}")
 
 
 @dataclass(frozen=True)
@@ -203,11 +216,38 @@ def check_given(goal: Goal, num_classes: int, exit_names: Sequence[str]) -> None
             policy.check_thresholds(num_classes)
 
 
-def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None) -> Policy:
+def timed_batch(goal: Goal) -> int | None:
+    """The batch size at which a goal counts seconds; None if it counts none."""
+    match goal:
+        case LatencyBudget(batch_size=batch_size):
+            return batch_size
+        case MaxDrop(minimise="seconds", batch_size=batch_size):
+            return batch_size
+    return None
+
+
+def exits_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[int]:
+    """The early exits, at most `most`, whose segments are worth measuring for a goal in seconds:
+    those that serve it best if multiply-adds are its price."""
+    scored, _ = _scored(val, goal)
+    match goal:
+        case MaxDrop(drop=drop):
+            objective = cheapest(scored.correct[:, -1].mean() - drop)
+        case LatencyBudget(limit=limit, of_plain=True):
+            objective = most_accurate(limit * cost.plain_macs)
+        case _:  # no share of the plain network is known to be wanted
+            objective = most_accurate(0.5 * cost.plain_macs)
+    traits = get_traits(goal.criterion)
+    if traits.keeps_state or traits.min_early_exits > 1:  # all of them are enabled
+        return list(range(len(val.info.exit_names) - 1))
+    return np.flatnonzero(shortlist(scored, cost.mean_macs, objective, most)).tolist()
+
+
+def choose(val: ExitRecord, goal: Goal, cost: Cost, times: SegmentTimes | None = None) -> Policy:
     """The policy that reaches the goal, from val alone.
 
-    times: for a latency budget. Raises UserError if the goal cannot be reached, or if the criterion
-    does not fit the exits.
+    times: for a goal that counts seconds. Raises UserError if the goal cannot be reached, or if the
+    criterion does not fit the exits.
     """
     check_given(goal, val.num_classes, val.info.exit_names)
     match goal:
@@ -223,23 +263,21 @@ def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = N
             stages = cdl.admit(score_record(val, policy), cost, goal.delta, goal.epsilon)
             policy = dataclasses.replace(policy, enabled=cdl.enabled(stages))
             return policy.with_threshold(goal.delta)
-        case MaxDrop():
+        case MaxDrop(drop=drop):
             scored, policy = _scored(val, goal)
-            needed = scored.correct[:, -1].mean() - goal.drop
-            enabled, curve = _select(scored, policy, cost, cost.mean_macs, cheapest(needed))
-            threshold = for_max_drop(curve, goal.drop)
+            objective = cheapest(scored.correct[:, -1].mean() - drop)
+            enabled, curve, price = _select(scored, policy, cost, times, goal, objective)
+            threshold = for_max_drop(curve, drop, price)
         case Budget():
             scored, policy = _scored(val, goal)
             limit = goal.share * cost.plain_macs
-            enabled, curve = _select(scored, policy, cost, cost.mean_macs, most_accurate(limit))
+            enabled, curve, _ = _select(scored, policy, cost, times, goal, most_accurate(limit))
             threshold = for_budget(curve, limit)
         case LatencyBudget():
-            if times is None:
-                raise ValueError("a latency budget needs the times of the stages")
             scored, policy = _scored(val, goal)
-            limit = goal.seconds(times)
-            enabled, curve = _select(scored, policy, cost, times.of, most_accurate(limit))
-            threshold = for_latency(curve, times.of(enabled, curve.shares), limit)
+            limit = goal.seconds(_needed(times))
+            enabled, curve, price = _select(scored, policy, cost, times, goal, most_accurate(limit))
+            threshold = for_latency(curve, price, limit)
         case _:
             raise TypeError(f"choose one of Goal's subclasses, got {type(goal).__name__}")
     return dataclasses.replace(policy, enabled=enabled).with_threshold(threshold)
@@ -277,23 +315,47 @@ def _scored(val: ExitRecord, goal: Goal) -> tuple[Scores, Policy]:
     return score_record(val, policy), policy
 
 
+def _needed(times: SegmentTimes | None) -> SegmentTimes:
+    if times is None:
+        raise ValueError("a goal that counts seconds needs the times of the segments")
+    return times
+
+
 def _select(
-    scored: Scores, policy: Policy, cost: Cost, pricing: Pricing, objective: Objective
-) -> tuple[tuple[bool, ...], Curve]:
-    """Which exits to enable, and the curve of a shared threshold for them."""
-    enabled = _enabled(scored, policy, pricing, objective)
-    return enabled, shared_curve(scored, enabled, cost.cumulative(enabled))
+    scored: Scores,
+    policy: Policy,
+    cost: Cost,
+    times: SegmentTimes | None,
+    goal: Goal,
+    objective: Objective,
+) -> tuple[tuple[bool, ...], Curve, np.ndarray]:
+    """Which exits to enable, the curve of a shared threshold for them, and the price (P,) of its
+    points: seconds if the goal counts them, MACs if not."""
+    if timed_batch(goal) is None:
+        enabled = _enabled(scored, policy, cost.mean_macs, objective)
+    else:
+        enabled = _enabled(scored, policy, _needed(times).of, objective, times)
+    curve = shared_curve(scored, enabled, cost.cumulative(enabled))
+    price = curve.macs if timed_batch(goal) is None else _needed(times).of(enabled, curve.shares)
+    return enabled, curve, price
 
 
 def _enabled(
-    scored: Scores, policy: Policy, pricing: Pricing, objective: Objective
+    scored: Scores,
+    policy: Policy,
+    pricing: Pricing,
+    objective: Objective,
+    times: SegmentTimes | None = None,
 ) -> tuple[bool, ...]:
     """The exits that pay; all of them if a score depends on the exits before, or if the criterion
-    needs several exits."""
+    needs several exits. times: only exits that it has measured can be enabled."""
     traits = get_traits(policy.criterion)
     if traits.keeps_state or traits.min_early_exits > 1:
         return policy.enabled
-    return exits_that_pay(scored, pricing, objective)
+    candidates = (
+        policy.enabled if times is None else tuple(map(times.allows, range(len(policy.enabled))))
+    )
+    return exits_that_pay(scored, pricing, objective, candidates)
 
 
 def _certified(val: ExitRecord, goal: Risk, cost: Cost) -> Policy:

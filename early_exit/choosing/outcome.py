@@ -9,7 +9,7 @@ from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost
 
-ROUNDING = 1e-5  # live inference may exit or answer differently if a decision is closer than this
+ROUNDING = 1e-5  # of float32; live inference may decide otherwise if a decision is this close
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,73 @@ def outcome_of(scored: Scores, policy: Policy, cost: Cost) -> Outcome:
     return Outcome(scored, policy, cost, scored.exit_index(policy))
 
 
-def disagreements(
-    record: ExitRecord, policy: Policy, answers: np.ndarray, exit_index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Live:
+    """What inference with exits taken gave; each field: (images,).
+
+    answers: the classes; score: of the exit that was taken; best: the highest logit there, divided
+    by the temperature.
+    """
+
+    answers: np.ndarray
+    exit_index: np.ndarray
+    score: np.ndarray
+    best: np.ndarray
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """Live inference compared with the policy applied to the record.
+
+    differs, unexplained: (images,) masks of the images whose answer or exit differs, and of those
+    that rounding does not explain; rounding: how far scores may differ, which depends on the
+    precision.
+    """
+
+    differs: np.ndarray
+    unexplained: np.ndarray
+    rounding: float
+
+
+def disagreements(record: ExitRecord, policy: Policy, live: Live) -> Disagreements:
     """Compares live inference with the policy applied to the record.
 
-    answers, exit_index: (images,), of live inference. Returns two (images,) masks: the images whose
-    answer or exit differs, and those of them that rounding does not explain. Rounding explains a
-    difference if, at an exit that the image reached, the score is within `ROUNDING` of the
-    threshold, or the logits of the two best classes are within `ROUNDING` of each other.
+    Rounding explains a difference if, at an exit that the image reached, the score is as close to
+    the threshold, or the logits of the two best classes to each other, as live inference and the
+    record differ on the images on which they agree, or as `ROUNDING`.
     """
     outcome = apply_policy(policy, record, record.cost)
-    differs = (outcome.answers != answers) | (outcome.exit_index != exit_index)
+    differs = (outcome.answers != live.answers) | (outcome.exit_index != live.exit_index)
+    score_rounding, logit_rounding = _rounding(record, outcome, live, ~differs)
     unexplained = np.zeros_like(differs)
     for image in np.flatnonzero(differs).tolist():
-        last = max(outcome.exit_index[image], exit_index[image])
+        last = max(outcome.exit_index[image], live.exit_index[image])
         reached = [index for index in range(last + 1) if policy.is_enabled(index)]
-        gaps = [
-            *_threshold_gaps(outcome.scored.scores[image], policy, reached),
-            *_class_gaps(record, image, reached),
+        near_threshold = [
+            gap <= score_rounding
+            for gap in _threshold_gaps(outcome.scored.scores[image], policy, reached)
         ]
-        unexplained[image] = min(gaps) > ROUNDING
-    return differs, unexplained
+        near_tie = _class_gaps(record, image, reached) <= logit_rounding
+        unexplained[image] = not any([*near_threshold, *near_tie])
+    return Disagreements(differs, unexplained, score_rounding)
+
+
+def _rounding(
+    record: ExitRecord, outcome: Outcome, live: Live, same: np.ndarray
+) -> tuple[float, float]:
+    """How far scores, and differences of two logits, of live inference and the record may differ:
+    twice as far as they do on the images (images,) on which both agree, and `ROUNDING` at least."""
+    images = np.flatnonzero(same)
+    exits = outcome.exit_index[images]
+    rows = images if record.rows is None else record.rows[images]
+    best = np.array([record.logits[row, at].max() for row, at in zip(rows, exits, strict=True)])
+    temperatures = np.asarray(outcome.policy.temperatures)[exits]
+    scores = outcome.scored.scores[images, exits] - live.score[images]
+    logits = best - live.best[images] * temperatures
+    return tuple(  # type: ignore[return-value]
+        max(ROUNDING, 2 * factor * float(np.abs(values).max(initial=0.0)))
+        for values, factor in ((scores, 1), (logits, 2))
+    )
 
 
 def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:

@@ -7,6 +7,7 @@ those are switched only for more than 3 % of the cost, or 0.3 points of accuracy
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -46,26 +47,29 @@ class Subset:
     enabled: tuple[bool, ...]
 
 
-def exits_that_pay(scored: Scores, pricing: Pricing, objective: Objective) -> tuple[bool, ...]:
+def exits_that_pay(
+    scored: Scores, pricing: Pricing, objective: Objective, candidates: Sequence[bool] = ()
+) -> tuple[bool, ...]:
     """Which early exits to enable if all share a threshold.
+
+    candidates: flags of the early exits that may be enabled; default: all.
 
     A greedy search from both ends: all exits, disabling one at a time as long as that improves the
     objective; and none, enabling one at a time. The better end counts. scored: with all exits
     enabled, whose scores must not depend on each other.
     """
     num_early = scored.scores.shape[1] - 1
-    cheap = cheap_heads(pricing, num_early)
+    candidates = tuple(candidates) or (True,) * num_early
+    cheap = cheap_heads(pricing, candidates)
 
-    def evaluate(enabled: tuple[bool, ...]) -> Subset:
-        curve = shared_curve(scored, enabled, np.zeros(num_early + 1))
-        return Subset(minimum(objective(curve.accuracy, pricing(enabled, curve.shares))), enabled)
+    evaluate = partial(_valued, scored, pricing, objective)
 
     def follow(subset: Subset, switch_to: bool) -> Subset:
         while True:
             improved = [
                 trial
                 for index, is_enabled in enumerate(subset.enabled)
-                if is_enabled != switch_to
+                if is_enabled != switch_to and candidates[index]
                 for trial in [evaluate(replaced(subset.enabled, index, switch_to))]
                 if improves(trial.value, subset.value, cheap[index])
             ]
@@ -73,24 +77,47 @@ def exits_that_pay(scored: Scores, pricing: Pricing, objective: Objective) -> tu
                 return subset
             subset = min(improved)
 
-    backward = follow(evaluate((True,) * num_early), switch_to=False)
+    backward = follow(evaluate(candidates), switch_to=False)
     forward = follow(evaluate((False,) * num_early), switch_to=True)
     best = forward if improves(forward.value, backward.value, all(cheap)) else backward
     return best.enabled
 
 
-def cheap_heads(pricing: Pricing, num_early: int) -> list[bool]:
-    """Which early heads cost less than half a percent of the whole."""
-    all_enabled, no_exit_taken = (True,) * num_early, np.eye(num_early + 1)[-1:]
+def _valued(
+    scored: Scores, pricing: Pricing, objective: Objective, enabled: tuple[bool, ...]
+) -> Subset:
+    """The exits with the best value that a shared threshold gives them."""
+    curve = shared_curve(scored, enabled, np.zeros(len(enabled) + 1))
+    return Subset(minimum(objective(curve.accuracy, pricing(enabled, curve.shares))), enabled)
+
+
+def cheap_heads(pricing: Pricing, candidates: tuple[bool, ...]) -> list[bool]:
+    """Which early heads cost less than half a percent of the whole, of which no image exits."""
+    no_exit_taken = np.eye(len(candidates) + 1)[-1:]
 
     def cost(enabled: tuple[bool, ...]) -> float:
         return float(pricing(enabled, no_exit_taken)[0])
 
-    whole = cost(all_enabled)
+    whole = cost(candidates)
     return [
-        whole - cost(replaced(all_enabled, index, False)) < CHEAP * whole
-        for index in range(num_early)
+        whole - cost(replaced(candidates, index, False)) < CHEAP * whole
+        for index in range(len(candidates))
     ]
+
+
+def shortlist(
+    scored: Scores, pricing: Pricing, objective: Objective, most: int
+) -> tuple[bool, ...]:
+    """At most `most` early exits that are worth measuring, by a price that needs no measurement.
+
+    All of them, if they are that few. Otherwise the exit without which the objective is best is
+    removed, one at a time.
+    """
+    enabled = (True,) * (scored.scores.shape[1] - 1)
+    while sum(enabled) > most:
+        trials = [replaced(enabled, index, False) for index in np.flatnonzero(enabled).tolist()]
+        enabled = min(_valued(scored, pricing, objective, trial) for trial in trials).enabled
+    return enabled
 
 
 def replaced(enabled: tuple[bool, ...], index: int, value: bool) -> tuple[bool, ...]:

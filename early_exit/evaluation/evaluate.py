@@ -7,10 +7,12 @@ else.
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from early_exit import config as configs
@@ -20,17 +22,18 @@ from early_exit.choosing.goals import (
     FixedPolicy,
     FixedThresholds,
     Goal,
-    LatencyBudget,
     Risk,
     check_given,
     choose,
+    exits_to_time,
+    timed_batch,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
 from early_exit.evaluation import page, plots, rows
 from early_exit.evaluation.decoration import optional
-from early_exit.evaluation.live import Measurements, measure, time_stages
+from early_exit.evaluation.live import Measurements, measure, time_for_choice
 from early_exit.evaluation.markdown import to_markdown
 from early_exit.evaluation.report import (
     Choice,
@@ -42,8 +45,8 @@ from early_exit.evaluation.report import (
     RunInfo,
     to_json,
 )
-from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import Policy
+from early_exit.inference.segment_times import SegmentTimes
 from early_exit.metrics import mean_std
 from early_exit.model import energy
 from early_exit.output import prepare_output, source_run
@@ -65,6 +68,9 @@ from early_exit.trained import (
 )
 
 log = logging.getLogger(__name__)
+
+MANY_EXITS = 7  # early exits of which all segments between them are timed for a goal in seconds
+FEW_EXITS = 2  # where a segment takes a minute to build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ class Evaluated:
     trained: Trained
     splits: Splits
     goal: Goal
-    times: StageTimes | None
+    times: SegmentTimes | None
     val: Outcome
     test: Outcome
 
@@ -132,9 +138,6 @@ def evaluate(
         raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
-    if trained.config.run.compile:
-        trained.network.compile_stages()
-        trained.network.backbone.compile(dynamic=True)
     evaluated = choose_and_apply(trained, goal, chosen)
     cuts = over_cuts(evaluated, chosen) if chosen.cuts > 1 else None
 
@@ -152,8 +155,10 @@ def evaluate(
 def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluated:
     """Chooses a policy on val and applies it to val and test."""
     splits, times = get_splits(trained, options.val_from, options.cut_seed), None
-    if isinstance(goal, LatencyBudget):
-        times = time_stages(trained, splits.data, goal.criterion, goal.batch_size)
+    if batch_size := timed_batch(goal):
+        most = FEW_EXITS if trained.runtime.runtime.slow_to_build else MANY_EXITS
+        candidates = exits_to_time(splits.val, goal, trained.cost, most)
+        times = time_for_choice(trained, splits.data, goal.criterion, batch_size, candidates)
     policy = choose(splits.val, goal, trained.cost, times)
     _log_policy(policy, goal)
     val, test = (apply_policy(policy, part, trained.cost) for part in (splits.val, splits.test))
@@ -216,7 +221,8 @@ def make_report(
         ),
         environment=Environment(
             device=describe_device(trained.device),
-            precision=PRECISIONS[trained.precision],
+            precision=PRECISIONS[trained.runtime.runtime.precision],
+            runtime=trained.runtime.runtime.name,
             versions=provenance.versions(),
             command=shlex.join(["python", *sys.argv]),
         ),
@@ -239,9 +245,9 @@ def make_report(
         timing=tuple(found.timing for found in measured.timed),
         static_networks=static_rows,
         curve_seconds=tuple(
-            rows.curve_seconds(found.stages, found.timing, curve, val, test)
+            rows.curve_seconds(found.segments, found.timing, curve, val, test)
             for found in measured.timed
-            if found.stages
+            if found.segments
         ),
     )
 
@@ -255,11 +261,11 @@ def _candidates(val: ExitRecord, goal: Goal, outcome: Outcome) -> tuple[cdl.Cand
 
 def over_cuts(evaluated: Evaluated, options: Options) -> Cuts:
     """The same choice over cut seeds `cut_seed` .. `cut_seed + cuts - 1`."""
-    trained, outcomes = evaluated.trained, []
+    trained, times, outcomes = evaluated.trained, evaluated.times, []
     whole = get_record(trained, "test")
     for seed in range(options.cut_seed, options.cut_seed + options.cuts):
         val, test = cut_record(whole, trained.data, seed)
-        policy = choose(val, evaluated.goal, trained.cost, evaluated.times)
+        policy = choose(val, evaluated.goal, trained.cost, times)
         outcomes.append(apply_policy(policy, test, trained.cost))
     points = [outcome.point for outcome in outcomes]
     return Cuts(
@@ -267,7 +273,16 @@ def over_cuts(evaluated: Evaluated, options: Options) -> Cuts:
         MeanStd(*mean_std([point.accuracy for point in points])),
         MeanStd(*mean_std([point.macs_share for point in points])),
         MeanStd(*mean_std([outcome.final_accuracy for outcome in outcomes])),
+        None if times is None else MeanStd(*mean_std(speedups(outcomes, times))),
     )
+
+
+def speedups(outcomes: Sequence[Outcome], times: SegmentTimes) -> list[float]:
+    """How many times as fast as the plain network each outcome is expected to be."""
+    return [
+        times.plain / float(times.of(outcome.policy.enabled, np.array([outcome.exit_shares]))[0])
+        for outcome in outcomes
+    ]
 
 
 def _log_policy(policy: Policy, goal: Goal) -> None:
@@ -290,6 +305,7 @@ def _log_policy(policy: Policy, goal: Goal) -> None:
 def default_name(goal: Goal) -> str:
     """The name of an evaluation that was given none."""
     words = f"{goal} {goal.criterion}"
+    words = words.replace(",", "")
     if not goal.calibrate:
         words += " uncalibrated"
     for old, new in ((" % of MACs", ""), (" %", ""), (" points", ""), (" ", "-")):

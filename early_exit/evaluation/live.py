@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from early_exit.choosing.outcome import Outcome, disagreements
+from early_exit.choosing.outcome import Live, Outcome, disagreements
 from early_exit.choosing.record import ExitRecord
 from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
 from early_exit.evaluation.report import LiveResult
 from early_exit.inference import latency
-from early_exit.inference.infer import infer
-from early_exit.inference.latency import StageTimes, Timing
+from early_exit.inference.latency import Timing
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.network import to_numpy
+from early_exit.inference.segment_times import SegmentTimes, all_spans, segment_times
+from early_exit.inference.segments import spans
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.trained import Trained
 
@@ -29,7 +32,7 @@ class TimedBatch:
     """What was timed at one batch size."""
 
     timing: Timing
-    stages: StageTimes | None
+    segments: SegmentTimes | None
     """None if val is smaller than a batch."""
 
 
@@ -56,8 +59,6 @@ def measure(
     """
     for network in static_networks.values():
         network.to(trained.device).to(memory_format=trained.config.run.memory_format)
-        if trained.config.run.compile:
-            network.compile(dynamic=True)
     live = run_live(trained, data, test, outcome.policy)
     timed = [
         time_batch(trained, data, outcome.policy, batch_size, max_images, static_networks)
@@ -68,24 +69,33 @@ def measure(
 
 def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> LiveResult:
     """Inference with exits taken on all of test, compared with the record."""
-    answers, exits, top5 = [], [], 0
+    parts: list[tuple[np.ndarray, ...]] = []
+    top5 = 0
     for images, target in data.eval_batches("test", LIVE_BATCH):
-        batch = infer(trained.network, images, policy, trained.autocast)
-        answers.append(batch.classes.cpu().numpy())
-        exits.append(batch.exit_index.cpu().numpy())
+        batch = trained.runtime.infer(images, policy)
+        logits = to_numpy(batch.logits)
+        parts.append(
+            (
+                logits.argmax(axis=-1),
+                to_numpy(batch.exit_index),
+                to_numpy(batch.score),
+                logits.max(axis=-1),
+            )
+        )
         if test.num_classes > MANY_CLASSES:
-            top5 += int(in_top5(batch.logits, target).sum())
+            top5 += int(in_top5(torch.from_numpy(logits), target.cpu()).sum())
     if isinstance(data, FileData) and (lost := data.unreadable("test")):  # since it was recorded
         kept = np.setdiff1d(np.arange(len(test)), list(lost))
         test = test.subset(kept, "test", test.info.split_hash)
-    classes, exit_index = np.concatenate(answers), np.concatenate(exits)
-    differs, unexplained = disagreements(test, policy, classes, exit_index)
+    live = Live(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    found = disagreements(test, policy, live)
     return LiveResult(
-        images=len(classes),
-        accuracy=float((classes == test.targets).mean()),
-        top5=top5 / len(classes) if test.num_classes > MANY_CLASSES else None,
-        differing=int(differs.sum()),
-        differing_beyond_rounding=int(unexplained.sum()),
+        images=len(live.answers),
+        accuracy=float((live.answers == test.targets).mean()),
+        top5=top5 / len(live.answers) if test.num_classes > MANY_CLASSES else None,
+        differing=int(found.differs.sum()),
+        differing_beyond_rounding=int(found.unexplained.sum()),
+        rounding=found.rounding,
         batch_size=LIVE_BATCH,
     )
 
@@ -107,31 +117,39 @@ def time_batch(
             batch_size,
         )
         return None
-    log.info("timing at batch %d", batch_size)
+    log.info("timing %s at batch %d", trained.runtime.runtime.name, batch_size)
     batches: list[Tensor] = []
     for images, _ in data.eval_batches("test", batch_size):
         if (len(batches) + 1) * batch_size > total:
             break
         if len(images) == batch_size:  # fewer if a file is unreadable since it was recorded
             batches.append(images)
-    timing = latency.measure(trained.network, batches, policy, autocast=trained.autocast)
-    stages = None
+    timing = latency.measure(trained.runtime, batches, policy, others=static_networks)
+    segments = None
     if batch_size <= data.size("val"):
-        stages = time_stages(trained, data, policy.criterion, batch_size, static_networks)
-    return TimedBatch(timing, stages)
+        images = first_of_val(data, batch_size)
+        segments = segment_times(trained.runtime, images, policy.criterion, spans(policy.enabled))
+    return TimedBatch(timing, segments)
 
 
-def time_stages(
-    trained: Trained,
-    data: Data,
-    criterion: str,
-    batch_size: int,
-    static_networks: Mapping[str, nn.Module] | None = None,
-) -> StageTimes:
-    """The stages' times on the first images of val, beside the static networks'."""
+def time_for_choice(
+    trained: Trained, data: Data, criterion: str, batch_size: int, candidates: Sequence[int]
+) -> SegmentTimes:
+    """The times of all segments between the candidate exits, on the first images of val."""
+    images = first_of_val(data, batch_size)
+    log.info(
+        "timing the segments between %d exits in %s at batch %d",
+        len(candidates) + 1,
+        trained.runtime.runtime.name,
+        batch_size,
+    )
+    pairs = all_spans(candidates, trained.network.num_exits)
+    return segment_times(trained.runtime, images, criterion, pairs)
+
+
+def first_of_val(data: Data, batch_size: int) -> Tensor:
+    """The first batch of val. Raises UserError if val is smaller."""
     images, _ = next(iter(data.eval_batches("val", batch_size)))
     if len(images) < batch_size:
         raise UserError(f"val has {len(images)} images, fewer than --latency-batch {batch_size}")
-    return latency.stage_times(
-        trained.network, images, criterion, autocast=trained.autocast, others=static_networks
-    )
+    return images

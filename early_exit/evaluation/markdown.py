@@ -102,9 +102,12 @@ def guarantee_text(report: Report, result: GuaranteeResult) -> str:
 
 def latency_text(report: Report, result: LatencyResult) -> str:
     """A latency budget: what was allowed, expected and measured."""
+    wanted = "The fewest seconds"
+    if result.budget is not None:
+        wanted = f"Budget: {_ms(result.budget)} ms"
     text = (
-        f"Budget: {_ms(result.budget)} ms for a batch of {result.batch_size}; the plain network"
-        f" takes {_ms(result.plain)} ms. Expected from the stages' times and the rows that reach"
+        f"{wanted} for a batch of {result.batch_size}; the plain network takes"
+        f" {_ms(result.plain)} ms. Expected from the segments' times and the rows that reach"
         f" them: {_ms(result.val)} ms on val, {_ms(result.test)} ms on test"
     )
     for timing in report.timing:
@@ -227,7 +230,7 @@ def timing_table(report: Report) -> str:
             f"| {timing.batch_size} | {timing.images} | {_ms(plain.p50)} / {_ms(plain.p95)} ms"
             f" | {_ms(live.p50)} / {_ms(live.p95)} ms | {timing.speedup:.2f} x"
             f" | {100 * timing.fraction_of_ideal:.0f} % | {100 * timing.overhead:+.1f} %"
-            f" | ({timing.speedup_without_heads:.2f} x) |"
+            f" | {_times(timing.speedup_without_heads)} |"
         )
     return "\n".join(lines)
 
@@ -239,7 +242,7 @@ def stage_table(report: Report) -> str:
     macs = [now - before for now, before in zip(totals, [0, *totals[:-1]], strict=True)]
     rows = [("MACs", [value / totals[-1] for value in macs])]
     rows += [
-        (f"seconds, batch {timing.batch_size}", list(timing.stage_shares))
+        (f"seconds, batch {timing.batch_size}", list(timing.segment_shares))
         for timing in report.timing
     ]
     lines = [
@@ -322,7 +325,7 @@ def _choice_sections(report: Report) -> list[Section]:
     if report.guarantee:
         found.append(Section("guarantee", "Guarantee", guarantee_text(report, report.guarantee)))
     if report.latency:
-        found.append(Section("latency", "Latency budget", latency_text(report, report.latency)))
+        found.append(Section("latency", "Latency", latency_text(report, report.latency)))
     if report.cuts:
         cuts = report.cuts
         found.append(
@@ -349,8 +352,8 @@ def _measured_sections(report: Report) -> list[Section]:
                 f"Live inference on {live.images:,} test images at batch size {live.batch_size}:"
                 f" {100 * live.accuracy:.2f} % correct{top5}. {live.differing} of them took another"
                 " exit or got another answer than on the record of all exits;"
-                f" {live.differing_beyond_rounding} of these have a score more than 1e-5 away from"
-                " its threshold.",
+                f" {live.differing_beyond_rounding} of these have no score within rounding"
+                f" ({live.rounding:.1g}) of its threshold.",
             )
         )
     if report.timing:
@@ -474,6 +477,10 @@ def code(text: str) -> str:
 
 def _or_dash(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _times(speedup: float | None) -> str:
+    return "-" if speedup is None else f"({speedup:.2f} x)"
 
 
 def _ms(seconds: float) -> str:

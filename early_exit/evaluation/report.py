@@ -66,6 +66,8 @@ class Environment:
     precision: str
     versions: dict[str, str]
     command: str
+    runtime: str = "torch"
+    """What ran the network: a name of `early_exit.inference.runtimes.table`."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ class StaticRow:
 @dataclass(frozen=True)
 class CurveSeconds:
     """The time of the curve's points at one batch size, as shares of the plain network's time: the
-    sum of the stages' times at the mean numbers of rows that reach them
-    (`early_exit.inference.latency.StageTimes`)."""
+    sum of the segments' times at the mean numbers of rows that reach them
+    (`early_exit.inference.segment_times`)."""
 
     batch_size: int
     plain: float
@@ -172,11 +174,12 @@ class GuaranteeResult:
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """A budget of seconds per batch: the budget, the plain network's time, and the time expected
-    on val and test, in one measurement."""
+    """A goal in seconds per batch: the plain network's time and the time expected on val and test,
+    in one measurement."""
 
     batch_size: int
-    budget: float
+    budget: float | None
+    """None: the fewest seconds were wanted."""
     plain: float
     val: float
     test: float
@@ -190,6 +193,8 @@ class Cuts:
     accuracy: MeanStd
     macs_share: MeanStd
     final_accuracy: MeanStd
+    speedup: MeanStd | None = None
+    """Over the plain network, expected from the segments' times, if the goal counts seconds."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,10 @@ class LiveResult:
     differing: int
     """Images with another exit or answer than on the record."""
     differing_beyond_rounding: int
-    """Those of them whose score on the record is more than 1e-5 away from a threshold it met."""
+    """Those of them that rounding does not explain (`early_exit.choosing.outcome`)."""
     batch_size: int
+    rounding: float = 1e-5
+    """How far scores may differ from the record by rounding; it depends on the precision."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +298,7 @@ def to_json(report: Report) -> str:
                 "fraction_of_ideal",
                 "speedup_without_heads",
                 "overhead",
-                "stage_shares",
+                "segment_shares",
             )
         }
     for row, stage in zip(values["cdl"] or (), report.cdl or (), strict=True):

@@ -47,6 +47,13 @@ class Rows:
         return Rows(self.index[rows], select_rows(self.features, rows), state)
 
 
+def all_rows(images: Array, begin: int = 0) -> Rows:
+    """The rows of a batch (B, C, H, W) before its first segment, numbered from `begin`."""
+    array = namespace(images)
+    placed = {} if array is np else {"device": images.device}
+    return Rows(array.arange(begin, begin + len(images), **placed), images)
+
+
 @dataclass(frozen=True)
 class Answers:
     """The answers for a batch, in the order of its images.
@@ -126,9 +133,8 @@ def run_segments(
     (B, C, H, W), B at least 1.
     """
     array = namespace(images)
-    count = len(images)
-    placed = {} if array is np else {"device": images.device}
-    rows = Rows(array.arange(count, **placed), images)
+    rows = all_rows(images)
+    everything = rows.index
     groups: list[tuple[Array, Answers]] = []
     for exit_index, segment in segments:
         remaining, exited = advance(segment, rows, policy, exit_index)
@@ -141,7 +147,7 @@ def run_segments(
     if len(groups) == 1:  # all at one exit, and so in order
         return answers
     order = array.empty_like(index)
-    order[index] = array.arange(count, **placed)
+    order[index] = everything
     return answers.select(order)
 
 

@@ -6,6 +6,7 @@ the criterion, so a disabled exit costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,10 @@ class Segment:
         return features, logits, answer, score, state
 
 
-def spans(policy: Policy) -> list[tuple[int, int]]:
-    """The segments under a policy's enabled exits, each as the indices of its first and its last
+def spans(enabled: Sequence[bool]) -> list[tuple[int, int]]:
+    """The segments under these enabled early exits, each as the indices of its first and its last
     stage; the latter is the index of the exit it ends at."""
-    ends = [index for index in range(policy.num_exits) if policy.is_enabled(index)]
+    ends = [index for index, flag in enumerate((*enabled, True)) if flag]
     return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
 
 
@@ -66,5 +67,6 @@ def segments_of(network: MultiExitNetwork, policy: Policy) -> list[tuple[int, Se
     """The segments of a network under a policy's enabled exits, each with the index of the exit it
     ends at."""
     return [
-        (last, segment_of(network, first, last, policy.criterion)) for first, last in spans(policy)
+        (last, segment_of(network, first, last, policy.criterion))
+        for first, last in spans(policy.enabled)
     ]

@@ -24,6 +24,7 @@ from early_exit.inference.infer import (
     Rows,
     RunSegment,
     advance,
+    all_rows,
     check_network,
     join,
     namespace,
@@ -135,11 +136,8 @@ class Stream:
         if not len(images):
             raise UserError("a batch of the stream has no images; expected at least one")
         self.batch_size = self.batch_size or len(images)
-        array = namespace(images)
-        begin, self._total = self._total, self._total + len(images)
-        placed = {} if array is np else {"device": images.device}
-        index = array.arange(begin, self._total, **placed)
-        self.queues[0].put(Rows(index, images), begin)
+        self.queues[0].put(all_rows(images, self._total), self._total)
+        self._total += len(images)
         self._pending.append((self._total, self.clock()))
 
     def run(self, context: Callable[[], AbstractContextManager]) -> Iterator[Answers]:

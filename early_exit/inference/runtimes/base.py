@@ -41,6 +41,8 @@ class Runtime(Protocol):
     """As `--runtime` takes it."""
     precision: str
     """f32, bf16, fp16 or int8."""
+    slow_to_build: bool
+    """Whether a segment takes a minute or so to build."""
 
     def array(self, images: Tensor) -> Array:
         """Images as the first segment takes them."""

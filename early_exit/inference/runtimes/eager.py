@@ -21,6 +21,7 @@ class EagerRuntime:
     precision: str
     """f32, bf16 or fp16."""
     device: torch.device
+    slow_to_build: bool = False
 
     def array(self, images: Tensor) -> Tensor:
         """The images on the device."""

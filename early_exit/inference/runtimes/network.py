@@ -49,7 +49,8 @@ class RuntimeNetwork:
         """The segments under a policy's enabled exits, each with the exit it ends at."""
         policy.check_exits(self.network.exit_names, "the network")
         return [
-            (last, self.segment(first, last, policy.criterion)) for first, last in spans(policy)
+            (last, self.segment(first, last, policy.criterion))
+            for first, last in spans(policy.enabled)
         ]
 
     def plain(self, network: nn.Module | None = None) -> RunNetwork:
@@ -74,15 +75,25 @@ class RuntimeNetwork:
         arrays, context = map(self.runtime.array, batches), self.runtime.context
         return stream_segments(self.segments(policy), arrays, policy, context=context, **options)
 
-    def logits(self, images: Tensor) -> np.ndarray:
-        """The logits of every exit, (B, N, K) float32."""
+    @property
+    def num_exits(self) -> int:
+        """The number of exits, the final classifier included."""
+        return self.network.num_exits
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits of an exit."""
+        return self.network.num_classes
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The logits of every exit, N tensors (B, K), as the network gives them."""
         features, logits = self.runtime.array(images), []
         with self.runtime.context():
-            for index in range(self.network.num_exits):
+            for index in range(self.num_exits):
                 segment = self.segment(index, index, "max_prob")
                 features, exit_logits, *_ = segment(features, 1.0, None)
-                logits.append(to_numpy(exit_logits))
-        return np.stack(logits, axis=1).astype(np.float32, copy=False)
+                logits.append(torch.as_tensor(exit_logits))
+        return logits
 
     @cached_property
     def _stage_inputs(self) -> list[Features]:

@@ -30,6 +30,7 @@ class OnnxRuntime:
     precision: str = "f32"
     threads: int | None = None
     """None: one per core."""
+    slow_to_build: bool = False
 
     def array(self, images: Tensor) -> np.ndarray:
         """The images, channels first."""

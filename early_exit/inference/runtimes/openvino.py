@@ -35,6 +35,7 @@ class OpenVINORuntime:
     precision: str = "f32"
     threads: int | None = None
     """None: one per core."""
+    slow_to_build: bool = False
 
     def array(self, images: Tensor) -> np.ndarray:
         """The images, channels first."""
