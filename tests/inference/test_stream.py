@@ -247,7 +247,7 @@ def test_without_exits_every_batch_is_answered_at_once():
 def test_disabled_exits_have_no_queue():
     _, policy, features = script([2, 3, 0, 3] * 4, num_exits=4)
     policy = replace(policy, enabled=(False, False, True))
-    segments = [(last, Scripted(last)) for _, last in spans(policy)]
+    segments = [(last, Scripted(last)) for _, last in spans(policy.enabled)]
     answers = list(stream_segments(segments, cut(features, [4] * 4), policy))
     assert [answer.exit_index.tolist() for answer in answers] == [[2, 3, 3, 3]] * 4
     assert [segment.sizes for _, segment in segments] == [[4] * 4, [4] * 3]
