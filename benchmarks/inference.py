@@ -19,10 +19,11 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     run("inference", "inference.py")
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cifar10.networks
 import imagenet.networks
@@ -50,6 +51,18 @@ def build_network(
     return imagenet.networks.build_network(arch, tuple(exits), head, image_size=image_size)
 
 
+def set_statistics(network: MultiExitNetwork, images: Tensor) -> None:
+    """Sets the averages of BatchNorm to those of the images, and eval mode. With random weights and
+    without averages, the values grow from layer to layer until every score of a deep network is
+    1."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the averages of what it sees
+    with torch.no_grad():
+        network.train()(images)
+    network.eval()
+
+
 def policy_for_shares(
     network: MultiExitNetwork | RuntimeNetwork,
     images: Tensor,
@@ -57,25 +70,28 @@ def policy_for_shares(
     criterion: str,
 ) -> Policy:
     """The policy under which these shares of `images` exit at each early exit."""
-    multi_exit = network.network if isinstance(network, RuntimeNetwork) else network
-    policy = Policy(
-        exit_names=multi_exit.exit_names,
-        thresholds=(NEVER,) * (multi_exit.num_exits - 1),
-        criterion=criterion,
-    )
+    names = (network.network if isinstance(network, RuntimeNetwork) else network).exit_names
     with torch.inference_mode():
         logits = torch.cat([torch.stack(network(batch), 1) for batch in images.split(BATCH)])
-    remaining = torch.ones(len(images), dtype=torch.bool, device=logits.device)
+    return policy_for_logits(names, logits, shares, criterion)
+
+
+def policy_for_logits(
+    exit_names: tuple[str, ...], logits: Tensor, shares: Sequence[float], criterion: str
+) -> Policy:
+    """The policy under which these shares of the rows of `logits` (B, N, K) exit at each early
+    exit."""
+    never = (NEVER,) * (len(exit_names) - 1)
+    policy = Policy(exit_names=exit_names, thresholds=never, criterion=criterion)
+    remaining = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     thresholds = []
     for exit_index, share in enumerate(shares):
         _, score, _ = policy.score(exit_index, logits[:, exit_index])
         ranked = score[remaining].sort(descending=True).values
-        count = min(round(share * len(images)), len(ranked))  # rounding may ask for too many
+        count = min(round(share * len(logits)), len(ranked))  # rounding may ask for too many
         thresholds.append(float(ranked[count - 1]) if count else NEVER)
         remaining &= score < thresholds[-1]
-    return Policy(
-        exit_names=multi_exit.exit_names, thresholds=tuple(thresholds), criterion=criterion
-    )
+    return dataclasses.replace(policy, thresholds=tuple(thresholds))
 
 
 def exit_shares(network: RuntimeNetwork, images: Tensor, policy: Policy) -> list[float]:
@@ -198,9 +214,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
     torch.manual_seed(0)
     network = build_network(args.arch, args.exits, args.head, args.image_size)
-    network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device, memory_format=torch.channels_last)
     images = torch.randn(args.images, *network.image_shape, device=device)
     images = images.to(memory_format=torch.channels_last)
+    set_statistics(network, images[:BATCH])
     print(
         f"{args.arch}, {args.image_size} pixels, exits after {', '.join(args.exits)},"
         f" {describe_device(device)}, torch {torch.__version__}"

@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import finish, make_folders, run_main, start
 
-from benchmarks import inference, streams
+from benchmarks import heads, inference, streams
 
 TINY = (
     "--arch",
@@ -153,3 +153,21 @@ def test_streams_refuses_mistakes_in_one_line(run_streams, flags, named):
     assert code == 2
     assert err.startswith("streams.py: ") and err.count("\n") == 1
     assert all(part in err for part in named)
+
+
+@pytest.mark.slow
+def test_heads_are_timed_at_every_place_and_batch_size(monkeypatch, capsys):
+    flags = ("--arch", "resnet20", "--batch-sizes", "1", "2", "--turns", "2")
+    code, out, err = run_main(
+        heads.main, "heads.py", monkeypatch, capsys, *flags, "--heads", "conv", "pooled"
+    )
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^\| torch \| (\d) \| (\S+) \| [\d.]+ \| .* \| .* \|$", out, re.MULTILINE)
+    assert rows == [("1", "layer2.0"), ("1", "layer3.0"), ("2", "layer2.0"), ("2", "layer3.0")]
+    assert "conv head, ms" in out and "pooled head, ms" in out
+
+
+@pytest.mark.parametrize("flags", [("--turns", "0"), ("--batch-sizes", "0"), ("--threads", "0")])
+def test_nothing_to_time_is_refused(monkeypatch, capsys, flags):
+    code, _, err = run_main(heads.main, "heads.py", monkeypatch, capsys, *flags)
+    assert code == 2 and flags[0] in err

@@ -115,8 +115,10 @@ def advance(
     if exit_index == policy.num_exits - 1:
         return None, Exited(rows.index, answer, score)
     exits = policy.exits(exit_index, score)
-    remaining = indices(~exits)  # waits for the device: the next shapes depend on it
     onward = Rows(rows.index, features, state)
+    if len(exits) == 1:  # one row: its exit is known without indices
+        return (None, Exited(rows.index, answer, score)) if exits else (onward, None)
+    remaining = indices(~exits)  # waits for the device: the next shapes depend on it
     if len(remaining) == len(exits):
         return onward, None
     if len(remaining) == 0:
