@@ -102,9 +102,8 @@ def exit_shares(network: RuntimeNetwork, images: Tensor, policy: Policy) -> list
     return (counts / len(images)).tolist()
 
 
-def parser() -> flags.Parser:
-    """The benchmark's flags."""
-    parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
+def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
+    """The flags of the network, its exits and the images. batch_sizes: the default."""
     parser.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
     parser.add_argument(
         "--image-size",
@@ -153,11 +152,17 @@ def parser() -> flags.Parser:
         "--batch-sizes",
         type=int,
         nargs="+",
-        default=[1, 256],
+        default=list(batch_sizes),
         metavar="N",
-        help="batch sizes to time (default 1 256)",
+        help=f"batch sizes to time (default {' '.join(map(str, batch_sizes))})",
     )
     parser.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
+
+
+def parser() -> flags.Parser:
+    """The benchmark's flags."""
+    parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
+    add_network_flags(parser, (1, 256))
     parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument(
         "--seconds", type=float, default=30, help="time limit per batch size (default 30)"

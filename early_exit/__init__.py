@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from early_exit.evaluation.evaluate import evaluate as evaluate
     from early_exit.inference.infer import infer as infer
     from early_exit.inference.policy import Policy as Policy
+    from early_exit.inference.stream import infer_stream as infer_stream
     from early_exit.loading import load as load
     from early_exit.model.cost import network_cost as network_cost
     from early_exit.model.network import MultiExitNetwork as MultiExitNetwork
@@ -48,6 +49,7 @@ _MODULES = {
     "choose": "choosing.choice",
     "evaluate": "evaluation.evaluate",
     "infer": "inference.infer",
+    "infer_stream": "inference.stream",
     "load": "loading",
     "network_cost": "model.cost",
     "train": "training.train",

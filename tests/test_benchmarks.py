@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import finish, make_folders, run_main, start
 
-from benchmarks import heads, inference
+from benchmarks import heads, inference, streams
 
 TINY = (
     "--arch",
@@ -115,6 +115,44 @@ def test_a_loop_that_fails_ends_the_benchmark(tmp_path):
     done = finish(start("benchmarks/training.py", "--arch", "resnet21", cwd=tmp_path))
     assert done.returncode == 2
     assert re.search(r"^training\.py: .*'usual'", done.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def run_streams(monkeypatch, capsys):
+    """A function that runs benchmarks/streams.py: exit code, stdout, stderr."""
+    return lambda *flags: run_main(streams.main, "streams.py", monkeypatch, capsys, *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_streams_compares_with_infer_and_the_plain_network(run_streams, runtime):
+    if runtime != "torch":
+        pytest.importorskip(runtime)
+        pytest.importorskip("onnxscript")
+    flags = ("--runtime", runtime, "--repeats", "1", "--exits", "layer1", "--exit-shares", "0.5")
+    small = ("--arch", "resnet20", "--images", "64", "--batch-sizes", "8", "48", "--device", "cpu")
+    code, out, err = run_streams(*flags, *small)
+    assert (code, err) == (0, "")
+    shares = re.findall(r"(?:layer1|final) (\d+) %", out)
+    assert all(abs(int(share) - 50) <= 2 for share in shares)  # the threshold is some image's score
+    number, ratio = r"(\d+) \| ", r"([\d.]+) \([\d.]+ to [\d.]+\) \| "
+    rows = re.findall(rf"^\| {runtime} \| {number * 4}{ratio * 2}([\d.]+) \|$", out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["8", "48"]
+    assert all(float(value) > 0 for row in rows for value in row)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--repeats", "0"), ["--repeats", "0"]),
+        (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+    ],
+)
+def test_streams_refuses_mistakes_in_one_line(run_streams, flags, named):
+    code, _, err = run_streams(*flags)
+    assert code == 2
+    assert err.startswith("streams.py: ") and err.count("\n") == 1
+    assert all(part in err for part in named)
 
 
 @pytest.mark.slow

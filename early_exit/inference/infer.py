@@ -42,25 +42,16 @@ class Rows:
     state: Array | None = None
 
     def select(self, rows: Array) -> Rows:
-        """Some of the rows, by their indices."""
+        """Some of the rows, by their indices or a slice."""
         state = None if self.state is None else self.state[rows]
         return Rows(self.index[rows], select_rows(self.features, rows), state)
 
 
-def all_rows(images: Array) -> Rows:
-    """The rows of a batch (B, C, H, W) before its first segment."""
+def all_rows(images: Array, begin: int = 0) -> Rows:
+    """The rows of a batch (B, C, H, W) before its first segment, numbered from `begin`."""
     array = namespace(images)
     placed = {} if array is np else {"device": images.device}
-    return Rows(array.arange(len(images), **placed), images)
-
-
-@dataclass
-class Exited:
-    """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
-
-    index: Array
-    answer: Array
-    score: Array
+    return Rows(array.arange(begin, begin + len(images), **placed), images)
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,36 @@ class Answers:
     def classes(self) -> Array:
         """The class answered, (B,)."""
         return self.logits.argmax(-1)
+
+    def select(self, rows: Any) -> Answers:
+        """Some of the answers: indices or a slice."""
+        return Answers(self.logits[rows], self.exit_index[rows], self.score[rows])
+
+
+@dataclass
+class Exited:
+    """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
+
+    index: Array
+    answer: Array
+    score: Array
+
+    def answers(self, exit_index: int) -> Answers:
+        """What they were answered at the exit `exit_index`."""
+        array = namespace(self.index)
+        return Answers(self.answer, array.full_like(self.index, exit_index), self.score)
+
+
+def join(groups: Sequence[tuple[Array, Answers]]) -> tuple[Array, Answers]:
+    """The rows of several groups, each group with their numbers (R,), one after the other."""
+    if len(groups) == 1:
+        return groups[0]
+    join_arrays = namespace(groups[0][0]).concatenate
+    return join_arrays([index for index, _ in groups]), Answers(
+        join_arrays([answers.logits for _, answers in groups]),
+        join_arrays([answers.exit_index for _, answers in groups]),
+        join_arrays([answers.score for _, answers in groups]),
+    )
 
 
 def advance(
@@ -116,26 +137,20 @@ def run_segments(
     array = namespace(images)
     rows = all_rows(images)
     everything = rows.index
-    groups: list[tuple[int, Exited]] = []
+    groups: list[tuple[Array, Answers]] = []
     for exit_index, segment in segments:
         remaining, exited = advance(segment, rows, policy, exit_index)
         if exited is not None:
-            groups.append((exit_index, exited))
+            groups.append((exited.index, exited.answers(exit_index)))
         if remaining is None:
             break
         rows = remaining
+    index, answers = join(groups)
     if len(groups) == 1:  # all at one exit, and so in order
-        ((exit_index, group),) = groups
-        return Answers(group.answer, array.full_like(group.index, exit_index), group.score)
-    index = array.concatenate([group.index for _, group in groups])
+        return answers
     order = array.empty_like(index)
     order[index] = everything
-    exits = [array.full_like(group.index, number) for number, group in groups]
-    return Answers(
-        array.concatenate([group.answer for _, group in groups])[order],
-        array.concatenate(exits)[order],
-        array.concatenate([group.score for _, group in groups])[order],
-    )
+    return answers.select(order)
 
 
 def infer(
@@ -152,11 +167,16 @@ def infer(
     """
     import torch
 
+    check_network(network, policy)
+    with torch.inference_mode(), autocast():
+        return run_segments(segments_of(network, policy), images, policy)
+
+
+def check_network(network: MultiExitNetwork, policy: Policy) -> None:
+    """Raises UserError for a network in training mode and for a policy of other exits."""
     if network.training:
         raise UserError("the network is in training mode; call network.eval() before inference")
     policy.check_exits(network.exit_names, "the network")
-    with torch.inference_mode(), autocast():
-        return run_segments(segments_of(network, policy), images, policy)
 
 
 def indices(mask: Array) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from early_exit.inference.infer import Answers, Array, RunSegment, run_segments
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Example, RunNetwork, Runtime
 from early_exit.inference.segments import segment_of, spans
+from early_exit.inference.stream import stream_segments
 from early_exit.model.features import Features
 from early_exit.model.network import MultiExitNetwork
 
@@ -63,6 +66,14 @@ class RuntimeNetwork:
         segments = self.segments(policy)
         with self.runtime.context():
             return run_segments(segments, self.runtime.array(images), policy)
+
+    def infer_stream(
+        self, batches: Iterable[Tensor], policy: Policy, **options: Any
+    ) -> Iterator[Answers]:
+        """The answers for each batch of a stream, in order; options:
+        `early_exit.inference.stream.stream_segments`."""
+        arrays, context = map(self.runtime.array, batches), self.runtime.context
+        return stream_segments(self.segments(policy), arrays, policy, context=context, **options)
 
     @property
     def num_exits(self) -> int:
