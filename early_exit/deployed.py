@@ -23,8 +23,7 @@ from early_exit.errors import UserError
 from early_exit.inference.criteria import CRITERIA, declare
 from early_exit.inference.infer import Answers, RunSegment, run_segments
 from early_exit.inference.policy import Policy
-from early_exit.inference.runtimes.onnxruntime import OnnxRuntime
-from early_exit.inference.runtimes.openvino import OpenVINORuntime
+from early_exit.inference.runtimes.table import find_runtime
 from early_exit.manifest import Manifest, SegmentFile
 from early_exit.model.macs import Cost
 from early_exit.prediction import Prediction, classify, make_predictions
@@ -118,18 +117,11 @@ def load(
     policy = Policy.load(directory / "policy.yaml")
     manifest.check_policy(policy, directory / "policy.yaml")
     name = choose_runtime(manifest, runtime)
-    loader = find_runtime(name, threads)
+    loader: Any = find_runtime(name, threads=threads)
     segments = [
         (segment.last, _loaded(directory, segment, loader)) for segment in manifest.segments
     ]
     return DeployedClassifier(manifest, policy, segments, name)
-
-
-def find_runtime(name: str, threads: int | None = None) -> Any:
-    """The runtime of this name, a key of `RUNTIMES`."""
-    package, precision = RUNTIMES[name]
-    kind = OnnxRuntime if package == "onnxruntime" else OpenVINORuntime
-    return kind(name, precision, threads)
 
 
 def choose_runtime(manifest: Manifest, wanted: str | None) -> str:

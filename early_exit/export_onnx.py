@@ -19,7 +19,7 @@ import early_exit
 from early_exit.classifier import Classifier
 from early_exit.data import folders
 from early_exit.data.pixels import normalise
-from early_exit.deployed import RUNTIMES, find_runtime
+from early_exit.deployed import RUNTIMES
 from early_exit.errors import UserError
 from early_exit.inference.criteria import Traits, get_traits
 from early_exit.inference.policy import Policy
@@ -27,6 +27,7 @@ from early_exit.inference.runtimes.base import Example
 from early_exit.inference.runtimes.onnx_check import check_segments
 from early_exit.inference.runtimes.onnx_export import OPSET, export_segment
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.inference.runtimes.table import find_runtime
 from early_exit.inference.segments import segments_of, spans
 from early_exit.manifest import NAME, CentreCrop, ImageInput, Manifest, SegmentFile
 from early_exit.system.device import PRECISIONS
@@ -65,8 +66,8 @@ def write(
     models = export(classifier, normalised, image_input)
     # the files are what is checked: in float32, also for a runtime that computes in less
     checked_in = RUNTIMES[runtime][0]
-    loader = find_runtime(checked_in)
-    ends = [last for _, last in spans(classifier.policy)]
+    loader: Any = find_runtime(checked_in)
+    ends = [last for _, last in spans(classifier.policy.enabled)]
     agreement = check_segments(
         classifier.loaded.network,
         classifier.policy,
@@ -77,7 +78,7 @@ def write(
     segments = tuple(
         SegmentFile(f"segment{index}.onnx", hashlib.sha256(model).hexdigest(), first, last)
         for index, (model, (first, last)) in enumerate(
-            zip(models, spans(classifier.policy), strict=True)
+            zip(models, spans(classifier.policy.enabled), strict=True)
         )
     )
     manifest = Manifest(

@@ -154,9 +154,9 @@ class Manifest:
                 f" {self.criterion}; export the run again for another one"
             )
         files = [(segment.first, segment.last) for segment in self.segments]
-        if spans(policy) != files:
+        if spans(policy.enabled) != files:
             exported = [self.exit_names[last] for _, last in files[:-1]]
-            enabled = [self.exit_names[last] for _, last in spans(policy)[:-1]]
+            enabled = [self.exit_names[last] for _, last in spans(policy.enabled)[:-1]]
             raise UserError(
                 f"{path} enables {' and '.join(enabled) or 'no early exit'}, the model's files end"
                 f" at {' and '.join(exported) or 'none'}; export the run again for other exits"

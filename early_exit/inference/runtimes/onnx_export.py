@@ -22,7 +22,6 @@ from early_exit.inference.criteria import apply_criterion
 from early_exit.inference.runtimes import onnx_graph
 from early_exit.inference.runtimes.base import Example
 from early_exit.inference.runtimes.packages import import_package
-from early_exit.inference.runtimes.pooling import expand_uneven_pools
 from early_exit.inference.runtimes.quiet import quiet
 from early_exit.inference.segments import Segment
 from early_exit.model.network import evaluation_mode
@@ -166,7 +165,7 @@ def _export(
         # exactly two rows
         traced = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
-            expand_uneven_pools(traced),
+            traced,
             dynamo=True,
             opset_version=OPSET,
             input_names=list(names),

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from early_exit.inference.segments import Segment
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class OnnxRuntime:
