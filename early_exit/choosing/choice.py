@@ -30,6 +30,7 @@ from early_exit.choosing.search import (
     exits_that_pay,
     most_accurate,
     shortlist,
+    subset_that_pays,
 )
 from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import NEVER, Policy
@@ -154,10 +155,10 @@ def _enabled(
     traits = get_traits(policy.criterion)
     if traits.keeps_state or traits.min_early_exits > 1:
         return policy.enabled
-    candidates = (
-        policy.enabled if times is None else tuple(map(times.allows, range(len(policy.enabled))))
-    )
-    return exits_that_pay(scored, pricing, objective, candidates)
+    if times is None:
+        return exits_that_pay(scored, pricing, objective)
+    candidates = tuple(map(times.allows, range(len(policy.enabled))))
+    return subset_that_pays(scored, pricing, objective, candidates)
 
 
 def _certified(val: ExitRecord, goal: Risk, cost: Cost) -> Policy:

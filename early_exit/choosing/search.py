@@ -5,6 +5,8 @@ serves the goal better. Of exits with cheap heads some subset looks better on an
 those are switched only for more than 3 % of the cost, or 0.3 points of accuracy.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,8 @@ costs (P,)."""
 
 CHEAP = 0.005  # a head below this share of the whole cost is switched only for:
 MIN_GAIN_IN_COST, MIN_GAIN_IN_ACCURACY = 0.03, 0.003
+NOISE = 0.01  # of measured costs
+MAX_TRIALS = 200  # choices of exits, each of which takes a millisecond or so
 
 
 def most_accurate(budget: float) -> Objective:
@@ -47,21 +51,15 @@ class Subset:
     enabled: tuple[bool, ...]
 
 
-def exits_that_pay(
-    scored: Scores, pricing: Pricing, objective: Objective, candidates: Sequence[bool] = ()
-) -> tuple[bool, ...]:
+def exits_that_pay(scored: Scores, pricing: Pricing, objective: Objective) -> tuple[bool, ...]:
     """Which early exits to enable if all share a threshold.
-
-    candidates: flags of the early exits that may be enabled; default: all.
 
     A greedy search from both ends: all exits, disabling one at a time as long as that improves the
     objective; and none, enabling one at a time. The better end counts. scored: with all exits
     enabled, whose scores must not depend on each other.
     """
     num_early = scored.scores.shape[1] - 1
-    candidates = tuple(candidates) or (True,) * num_early
-    cheap = cheap_heads(pricing, candidates)
-
+    cheap = cheap_heads(pricing, num_early)
     evaluate = partial(_valued, scored, pricing, objective)
 
     def follow(subset: Subset, switch_to: bool) -> Subset:
@@ -69,7 +67,7 @@ def exits_that_pay(
             improved = [
                 trial
                 for index, is_enabled in enumerate(subset.enabled)
-                if is_enabled != switch_to and candidates[index]
+                if is_enabled != switch_to
                 for trial in [evaluate(replaced(subset.enabled, index, switch_to))]
                 if improves(trial.value, subset.value, cheap[index])
             ]
@@ -77,10 +75,40 @@ def exits_that_pay(
                 return subset
             subset = min(improved)
 
-    backward = follow(evaluate(candidates), switch_to=False)
+    backward = follow(evaluate((True,) * num_early), switch_to=False)
     forward = follow(evaluate((False,) * num_early), switch_to=True)
     best = forward if improves(forward.value, backward.value, all(cheap)) else backward
     return best.enabled
+
+
+def subset_that_pays(
+    scored: Scores, pricing: Pricing, objective: Objective, candidates: Sequence[bool]
+) -> tuple[bool, ...]:
+    """Which of a few candidate early exits to enable if all share a threshold and the price was
+    measured: every subset is tried, and of those whose cost is within `NOISE` of the best one's
+    that with the fewest exits is taken.
+
+    candidates: flags of the early exits that may be enabled; scored: as for `exits_that_pay`.
+    """
+    trials = [
+        _valued(scored, pricing, objective, enabled)
+        for enabled in itertools.product(
+            *((False, True) if flag else (False,) for flag in candidates)
+        )
+    ]
+    best = min(trials)
+    near = [trial for trial in trials if _is_near(trial.value, best.value)]
+    return min(near, key=lambda trial: (sum(trial.enabled), trial)).enabled
+
+
+def _is_near(value: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Whether the parts up to the cost are as good as the best ones, the cost but for `NOISE`."""
+    for index, (ours, theirs) in enumerate(zip(value, best, strict=True)):
+        if index and theirs > 0:  # the cost
+            return ours <= theirs * (1 + NOISE)
+        if ours > theirs + SLACK * max(1.0, abs(theirs)):
+            return False
+    return True
 
 
 def _valued(
@@ -91,17 +119,17 @@ def _valued(
     return Subset(minimum(objective(curve.accuracy, pricing(enabled, curve.shares))), enabled)
 
 
-def cheap_heads(pricing: Pricing, candidates: tuple[bool, ...]) -> list[bool]:
-    """Which early heads cost less than half a percent of the whole, of which no image exits."""
-    no_exit_taken = np.eye(len(candidates) + 1)[-1:]
+def cheap_heads(pricing: Pricing, num_early: int) -> list[bool]:
+    """Which early heads cost less than half a percent of the whole."""
+    all_enabled, no_exit_taken = (True,) * num_early, np.eye(num_early + 1)[-1:]
 
     def cost(enabled: tuple[bool, ...]) -> float:
         return float(pricing(enabled, no_exit_taken)[0])
 
-    whole = cost(candidates)
+    whole = cost(all_enabled)
     return [
-        whole - cost(replaced(candidates, index, False)) < CHEAP * whole
-        for index in range(len(candidates))
+        whole - cost(replaced(all_enabled, index, False)) < CHEAP * whole
+        for index in range(num_early)
     ]
 
 
@@ -111,11 +139,16 @@ def shortlist(
     """At most `most` early exits that are worth measuring, by a price that needs no measurement.
 
     All of them, if they are that few. Otherwise the exit without which the objective is best is
-    removed, one at a time.
+    removed, one at a time, until few enough are left to try every choice of `most` of them.
     """
     enabled = (True,) * (scored.scores.shape[1] - 1)
     while sum(enabled) > most:
-        trials = [replaced(enabled, index, False) for index in np.flatnonzero(enabled).tolist()]
+        left = np.flatnonzero(enabled).tolist()
+        size = most if math.comb(len(left), most) <= MAX_TRIALS else len(left) - 1
+        trials = [
+            tuple(index in chosen for index in range(len(enabled)))
+            for chosen in itertools.combinations(left, size)
+        ]
         enabled = min(_valued(scored, pricing, objective, trial) for trial in trials).enabled
     return enabled
 

@@ -1,6 +1,6 @@
 """One pool of threads for all of ONNX Runtime's sessions of the process."""
 
-import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,29 @@ from typing import Any
 
 from early_exit.inference.runtimes.packages import import_package
 
+log = logging.getLogger(__name__)
 
-@functools.cache
+
+_pool: list[int] = []  # how many threads the process's pool has, once it is there
+
+
 def share_threads(count: int | None) -> None:
     """Makes one pool of threads for all sessions of the process: the pools of several would compete
-    for the cores. None: one thread per core. Only the first call has an effect."""
+    for the cores, which takes four times as long. None: one thread per core.
+
+    The pool cannot be changed: a later call has no effect, and a log line says so if it asks for
+    another number. ONNX Runtime then refuses sessions with threads of their own in this process.
+    """
     count = count or os.cpu_count() or 1
-    import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
+    if not _pool:
+        import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
+        _pool.append(count)
+    elif _pool != [count]:
+        log.warning(
+            "ONNX Runtime keeps the %d threads that this process began with; %d were asked for",
+            _pool[0],
+            count,
+        )
 
 
 @contextmanager
