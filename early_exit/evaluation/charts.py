@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from early_exit.evaluation.markdown import shown_classes
 from early_exit.evaluation.plots import BLUE, GREEN, GREY, ORANGE, YELLOW
-from early_exit.evaluation.report import ClassRow, CurveSeconds, ExitRow, Report, StaticRow
+from early_exit.evaluation.report import ClassRow, ExitRow, Report, StaticRow
+from early_exit.evaluation.report_seconds import CurveSeconds
+from early_exit.evaluation.tables import shown_classes
 from early_exit.system.text import in_a_line, shortened
 
 HEIGHT = 430  # pixels, of the figures of accuracy
@@ -85,7 +86,7 @@ def _time_chart(report: Report, seconds: CurveSeconds) -> Chart:
             name: ms_per_image(seconds, share) for name, share in seconds.static_networks.items()
         },
     )
-    title = f"expected time per image, ms (batch size {size})"
+    title = f"expected time per image, ms (batch size {size}, {report.environment.ran_in})"
     return _accuracy_chart(report, f"ms{size}", costs, title)
 
 

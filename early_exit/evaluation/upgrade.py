@@ -44,11 +44,15 @@ def _refuse_constant(word: str) -> None:
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a report of any format in the present one."""
     report = values if values.get("format", 1) == FORMAT else from_format_1(values)
-    run, choice = report.get("run"), report.get("choice")
+    run, choice, environment = (report.get(name) for name in ("run", "choice", "environment"))
     if isinstance(run, dict) and "weights" in run:  # fields that format 2 has got since
         run.setdefault("unfinished", unfinished_of(str(run["weights"])))
     if isinstance(choice, dict):
         choice.setdefault("left_out", [])
+    if isinstance(environment, dict):
+        environment.setdefault("runtime", "torch")
+    for name in ("verdicts", "runtimes"):
+        report.setdefault(name, [])
     return report
 
 
