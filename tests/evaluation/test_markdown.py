@@ -13,19 +13,21 @@ from early_exit.choosing.goals import MaxDrop
 from early_exit.evaluation import page
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.markdown import (
-    MAX_CLASSES,
-    class_table,
-    escaped,
-    exit_table,
     headline,
     provenance,
     sections,
-    shown_classes,
     summary,
     title,
     to_markdown,
 )
 from early_exit.evaluation.report import Choice, ClassRow, Report
+from early_exit.evaluation.tables import (
+    MAX_CLASSES,
+    class_table,
+    escaped,
+    exit_table,
+    shown_classes,
+)
 
 
 @pytest.fixture(scope="module")
