@@ -59,7 +59,7 @@ class RuntimeSeconds:
     live: float
     speedup: float
     speedup_range: tuple[float, float]
-    """The lowest and the highest over repeats."""
+    """The lowest and the highest over repeats (`early_exit.evaluation.verdict.speedup_range`)."""
 
 
 @dataclass(frozen=True)

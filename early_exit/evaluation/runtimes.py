@@ -11,6 +11,7 @@ from early_exit.choosing.goals import Goal
 from early_exit.errors import UserError
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
+from early_exit.evaluation.verdict import speedup_range
 from early_exit.inference.latency import make_timer
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.table import available_runtimes
@@ -118,7 +119,7 @@ def runtime_row(report: Report, evaluation: str) -> RuntimeRow:
                 timing.plain.total / timing.batches,
                 timing.live.total / timing.batches,
                 timing.speedup,
-                timing.speedup_range,
+                speedup_range(timing),
             )
             for timing in report.timing
         ),

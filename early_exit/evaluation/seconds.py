@@ -8,31 +8,33 @@ from collections.abc import Sequence
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import LatencyResult, RuntimeRow, RuntimeSeconds, Verdict
 from early_exit.evaluation.tables import escaped
-from early_exit.evaluation.verdict import short
+from early_exit.evaluation.verdict import short, speedup_range
 from early_exit.inference.latency import BatchSeconds, Timing
 
 
 def timing_table(report: Report) -> str:
-    """Inference with exits taken beside the plain network, measured in turns."""
+    """Inference with exits taken beside the plain network, measured in turns, below a line that
+    names the runtime."""
     bodies = any(timing.without_heads for timing in report.timing)  # measured in eager torch alone
     headings = [
-        f"batch size, in {report.environment.ran_in}",
+        "batch size",
         "images",
         "plain network, p50 / p95",
         "with exits, p50 / p95",
-        "speed-up (range over repeats)",
+        "speed-up (range)",
         "fraction of ideal",
         "overhead when no exit is taken",
         *(["speed-up without heads"] if bodies else []),
     ]
-    lines = [_line(headings), _line(["---:"] * len(headings))]
+    lines = [f"Time per batch in {report.environment.ran_in}:", ""]
+    lines += [_line(headings), _line(["---:"] * len(headings))]
     for timing in report.timing:
         cells = [
             str(timing.batch_size),
             str(timing.images),
             _percentiles(timing.plain),
             _percentiles(timing.live),
-            _speedup(timing.speedup, timing.speedup_range),
+            _speedup(timing.speedup, speedup_range(timing)),
             f"{100 * timing.fraction_of_ideal:.0f} %",
             f"{100 * timing.overhead:+.1f} %",
         ]
@@ -46,7 +48,7 @@ def timing_table(report: Report) -> str:
 def timing_notes(report: Report) -> str:
     """What the columns of `timing_table` mean."""
     notes = (
-        "Times are per batch. *Fraction of ideal*: the sum of the segments' own times, each at the"
+        "*Range*: over the repeats. *Fraction of ideal*: the sum of the segments' own times, each at the"
         " number of rows that reached it, over the measured time; comparing scores and selecting"
         " rows are the rest."
     )
@@ -62,7 +64,7 @@ def network_table(report: Report) -> str:
     """The static networks beside the plain one and the policy, in the same runtime, in turns."""
     lines = [
         f"| network, in {report.environment.ran_in} | batch size | accuracy | p50 / p95"
-        " | time, of the plain network's |",
+        " | share of the plain network's time |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     accuracies = {row.name: row.accuracy for row in report.static_networks}
@@ -147,7 +149,7 @@ def runtime_table(runtimes: Sequence[RuntimeRow]) -> str:
         "batch size",
         "plain network",
         "with exits",
-        "speed-up (range over repeats)",
+        "speed-up (range)",
         "verdict",
     ]
     lines = [_line(headings), _line(["---", *["---:"] * 6, "---"])]

@@ -95,6 +95,12 @@ class TestExitsDoNotPay:
         found = verdict(times(1.0, 1.0))
         assert found.kind == "plain" and "do not pay:" in found.words
 
+    def test_where_a_few_slow_repeats_move_the_range_the_medians_count_too(self):
+        found = verdict(times(1.0, 1.25, (1.1, 1.3)))
+        assert found.kind == "plain"
+        assert_names(found.words, "1.25 times", "0.77 to 1.25")
+        assert verdict(times(2.0, 1.0, (0.9, 1.1))).kind == "plain"
+
 
 class TestStaticNetworks:
     def test_one_is_faster_and_no_less_accurate(self):
