@@ -48,9 +48,9 @@ def timing_table(report: Report) -> str:
 def timing_notes(report: Report) -> str:
     """What the columns of `timing_table` mean."""
     notes = (
-        "*Range*: over the repeats. *Fraction of ideal*: the sum of the segments' own times, each at the"
-        " number of rows that reached it, over the measured time; comparing scores and selecting"
-        " rows are the rest."
+        "*Range*: over the repeats. *Fraction of ideal*: the sum of the segments' own times, each"
+        " at the number of rows that reached it, over the measured time; comparing scores and"
+        " selecting rows are the rest."
     )
     if any(timing.without_heads for timing in report.timing):
         notes += (
