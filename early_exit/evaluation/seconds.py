@@ -95,28 +95,26 @@ def _network_line(name: str, timing: Timing, accuracy: float, took: BatchSeconds
 
 
 def segment_table(report: Report) -> str:
-    """The segments' shares of MACs and seconds, one segment per column."""
-    names = [row.name for row in report.exits]
-    macs, before = [], 0
-    for row in report.exits:  # a disabled exit ends no segment
-        macs.append(row.macs - before if row.enabled else 0)
-        before = row.macs if row.enabled else before
-    total = report.exits[-1].macs
-    rows = [("MACs", [value / total for value in macs])]
+    """The segments' shares of MACs and seconds, one segment per column; a disabled exit ends
+    none."""
+    enabled = [index for index, row in enumerate(report.exits) if row.enabled]
+    totals = [report.exits[index].macs for index in enabled]
+    macs = [now - before for now, before in zip(totals, [0, *totals[:-1]], strict=True)]
+    rows = [("MACs", [value / totals[-1] for value in macs])]
     rows += [
         (
             f"seconds in {report.environment.ran_in}, batch {timing.batch_size}",
-            list(timing.segment_shares),
+            [timing.segment_shares[index] for index in enabled],
         )
         for timing in report.timing
     ]
+    names = [report.exits[index].name for index in enabled]
     lines = [
         _line(["share of each segment, by the exit it ends at", *names]),
         _line(["---", *["---:"] * len(names)]),
     ]
     for label, shares in rows:
-        cells = [f"{100 * share:.1f} %" if share else "-" for share in shares]
-        lines.append(_line([label, *cells]))
+        lines.append(_line([label, *(f"{100 * share:.1f} %" for share in shares)]))
     return "\n".join(lines)
 
 

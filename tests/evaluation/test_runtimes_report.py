@@ -270,19 +270,6 @@ class TestOneReport:
         lines = [line for line in seconds.body.splitlines() if line.startswith("| resnet8 |")]
         assert len(lines) == 2 and all("75.00 %" in line for line in lines)
 
-    def test_a_disabled_exit_ends_no_segment(self, timed):
-        first, *others = timed[0].exits
-        timing = [
-            dataclasses.replace(one, segment_seconds=(0.0, 0.001, 0.003)) for one in timed[0].timing
-        ]
-        rows = (dataclasses.replace(first, enabled=False), *others)
-        changed = dataclasses.replace(timed[0], exits=rows, timing=tuple(timing))
-        *_, macs, one, four = segment_table(changed).splitlines()
-        assert [line.split(" | ")[1] for line in (macs, one, four)] == ["-"] * 3
-        assert one.split(" | ")[2:] == ["25.0 %", "75.0 % |"]
-        shares = [float(cell.rstrip("% |")) for cell in macs.split(" | ")[2:]]
-        assert sum(shares) == pytest.approx(100, abs=0.11)
-
 
 @pytest.mark.slow
 class TestOnnxRuntime:
