@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from early_exit.choosing.choice import choose as choose
     from early_exit.choosing.goals import Budget as Budget
     from early_exit.choosing.goals import ConditionalDeepLearning as ConditionalDeepLearning
     from early_exit.choosing.goals import FixedPolicy as FixedPolicy
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from early_exit.choosing.goals import LatencyBudget as LatencyBudget
     from early_exit.choosing.goals import MaxDrop as MaxDrop
     from early_exit.choosing.goals import Risk as Risk
-    from early_exit.choosing.goals import choose as choose
     from early_exit.classifier import load as load
     from early_exit.config import Config as Config
     from early_exit.evaluation.evaluate import evaluate as evaluate
@@ -45,7 +45,7 @@ _MODULES = {
     "Risk": "choosing.goals",
     "Task": "task",
     "adopt": "training.train",
-    "choose": "choosing.goals",
+    "choose": "choosing.choice",
     "evaluate": "evaluation.evaluate",
     "infer": "inference.infer",
     "load": "classifier",

@@ -254,9 +254,10 @@ def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
 def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNetwork:
     """The network in a runtime; name, default: as for `load_run`."""
     runtime = choose_runtime(loaded, name)
-    count = CALIBRATION if runtime.precision == "int8" else 2
-    example, _ = next(iter(data.eval_batches("train", count)))
-    return RuntimeNetwork(loaded.network, runtime, example.to(loaded.device))
+    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    if runtime.precision == "int8":
+        example = next(iter(data.eval_batches("train", CALIBRATION)))[0].to(loaded.device)
+    return RuntimeNetwork(loaded.network, runtime, example)
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:

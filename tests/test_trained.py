@@ -1,6 +1,8 @@
 """A run read from its directory: its records, its val images, and which weights it has."""
 
+import dataclasses
 import errno
+import json
 import logging
 import os
 import shutil
@@ -26,6 +28,7 @@ from helpers import (
 from early_exit import trained
 from early_exit.classifier import find_evaluation
 from early_exit.errors import UserError
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.task import Task
 from early_exit.trained import evaluations, get_record, get_splits, load_network, load_run
 from early_exit.training import checkpoint
@@ -175,6 +178,28 @@ class TestRecords:
             "test-bf16",
         }
 
+    def test_another_runtime_has_records_of_its_own(self, copy, recorded):
+        """They are named after it, and so is the record itself."""
+        loaded = load_run(copy, TASK, CPU)
+        other = dataclasses.replace(loaded.runtime.runtime, name="engine-bf16", precision="bf16")
+        network = RuntimeNetwork(loaded.network, other, loaded.runtime.example)
+        found = get_record(dataclasses.replace(loaded, runtime=network), "val")
+        assert recorded == ["val"]
+        assert (found.info.runtime, found.info.precision) == ("engine-bf16", "bf16")
+        assert (copy / "records" / "val-engine-bf16").is_dir()
+        ours = get_record(loaded, "val").info  # reused
+        assert (ours.runtime, ours.precision) == ("torch", "off")
+        assert recorded == ["val"]
+
+    def test_one_of_before_there_were_runtimes_is_reused(self, copy, recorded):
+        """What is stored in a record's info has grown."""
+        for path in (copy / "records").glob("*/info.json"):
+            values = json.loads(path.read_text())
+            del values["runtime"]
+            path.write_text(json.dumps(values))
+        splits_of(copy)
+        assert recorded == []
+
     def test_two_evaluations_at_once_record_once(self, copy, recorded):
         """The second waits for the first, and finds its record."""
         shutil.rmtree(copy / "records")
@@ -205,6 +230,26 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path):
         with pytest.raises(UserError) as caught:
             load_network(directory, TASK, {})
         assert_names(str(caught.value), directory)
+
+
+class TestRuntime:
+    """In which runtime a run is loaded, if none is named: torch, in the settings' precision."""
+
+    @pytest.mark.parametrize(
+        ("amp", "name", "precision"), [("off", "torch", "f32"), ("bf16", "torch-bf16", "bf16")]
+    )
+    def test_torch_is_the_default(self, run, amp, name, precision):
+        loaded = load_run(run, TASK, {"run": {**CPU["run"], "amp": amp}})
+        runtime = loaded.runtime.runtime
+        assert (runtime.name, runtime.precision) == (name, precision)
+        assert loaded.runtime.network is loaded.network
+
+    def test_tracing_reads_no_image(self, run, monkeypatch):
+        monkeypatch.setattr(
+            type(few_digits(0)), "eval_batches", lambda *_: pytest.fail("an image was read")
+        )
+        example = load_run(run, TASK, CPU).runtime.example
+        assert example.shape == (2, 3, 16, 16)
 
 
 def test_the_reported_weights_are_loaded(copy):

@@ -138,13 +138,14 @@ def _rounding(
     exits = outcome.exit_index[images]
     rows = images if record.rows is None else record.rows[images]
     best = np.array([record.logits[row, at].max() for row, at in zip(rows, exits, strict=True)])
-    temperatures = np.asarray(outcome.policy.temperatures)[exits]
+    logits = best - live.best[images] * np.asarray(outcome.policy.temperatures)[exits]
     scores = outcome.scored.scores[images, exits] - live.score[images]
-    logits = best - live.best[images] * temperatures
-    return tuple(  # type: ignore[return-value]
-        max(ROUNDING, 2 * factor * float(np.abs(values).max(initial=0.0)))
-        for values, factor in ((scores, 1), (logits, 2))
+    if get_traits(outcome.policy.criterion).counts:  # exact, or changed by a tie of two classes
+        scores = np.zeros(len(images))
+    largest_score, largest_logit = (
+        float(np.abs(values).max(initial=0.0)) for values in (scores, logits)
     )
+    return max(ROUNDING, 2 * largest_score), max(ROUNDING, 4 * largest_logit)
 
 
 def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:

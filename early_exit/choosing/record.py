@@ -248,7 +248,8 @@ def _check_finite(logits: Tensor, info: RecordInfo) -> None:
     if bad.any():
         name = info.exit_names[int(bad.any(dim=0).nonzero()[0])]
         exact = info.precision in ("off", "f32")
-        advice = "" if exact else ", or the precision is too low; try one in float32"
+        flag = "--amp off" if info.runtime == "torch" else "another --runtime"
+        advice = "" if exact else f", or the precision is too low; try {flag}"
         raise UserError(
             f"the logits of the exit {name} are not finite for {int(bad.any(dim=1).sum())} of"
             f" {len(bad)} images of {info.split} ({info.runtime}, precision {info.precision}): the"

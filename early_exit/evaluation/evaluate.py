@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from early_exit.choosing.choice import choose, exits_to_time
 from early_exit.choosing.goals import (
     ConditionalDeepLearning,
     FixedPolicy,
     Goal,
     Risk,
     check_given,
-    choose,
-    exits_to_time,
     timed_batch,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from early_exit.choosing import guarantees
+from early_exit.choosing.choice import choose, thinned
 from early_exit.choosing.curve import shared_curve
-from early_exit.choosing.goals import Goal, LatencyBudget, MaxDrop, Risk, choose, thinned
+from early_exit.choosing.goals import Goal, LatencyBudget, MaxDrop, Risk
 from early_exit.choosing.outcome import Outcome, Point, apply_policy, outcome_of
 from early_exit.choosing.record import ExitRecord
 from early_exit.evaluation.report import (

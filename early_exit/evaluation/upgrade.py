@@ -6,6 +6,7 @@ from typing import Any
 
 from early_exit.errors import UserError
 from early_exit.evaluation.report import FORMAT
+from early_exit.inference.segments import spans
 from early_exit.trained import unfinished_of
 
 
@@ -44,16 +45,45 @@ def _refuse_constant(word: str) -> None:
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a report of any format in the present one."""
     report = values if values.get("format", 1) == FORMAT else from_format_1(values)
-    run, choice, environment = (report.get(name) for name in ("run", "choice", "environment"))
+    run, choice = report.get("run"), report.get("choice")
     if isinstance(run, dict) and "weights" in run:  # fields that format 2 has got since
         run.setdefault("unfinished", unfinished_of(str(run["weights"])))
     if isinstance(choice, dict):
         choice.setdefault("left_out", [])
-    if isinstance(environment, dict):
-        environment.setdefault("runtime", "torch")
-    for name in ("verdicts", "runtimes"):
-        report.setdefault(name, [])
+    return of_a_runtime(report)
+
+
+def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with what format 2 has got since of runtimes. Before, there was torch alone, and
+    stages were timed one by one, each with its head if the exit was enabled."""
+    report = dict(report)
+    for name, since in (
+        ("environment", {"runtime": "torch"}),
+        ("live", {"rounding": 1e-5}),
+        ("cuts", {"speedup": None}),
+    ):
+        if isinstance(report.get(name), dict):
+            report[name] = since | report[name]
+    if "timing" in report:
+        report = {"verdicts": [], "runtimes": [], **report}
+        report["timing"] = [
+            {"speedup_range": None, "networks": {}, **_by_segment(timing, report["exits"])}
+            for timing in report["timing"]
+        ]
     return report
+
+
+def _by_segment(timing: dict[str, Any], exits: list[dict[str, Any]]) -> dict[str, Any]:
+    """A timing with the times of segments: the sums of their stages' times. 0 at an exit that was
+    disabled."""
+    timing = dict(timing)
+    for old, name in (("stage_seconds", "segment_seconds"), ("stage_shares", "segment_shares")):
+        if old in timing:
+            stages, sums = timing.pop(old), [0.0] * len(exits)
+            for first, last in spans([row["enabled"] for row in exits[:-1]]):
+                sums[last] = sum(stages[first : last + 1])
+            timing[name] = sums
+    return timing
 
 
 OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}

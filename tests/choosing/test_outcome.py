@@ -1,11 +1,16 @@
-"""What a policy does on a record, worked out by hand."""
+"""What a policy does on a record, worked out by hand, and where live inference differs from it."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
-from helpers import refusal
+from helpers import refusal, replayed_live
 
-from early_exit.choosing.outcome import apply_policy, outcome_of
+from early_exit.choosing import record as records
+from early_exit.choosing.outcome import ROUNDING, Live, apply_policy, disagreements, outcome_of
 from early_exit.choosing.record import score_record
-from early_exit.inference.policy import Policy
+from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost
 
 COST = Cost(("exit0", "exit1", "final"), (20, 30, 50), (5, 10, 0), 0, (0,) * 3)
@@ -62,3 +67,155 @@ def test_a_policy_of_other_exits_is_refused(record):
     policy = Policy(exit_names=("a", "b", "final"), thresholds=(0.5, 0.5))
     message = refusal(apply_policy, policy, record, COST)
     assert "a, b, final" in message and "exit0, exit1, final" in message
+
+
+def test_replay_disagrees_with_itself_nowhere(record):
+    policy = make_policy()
+    found = disagreements(record, policy, replayed_live(record, policy))
+    assert not found.differs.any()
+    assert not found.unexplained.any()
+    assert found.rounding == ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["answers", "exit_index"])
+def test_planted_mistakes_are_found_and_not_explained(record, kind):
+    live = replayed_live(record, make_policy())
+    planted = getattr(live, kind).copy()
+    planted[[0, 2]] = [1, 1]
+    found = disagreements(record, make_policy(), dataclasses.replace(live, **{kind: planted}))
+    assert found.differs.tolist() == [True, False, True, False]
+    assert found.unexplained.tolist() == [True, False, True, False]
+
+
+def probability(first):
+    """Logits of two classes that give the first one this probability."""
+    return [math.log(first), math.log(1 - first)]
+
+
+def live_with(record, policy, **changes):
+    """What inference gives if nothing is rounded, but for these fields."""
+    changes = {name: np.array(value) for name, value in changes.items()}
+    return dataclasses.replace(replayed_live(record, policy), **changes)
+
+
+class TestRounding:
+    """Which differences of live inference from the record it explains."""
+
+    def test_an_image_at_the_threshold_may_exit_or_remain(self, make_record):
+        stored = make_record([[probability(p), probability(0.9)] for p in (0.8, 0.8001)], [0, 0])
+        policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.8 - 1e-6,))
+        assert replayed_live(stored, policy).exit_index.tolist() == [0, 0]
+        found = disagreements(stored, policy, live_with(stored, policy, exit_index=[1, 1]))
+        assert found.differs.tolist() == [True, True]
+        assert found.unexplained.tolist() == [False, True]  # 1e-6 is rounding, 1e-4 is not
+
+    def test_a_tie_may_be_answered_either_way(self, make_record):
+        tie, clear = [0.5, 0.5 - 1e-6], [0.5, 0.5 - 1e-3]
+        stored = make_record([[tie, tie], [clear, clear]], [0, 0])
+        policy = Policy(exit_names=stored.info.exit_names, thresholds=(NEVER,))
+        found = disagreements(stored, policy, live_with(stored, policy, answers=[1, 1]))
+        assert found.differs.tolist() == [True, True]
+        assert found.unexplained.tolist() == [False, True]
+
+    def test_a_disabled_exit_explains_nothing(self, make_record):
+        tie = [0.0, 0.0]
+        stored = make_record([[tie, probability(0.9), probability(0.9)]], [0])
+        policy = Policy(
+            exit_names=stored.info.exit_names, thresholds=(0.5, 0.5), enabled=(False, True)
+        )
+        found = disagreements(stored, policy, live_with(stored, policy, answers=[1]))
+        assert found.unexplained.tolist() == [True]
+
+    def test_an_exit_that_was_not_reached_explains_nothing(self, make_record):
+        stored = make_record([[probability(0.9), [0.0, 0.0], probability(0.9)]], [0])
+        policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.7, 0.5))
+        found = disagreements(stored, policy, live_with(stored, policy, answers=[1]))
+        assert found.unexplained.tolist() == [True]
+
+    def test_a_count_is_exact_so_it_explains_no_exit_of_patience(self, make_record):
+        # every exit clearly answers class 0: the count is 1 at the second exit, where it exits
+        stored = make_record([[probability(0.9)] * 4], [0])
+        policy = Policy(
+            exit_names=stored.info.exit_names, thresholds=(1.0, 1.0, 1.0), criterion="patience"
+        )
+        assert replayed_live(stored, policy).exit_index.tolist() == [1]
+        found = disagreements(stored, policy, live_with(stored, policy, exit_index=[3]))
+        assert found.differs.tolist() == [True]
+        assert found.unexplained.tolist() == [True]
+
+    def test_other_counts_of_images_that_agree_are_no_rounding(self, make_record):
+        """A tie before the final exit may change a count there, which decides nothing."""
+        stored = make_record([[probability(0.9)] * 3], [0])
+        policy = Policy(
+            exit_names=stored.info.exit_names, thresholds=(2.0, 2.0), criterion="patience"
+        )
+        found = disagreements(stored, policy, live_with(stored, policy, score=[0.0]))
+        assert found.rounding == ROUNDING and not found.differs.any()
+
+
+class TestMeasuredRounding:
+    """In reduced precision scores differ more: twice as much as on the images that agree."""
+
+    @pytest.fixture
+    def gaps(self, make_record):
+        """Five images whose probabilities at the first exit are 0.3, 0.19, 0.21, 0.15 and 0.25
+        above the threshold of 0.6."""
+        above = (0.3, 0.19, 0.21, 0.15, 0.25)
+        stored = make_record(
+            [[probability(0.6 + gap), probability(0.99)] for gap in above], [0] * 5
+        )
+        return stored, Policy(exit_names=stored.info.exit_names, thresholds=(0.6,))
+
+    def shifted(self, gaps, shift, agree):
+        """Live inference with scores lower by `shift`, where only the images `agree` exit."""
+        stored, policy = gaps
+        live = replayed_live(stored, policy)
+        exits = np.where(np.isin(np.arange(5), agree), 0, 1)
+        return dataclasses.replace(live, exit_index=exits, score=live.score - np.float32(shift))
+
+    def test_twice_the_shift_of_the_scores_explains_a_difference(self, gaps):
+        found = disagreements(*gaps, self.shifted(gaps, 0.1, agree=[0]))
+        assert found.rounding == pytest.approx(0.2, rel=1e-5)
+        assert found.differs.tolist() == [False, True, True, True, True]
+        assert found.unexplained.tolist() == [False, False, True, False, True]
+
+    def test_images_that_differ_measure_nothing(self, gaps):
+        """A wrong exit must not excuse itself by its own score."""
+        stored, policy = gaps
+        live = self.shifted(gaps, 0.0, agree=[0, 1, 2, 3])
+        live = dataclasses.replace(live, score=live.score - np.float32([0, 0, 0, 0, 0.5]))
+        found = disagreements(stored, policy, live)
+        assert found.rounding == ROUNDING
+        assert found.unexplained.tolist() == [False] * 4 + [True]
+
+    def test_no_image_agrees(self, gaps):
+        found = disagreements(*gaps, self.shifted(gaps, 0.5, agree=[]))
+        assert found.rounding == ROUNDING and found.unexplained.all()
+
+    def test_logits_explain_a_tie_and_no_threshold(self, make_record):
+        """The best logit is off by 0.5 / 4 where answers agree: two logits may swap if they are at
+        most 4 times that apart, before the division by the temperature."""
+        final = [[9.0, 0.0], [1.0, 0.51], [1.0, 0.49]]
+        stored = make_record([[[1.0, -1.0], logits] for logits in final], [0] * 3)
+        policy = Policy(
+            exit_names=stored.info.exit_names, thresholds=(0.95,), temperatures=(1.0, 2.0)
+        )
+        live = replayed_live(stored, policy)
+        best = live.best + np.float32([0.125 / 2, 0, 0])
+        live = dataclasses.replace(live, best=best, answers=np.array([0, 1, 1]))
+        found = disagreements(stored, policy, live)
+        assert found.rounding == ROUNDING  # of scores
+        assert found.differs.tolist() == [False, True, True]
+        assert found.unexplained.tolist() == [False, False, True]
+
+    def test_rows_of_a_mapped_record(self, gaps, tmp_path, monkeypatch):
+        stored, policy = gaps
+        stored.save(tmp_path / "all")
+        monkeypatch.setattr(records, "MAPPED_BYTES", -1)
+        rows = np.array([2, 0, 1])
+        some = records.ExitRecord.load(tmp_path / "all").subset(rows, "test", "some")
+        live = self.shifted(gaps, 0.1, agree=[0])
+        live = Live(*(getattr(live, name)[rows] for name in vars(live)))
+        found = disagreements(some, policy, live)
+        assert found.rounding == pytest.approx(0.2, rel=1e-5)
+        assert found.unexplained.tolist() == [True, False, False]

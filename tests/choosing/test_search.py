@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from early_exit.choosing.curve import for_latency, shared_curve
 from early_exit.choosing.record import Scores
-from early_exit.choosing.search import cheap_heads, cheapest, exits_that_pay, most_accurate
+from early_exit.choosing.search import (
+    cheap_heads,
+    cheapest,
+    exits_that_pay,
+    most_accurate,
+    shortlist,
+)
 
 EARLY = 3
 ALL, NONE = (True,) * EARLY, (False,) * EARLY
@@ -179,7 +185,7 @@ class TestCheapHeads:
     def test_which_heads_cost_less_than_half_a_percent(self):
         # with all heads 100 + 0.4 + 0.6 + 9 = 110, of which half a percent is 0.55
         heads = (0.4, 0.6, 9, 0)
-        assert cheap_heads(partial(pricing, heads=heads), EARLY) == [True, False, False]
+        assert cheap_heads(partial(pricing, heads=heads), ALL) == [True, False, False]
 
     def test_they_are_disabled_only_for_more_than_three_percent_of_the_cost(self):
         heads, unchanged, better = (0.1, 0.1, 0.1, 0), 0, 0
@@ -224,3 +230,96 @@ class TestCheapHeads:
         heads = (0.1, 0.1, 0.1, 0)
         # without the first exit, an image costs at least 45.1; with its head at least 20.1
         assert exits_that_pay(scored, partial(pricing, heads=heads), most_accurate(20.1))[0]
+
+
+class TestCandidates:
+    def test_only_they_are_enabled(self):
+        for seed in range(20):
+            scored = sample(seed)
+            needed = scored.correct[:, -1].mean() - 0.05
+            for candidates in SUBSETS:
+                found = exits_that_pay(scored, pricing, cheapest(needed), candidates)
+                assert all(allowed or not flag for flag, allowed in zip(found, candidates))
+
+    def test_the_price_is_asked_for_subsets_of_them_alone(self):
+        """Segments that end at other exits were not measured."""
+        scored, asked = sample(0), set()
+
+        def noting(enabled, shares):
+            asked.add(tuple(enabled))
+            return pricing(enabled, shares)
+
+        exits_that_pay(scored, noting, cheapest(0.9), (True, False, True))
+        assert asked <= {(a, False, b) for a in (True, False) for b in (True, False)}
+        assert len(asked) > 1
+
+    def test_as_if_the_others_did_not_exist(self):
+        for seed in range(20):
+            scored = sample(seed)
+            fewer = Scores(
+                scored.scores[:, [0, 2, 3]], scored.answers[:, [0, 2, 3]], scored.targets
+            )
+            objective = cheapest(scored.correct[:, -1].mean() - 0.05)
+
+            def price(enabled, shares):
+                whole = np.insert(shares, 1, 0.0, axis=1)
+                return pricing((enabled[0], False, enabled[1]), whole)
+
+            first, third = exits_that_pay(fewer, price, objective)
+            found = exits_that_pay(scored, pricing, objective, (True, False, True))
+            assert found == (first, False, third)
+
+
+class TestShortlist:
+    def costs(self, scored, needed, most):
+        """The lowest cost with every subset of `most` exits."""
+        count = scored.scores.shape[1] - 1
+        return {
+            enabled: lowest_of(scored, enabled, needed)
+            for enabled in itertools.product([True, False], repeat=count)
+            if sum(enabled) == most
+        }
+
+    @pytest.mark.parametrize("most", [3, 4, 100])
+    def test_few_exits_are_all_listed(self, most):
+        assert shortlist(sample(0), pricing, cheapest(0.9), most) == ALL
+
+    def test_no_exit(self):
+        assert shortlist(sample(0), pricing, cheapest(0.9), 0) == NONE
+
+    def test_without_one_exit_it_is_the_best(self):
+        for seed in range(30):
+            scored = sample(seed)
+            needed = scored.correct[:, -1].mean() - 0.05
+            costs = self.costs(scored, needed, 2)
+            found = shortlist(scored, pricing, cheapest(needed), 2)
+            assert costs[found] == min(costs.values())
+
+    @pytest.mark.parametrize(("most", "at_least"), [(1, 20), (2, 15), (3, 20)])
+    def test_of_five_the_best_are_found_mostly(self, most, at_least):
+        """Exits are removed one at a time, so the best few may be missed. Of 30 small samples."""
+        rng, best = np.random.default_rng(most), 0
+        for _ in range(30):
+            scored, _ = many_exits(rng, 5)
+            needed = scored.correct[:, -1].mean() - 0.05
+            costs = self.costs(scored, needed, most)
+            found = shortlist(scored, even_price, cheapest(needed), most)
+            assert sum(found) == most
+            best += costs[found] <= min(costs.values()) + 1e-9
+        assert best >= at_least
+
+
+def even_costs(enabled):
+    """Stages that cost 10 each and heads that cost 2."""
+    return np.cumsum(10 + 2 * np.array((*enabled, False)))
+
+
+def even_price(enabled, shares):
+    return shares @ even_costs(enabled)
+
+
+def lowest_of(scored, enabled, needed):
+    """The lowest cost of these exits that is as accurate as needed."""
+    costs = even_costs(enabled) if len(enabled) > EARLY else cost_of(enabled)
+    curve = shared_curve(scored, enabled, costs)
+    return curve.macs[curve.accuracy >= needed - 1e-12].min()

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from by_hand import NAMES, ROUNDING, TASK, quickly, slow_outcome, slow_scores, some_digits, stored
-from helpers import CPU, tiny_network
+from helpers import CPU, assert_names, tiny_network
 
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.config import Config, DataConfig, ModelConfig
-from early_exit.evaluation.live import time_batch
+from early_exit.errors import UserError
+from early_exit.evaluation.live import time_batch, time_for_choice
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
 from early_exit.trained import load_run
@@ -76,6 +77,8 @@ class TestLive:
         )
         differing = live["differing"] / 120
         assert abs(live["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
+        assert 1e-5 <= live["rounding"] <= 4 * ROUNDING  # float32
+        assert report["environment"]["runtime"] == "torch"
 
 
 def test_without_a_whole_batch_nothing_is_timed(finished):
@@ -85,9 +88,28 @@ def test_without_a_whole_batch_nothing_is_timed(finished):
     assert time_batch(loaded, loaded.data, policy, 121, 1000, {}) is None  # images of test
 
 
-def test_a_batch_larger_than_val_is_timed_without_its_stages(finished):
+def test_a_batch_larger_than_val_is_timed_without_its_segments(finished):
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
     found = time_batch(loaded, loaded.data, policy, 110, 1000, {})
-    assert found.stages is None
+    assert found.segments is None
     assert (found.timing.batch_size, found.timing.images) == (110, 110)
+
+
+def test_the_segments_of_the_policy_are_timed_beside_it(finished):
+    loaded = load_run(finished, TASK, CPU)
+    policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5), enabled=(False, True))
+    static = tiny_network(Config(model=ModelConfig(exits=())), 10).eval()
+    found = time_batch(loaded, loaded.data, policy, 2, 2, {"static": static})
+    assert set(found.segments.seconds) == {(0, 1), (2, 2)}
+    assert (found.segments.batch_size, found.segments.sizes) == (2, (1, 2))
+    assert found.timing.networks["static"].total > 0
+
+
+def test_for_a_choice_all_segments_between_the_candidates_are_timed(finished):
+    loaded = load_run(finished, TASK, CPU)
+    times = time_for_choice(loaded, loaded.data, "entropy", 2, [1])
+    assert set(times.seconds) == {(0, 1), (0, 2), (2, 2)}
+    with pytest.raises(UserError) as caught:
+        time_for_choice(loaded, loaded.data, "entropy", 101, [1])
+    assert_names(str(caught.value), "val", 100, "--latency-batch 101")

@@ -7,16 +7,23 @@ import pytest
 from helpers import ROOT
 
 from early_exit.errors import UserError
+from early_exit.evaluation.comparison import table
+from early_exit.evaluation.groups import group_runs
+from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.report import (
     FORMAT,
     Choice,
     ClassRow,
+    CurveSeconds,
     Environment,
     ExitRow,
+    LiveResult,
     Report,
     RunInfo,
 )
+from early_exit.evaluation.stored import read_evaluation
 from early_exit.evaluation.upgrade import read_report, upgraded
+from early_exit.inference.latency import Timing
 
 OLD = {
     "run": "demo",
@@ -42,6 +49,8 @@ OLD = {
     "timing": [
         {"promise": 1, "full": 2, "trunk": 3, "kept": 0.9, "trunk_speedup": 1.5, "plain": 4}
     ],
+    "live": {"images": 360, "differing": 0},
+    "cuts": {"count": 3},
     "statics": [{"name": "resnet32"}],
     "pace": [{"batch_size": 1, "alone": [1.0], "statics": {"resnet32": 1.2}}],
     "guarantee": {"words": "", "lost": 0.1, "plain": {"accuracy": 0.9}, "plain_lost": 0.2},
@@ -82,7 +91,12 @@ def test_a_report_of_version_0_1_is_upgraded():
         "fraction_of_ideal": 0.9,
         "speedup_without_heads": 1.5,
         "plain": 4,
+        "speedup_range": None,
+        "networks": {},
     }
+    assert new["environment"]["runtime"] == "torch"
+    assert new["live"] == {"images": 360, "differing": 0, "rounding": 1e-5}
+    assert new["cuts"] == {"count": 3, "speedup": None}
     assert new["static_networks"] == OLD["statics"]
     assert new["curve_seconds"][0]["at_exit"] == [1.0]
     assert new["guarantee"]["unguaranteed_lost"] == 0.2
@@ -106,6 +120,55 @@ def test_upgrading_changes_nothing_that_was_given():
 
 def test_a_report_of_today_is_read_as_it_is():
     values = {"format": FORMAT, "run": {}}
+    assert upgraded(values) == values
+
+
+FOUR = [{"enabled": flag} for flag in (True, False, True, True)]
+
+
+def test_stages_that_were_timed_are_the_sums_of_their_segments():
+    """Before there were runtimes, each of four stages was timed, here the second one without its
+    exit."""
+    old = {
+        "format": FORMAT,
+        "environment": {"device": "CPU"},
+        "exits": FOUR,
+        "timing": [
+            {"stage_seconds": [1.0, 2.0, 4.0, 1.0], "stage_shares": [0.125, 0.25, 0.5, 0.125]}
+        ],
+        "cuts": None,
+        "live": None,
+    }
+    before = json.dumps(old)
+    new = upgraded(old)
+    assert new["timing"] == [
+        {
+            "segment_seconds": [1.0, 0.0, 6.0, 1.0],
+            "segment_shares": [0.125, 0.0, 0.75, 0.125],
+            "speedup_range": None,
+            "networks": {},
+        }
+    ]
+    assert new["environment"] == {"device": "CPU", "runtime": "torch"}
+    assert new["cuts"] is new["live"] is None
+    assert json.dumps(old) == before
+
+
+def test_what_a_report_of_today_says_of_its_runtime_is_kept():
+    values = {
+        "format": FORMAT,
+        "environment": {"runtime": "onnxruntime"},
+        "exits": FOUR,
+        "timing": [
+            {
+                "segment_seconds": [1.0, 0.0, 6.0, 1.0],
+                "speedup_range": [1.1, 1.2],
+                "networks": {"a": 1},
+            }
+        ],
+        "cuts": {"speedup": {"mean": 1.1, "std": 0.1}},
+        "live": {"rounding": 0.01},
+    }
     assert upgraded(values) == values
 
 
@@ -140,6 +203,36 @@ def test_what_is_not_a_report_is_one_line(text, tmp_path):
 def test_a_missing_report_is_named(tmp_path):
     with pytest.raises(UserError, match=r"report\.json"):
         read_report(tmp_path / "report.json")
+
+
+OLD_PATHS = sorted((ROOT / "cifar10" / "pretrained").glob("*/eval/*/report.json"))
+
+
+@pytest.mark.parametrize("path", OLD_PATHS, ids=lambda path: path.parent.parent.parent.name)
+def test_an_old_report_has_the_fields_of_today(path):
+    """All that today's classes have, of the sections that seconds and runtimes changed."""
+    given, report = json.loads(path.read_text()), read_report(path)
+    assert set(report["environment"]) == {field.name for field in fields(Environment)}
+    assert set(report["live"]) == {field.name for field in fields(LiveResult)}
+    assert set(report) <= {field.name for field in fields(Report)}
+    derived = {"speedup", "fraction_of_ideal", "speedup_without_heads", "overhead"}
+    for old, timing in zip(given["timing"], report["timing"], strict=True):
+        names = {field.name for field in fields(Timing)} | derived | {"segment_shares"}
+        assert set(timing) == names
+        assert sum(timing["segment_seconds"]) == pytest.approx(sum(old["stage_seconds"]))
+        assert sum(timing["segment_shares"]) == pytest.approx(1)
+        for seconds, row in zip(timing["segment_seconds"], report["exits"], strict=True):
+            assert (seconds > 0) == row["enabled"]
+    for row in report["curve_seconds"]:
+        assert set(row) == {field.name for field in fields(CurveSeconds)}
+
+
+@pytest.mark.parametrize("path", OLD_PATHS, ids=lambda path: path.parent.parent.parent.name)
+def test_an_old_report_is_compared(path):
+    found = read_evaluation(path)
+    groups = labelled(group_runs([found], False), None)
+    assert found.speedups and found.accuracy.mean > 0.8
+    assert f"{100 * found.accuracy.mean:.2f}" in table(groups)
 
 
 def test_the_reports_in_the_repository_are_read():
