@@ -51,8 +51,8 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         choice.setdefault("left_out", [])
     if isinstance(environment, dict):
         environment.setdefault("runtime", "torch")
-    for name in ("verdicts", "runtimes"):
-        report.setdefault(name, [])
+    if "timing" in report:
+        report = {"verdicts": [], "runtimes": [], **report}
     return report
 
 
