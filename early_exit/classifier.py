@@ -189,12 +189,12 @@ def _in_runtime(
     try:
         runtime = choose_runtime(loaded, name)
         if runtime.precision == "int8":
-            raise UserError("8-bit integers need images of train to find their ranges")
+            raise UserError("8-bit integers need images of train, for the ranges of values")
         running = RuntimeNetwork(loaded.network, runtime, example)
         running.segments(policy)
     except UserError as error:
         raise UserError(
-            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or deploy"
+            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; else deploy"
             " the model with early_exit.export, or load it with the runtime torch"
         ) from None
     return running

@@ -291,7 +291,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                     if not (outdated := _outdated(stored, info, data, place)):
                         return stored
                     log.info("%s", outdated)
-        log.info("recording every exit on %s", split)
+        log.info("recording every exit on %s in %s", split, runtime.name)
         stamps = data.file_stamps(split) if isinstance(data, FileData) else None
         made = record(
             trained.runtime,
