@@ -194,8 +194,8 @@ def _in_runtime(
         running.segments(policy)
     except UserError as error:
         raise UserError(
-            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; else deploy"
-            " the model with early_exit.export, or load it with the runtime torch"
+            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; else"
+            " deploy the model with early_exit.export, or load it with the runtime torch"
         ) from None
     return running
 
