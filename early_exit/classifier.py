@@ -1,6 +1,7 @@
 """A trained run and its policy, ready to classify images.
 
-The policy that an evaluation of the run chose decides which image exits where. `early_exit.load`
+The policy that an evaluation of the run chose decides which image exits where. It is applied in the
+runtime it was chosen in, because another one's scores differ by rounding. `early_exit.load`
 (`early_exit.loading`) loads deployed models too.
 """
 
@@ -18,15 +19,22 @@ from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
-from early_exit.inference.infer import Answers, infer
+from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
 from early_exit.model.macs import Cost
 from early_exit.prediction import Prediction, classify, make_predictions
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
-from early_exit.trained import Loaded, check_run_directory, evaluations, load_network
+from early_exit.trained import (
+    Loaded,
+    check_run_directory,
+    choose_runtime,
+    evaluations,
+    load_network,
+)
 
 DEFAULT_EVALUATION = "max-drop-0.5-max_prob"  # if there are several
 
@@ -39,6 +47,8 @@ class Classifier:
     task: Task
     policy: Policy
     cost: Cost
+    runtime: RuntimeNetwork
+    """The network in the runtime in which it answers."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -71,7 +81,8 @@ class Classifier:
         mean, std = (loaded.normalisation[name] for name in ("mean", "std"))
         layout = loaded.config.run.memory_format
         images = normalise(images.to(loaded.device), mean, std, layout)
-        return infer(loaded.network, images, self.policy, loaded.autocast)
+        found = self.runtime.infer(images, self.policy)
+        return Answers(*map(torch.as_tensor, (found.logits, found.exit_index, found.score)))
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for what `read` gave."""
@@ -89,19 +100,23 @@ def load(
     task: Task | str | None = None,
     device: str = "auto",
     overrides: dict[str, Any] | None = None,
+    runtime: str | None = None,
 ) -> Classifier:
     """The network of a run and the policy that an evaluation of it chose.
 
     run: the run directory, or the directory of the evaluation. evaluation: its name; default: the
     only one, or that of `--max-drop 0.5`. task: the run's task, or `package.module:NAME` of it;
     default: the one that the report names, if `early_exit.task.TASKS` has it. overrides: settings
-    that are changed, nested as in a preset.
+    that are changed, nested as in a preset. runtime: a name of
+    `early_exit.inference.runtimes.table`; default: the one in which the policy was chosen, or torch
+    as the overrides say if they give a precision or compile it.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
     its evaluation or its task cannot be found, or if they do not belong together.
     """
     directory = find_evaluation(Path(run), evaluation)
-    run_info = read_report(directory / "report.json").get("run", {})
+    report = read_report(directory / "report.json")
+    run_info = report.get("run", {})
     weights = run_info.get("weights")
     if not isinstance(weights, str):
         raise UserError(
@@ -120,11 +135,32 @@ def load(
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     policy.check_thresholds(len(loaded.classes))
-    if loaded.config.run.compile:
-        loaded.network.compile_stages()
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
-    return Classifier(loaded, task, policy, network_cost(loaded.network))
+    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
+        runtime = report.get("environment", {}).get("runtime")
+    running = _in_runtime(loaded, policy, runtime, directory)
+    return Classifier(loaded, task, policy, network_cost(loaded.network), running)
+
+
+def _in_runtime(
+    loaded: Loaded, policy: Policy, name: str | None, directory: Path
+) -> RuntimeNetwork:
+    """The network in a runtime, the policy's segments built. Raises UserError if the runtime cannot
+    be used here."""
+    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    try:
+        runtime = choose_runtime(loaded, name)
+        if runtime.precision == "int8":
+            raise UserError("8-bit integers need images of train, for the ranges of values")
+        running = RuntimeNetwork(loaded.network, runtime, example)
+        running.segments(policy)
+    except UserError as error:
+        raise UserError(
+            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or load it"
+            " with --runtime torch, where scores differ by rounding"
+        ) from None
+    return running
 
 
 def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.input and args.format != "onnx":
         raise UserError("--input is of ONNX files; add --format onnx, or remove it")
     evaluation = find_evaluation(args.run, args.eval)
-    classifier = load(evaluation, task=args.task, device="cpu")
+    classifier = load(evaluation, task=args.task, device="cpu", runtime="torch")
     run = source_run(evaluation.parent.parent)
     path = evaluation / "report.json"
     report = read_report(path)

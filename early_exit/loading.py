@@ -34,8 +34,9 @@ def load(
     """What classifies images with the policy that an evaluation chose.
 
     path: a run, one of its evaluations, an export, or a deployed model. evaluation, task, device,
-    overrides: of a run, see `early_exit.classifier.load`. runtime, threads: of a deployed model,
-    see `early_exit.deployed.load`.
+    overrides: of a run, see `early_exit.classifier.load`. runtime: a name of
+    `early_exit.inference.runtimes.table`; default: that in which the policy was chosen. threads: of
+    a deployed model, see `early_exit.deployed.load`.
 
     Raises UserError for an argument that has no effect on what is loaded, and if it cannot be
     loaded.
@@ -46,10 +47,12 @@ def load(
         if device not in ("auto", "cpu"):
             raise UserError(f"{path} is a deployed model, which runs on the CPU, not on {device!r}")
         return deployed.load(path, runtime, threads)
-    _refuse({"runtime": runtime, "threads": threads}, f"{path} is no deployed model")
+    _refuse({"threads": threads}, f"{path} is no deployed model")
     from early_exit.classifier import load as load_run  # imports torch
 
-    return load_run(path, evaluation, task=task, device=device, overrides=overrides)
+    return load_run(
+        path, evaluation, task=task, device=device, overrides=overrides, runtime=runtime
+    )
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:

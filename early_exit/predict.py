@@ -74,8 +74,8 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--runtime",
         metavar="NAME",
-        help="what runs a deployed model: onnxruntime, openvino or openvino-bf16 (default: what it"
-        " was made for)",
+        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16, of"
+        " a run also torch, compile and others (default: that in which the policy was chosen)",
     )
     return parser
 
@@ -109,18 +109,15 @@ def _load(args: argparse.Namespace) -> ImageClassifier:
     given = flags.settings_of(args).get("run", {})
     if is_deployed(args.run):
         return _load_deployed(args, given)
-    if args.runtime is not None:
-        raise UserError(
-            f"--runtime is for deployed models, and {args.run} is none; make one: python -m"
-            " early_exit.export RUN DIR --format onnx"
-        )
     if importlib.util.find_spec("torch") is None and not args.run.is_dir():
         raise UserError(f"there is no run or deployed model at {args.run}")
     check_torchvision()
     from early_exit import classifier
     from early_exit.system.device import set_up  # imports torch, as the classifier does
 
-    loaded = classifier.load(args.run, args.eval, task=args.task, overrides={"run": given})
+    loaded = classifier.load(
+        args.run, args.eval, task=args.task, overrides={"run": given}, runtime=args.runtime
+    )
     set_up(loaded.loaded.config.run)
     return loaded
 

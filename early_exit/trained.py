@@ -20,6 +20,7 @@ from early_exit.config import Config
 from early_exit.data import file_lists
 from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
+from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.table import find_runtime
 from early_exit.manifest import refuse_deployed
@@ -243,12 +244,18 @@ def load_run(
     )
 
 
+def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
+    """A runtime on the network's device; name, default: as for `load_run`."""
+    settings = loaded.config.run
+    if name is None:
+        name = "compile" if settings.compile else "torch"
+        name += "" if loaded.precision == "off" else f"-{loaded.precision}"
+    return find_runtime(name, str(loaded.device), settings.threads or torch.get_num_threads())
+
+
 def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNetwork:
     """The network in a runtime; name, default: as for `load_run`."""
-    if name is None:
-        name = "compile" if loaded.config.run.compile else "torch"
-        name += "" if loaded.precision == "off" else f"-{loaded.precision}"
-    runtime = find_runtime(name, str(loaded.device), torch.get_num_threads())
+    runtime = choose_runtime(loaded, name)
     example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
     if runtime.precision == "int8":
         example = next(iter(data.eval_batches("train", CALIBRATION)))[0].to(loaded.device)
@@ -260,13 +267,14 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
     data, network, cost = trained.data, trained.network, trained.cost
     runtime = trained.runtime.runtime
     eager = runtime.name.startswith("torch")
+    precision = "off" if eager and runtime.precision == "f32" else runtime.precision
     info = RecordInfo(
         split=split,
         split_hash=data.digest(split),
         exit_names=network.exit_names,
         stage_macs=cost.stage_macs,
         head_macs=cost.head_macs,
-        precision=trained.precision if eager else runtime.precision,
+        precision=precision,
         weights=trained.weights,
         device=describe_device(trained.device),
         runtime="torch" if eager else runtime.name,
@@ -285,7 +293,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                     if not (outdated := _outdated(stored, info, data, place)):
                         return stored
                     log.info("%s", outdated)
-        log.info("recording every exit on %s", split)
+        log.info("recording every exit on %s in %s", split, runtime.name)
         stamps = data.file_stamps(split) if isinstance(data, FileData) else None
         made = record(
             trained.runtime,

@@ -321,10 +321,9 @@ class TestArguments:
         message = refusal(early_exit.load, deployed_model, **{argument: value})
         assert_names(message, deployed_model, "cuda" if argument == "device" else argument)
 
-    @pytest.mark.parametrize("argument", [{"runtime": "onnxruntime"}, {"threads": 1}])
-    def test_of_deployed_models(self, evaluated_run, argument):
-        message = refusal(early_exit.load, evaluated_run, **argument)
-        assert_names(message, evaluated_run, *argument)
+    def test_of_deployed_models(self, evaluated_run):
+        message = refusal(early_exit.load, evaluated_run, threads=1)
+        assert_names(message, evaluated_run, "threads")
 
     @pytest.mark.parametrize(
         "flags",
@@ -345,9 +344,9 @@ class TestArguments:
         if flags[0] not in ("--device", "--threads"):
             assert_names(message, flags[0], deployed_model)
 
-    def test_a_runtime_for_a_run(self, evaluated_run):
-        arguments = [str(evaluated_run), "x.png", "--runtime", "onnxruntime"]
-        assert_names(refusal(predict.main, arguments), "--runtime", evaluated_run)
+    def test_an_unknown_runtime_for_a_run(self, evaluated_run):
+        arguments = [str(evaluated_run), "x.png", "--runtime", "onnxrun"]
+        assert_names(refusal(predict.main, arguments), "'onnxrun'", "onnxruntime")
 
 
 class TestOtherPrograms:

@@ -90,16 +90,25 @@ def goal_of(args: argparse.Namespace) -> Goal:
         return ConditionalDeepLearning(
             args.delta, (args.epsilon or 0) / 100, criterion=common["criterion"]
         )
-    return MaxDrop(0.005 if args.max_drop is None else args.max_drop / 100, **common)
+    drop = 0.005 if args.max_drop is None else args.max_drop / 100
+    if args.minimise == "seconds":
+        batch = 1 if args.latency_batch is None else args.latency_batch
+        return MaxDrop(drop, "seconds", batch, **common)
+    return MaxDrop(drop, **common)
 
 
 def _check_companions(args: argparse.Namespace) -> None:
     """Raises UserError for a flag without the one that it refines."""
     refinements = {
         "risk": ("confidence", "on_average", "loss"),
-        "latency_budget": ("latency_batch",),
         "delta": ("epsilon",),
     }
+    others = ("budget", "latency_budget", "thresholds", "policy", "risk", "delta")
+    other = next((name for name in others if getattr(args, name) is not None), None)
+    if args.minimise and other:
+        raise UserError(f"--minimise is for --max-drop; remove --minimise or {_flag(other)}")
+    if args.latency_batch is not None and not (args.latency_budget or args.minimise == "seconds"):
+        raise UserError("--latency-batch needs --latency-budget or --minimise seconds")
     for goal, names in refinements.items():
         for name in names:
             value = getattr(args, name)
@@ -123,7 +132,7 @@ def _latency(text: str) -> tuple[float, bool]:
 
 
 def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate`."""
+    """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate_each`."""
     for flag, number in (
         ("--cuts", args.cuts),
         ("--timing-images", args.timing_images),
@@ -136,12 +145,15 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     name = args.name
     if name is None and args.policy:  # two files are two evaluations
         name = f"policy-{args.policy.stem}"
+        if args.runtime and len(args.runtime) == 1 and args.runtime != ["torch"]:
+            name += f"-{args.runtime[0]}"
     if name is not None and (not name or is_hidden(name) or Path(name).name != name):
         raise UserError(
             f"--name is {name!r}; give the name of one directory, without a path, that is not"
             " hidden: it must not begin with a dot"
         )
     return {
+        "runtimes": tuple(args.runtime or (None,)),
         "overrides": settings_of(args),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,

@@ -14,6 +14,12 @@ import numpy as np
 from early_exit.choosing.cdl import Candidate
 from early_exit.choosing.outcome import Point
 from early_exit.choosing.overthinking import Overthinking
+from early_exit.evaluation.report_seconds import (
+    CurveSeconds,
+    LatencyResult,
+    RuntimeRow,
+    Verdict,
+)
 from early_exit.inference.latency import Timing
 from early_exit.metrics import Bin
 
@@ -68,6 +74,11 @@ class Environment:
     command: str
     runtime: str = "torch"
     """What ran the network: a name of `early_exit.inference.runtimes.table`."""
+
+    @property
+    def ran_in(self) -> str:
+        """Runtime and precision, which every number of seconds is shown with."""
+        return f"{self.runtime} ({self.precision})"
 
 
 @dataclass(frozen=True)
@@ -133,26 +144,6 @@ class StaticRow:
 
 
 @dataclass(frozen=True)
-class CurveSeconds:
-    """The time of the curve's points at one batch size, as shares of the plain network's time: the
-    sum of the segments' times at the mean numbers of rows that reach them
-    (`early_exit.inference.segment_times`)."""
-
-    batch_size: int
-    plain: float
-    """Seconds per batch of the plain network, measured beside inference with exits taken."""
-    val: tuple[float, ...]
-    """One for each point of the curve."""
-    test: tuple[float, ...]
-    at_exit: tuple[float, ...]
-    """If every image exited at one exit."""
-    chosen_val: float
-    chosen_test: float
-    static_networks: dict[str, float]
-    """Measured in turns with the plain network."""
-
-
-@dataclass(frozen=True)
 class MeanStd:
     """A number over several cuts or seeds."""
 
@@ -170,19 +161,6 @@ class GuaranteeResult:
     unguaranteed: Point
     """Test, if the thresholds are chosen for the same drop on val, without a guarantee."""
     unguaranteed_lost: float
-
-
-@dataclass(frozen=True)
-class LatencyResult:
-    """A goal in seconds per batch: the plain network's time and the time expected on val and test,
-    in one measurement."""
-
-    batch_size: int
-    budget: float | None
-    """None: the fewest seconds were wanted."""
-    plain: float
-    val: float
-    test: float
 
 
 @dataclass(frozen=True)
@@ -280,6 +258,10 @@ class Report:
     timing: tuple[Timing, ...]
     static_networks: tuple[StaticRow, ...]
     curve_seconds: tuple[CurveSeconds, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    """One for each timed batch size."""
+    runtimes: tuple[RuntimeRow, ...] = ()
+    """If it was evaluated in several runtimes: all of them, this one included."""
 
     @property
     def early_exits(self) -> tuple[ExitRow, ...]:

@@ -16,15 +16,14 @@ from early_exit.choosing.record import ExitRecord
 from early_exit.evaluation.report import (
     ClassRow,
     CurvePoint,
-    CurveSeconds,
     EnergyEstimate,
     ExitRow,
     GuaranteeResult,
-    LatencyResult,
     Picture,
     StaticRow,
     finite,
 )
+from early_exit.evaluation.report_seconds import CurveSeconds, LatencyResult
 from early_exit.inference.latency import Timing
 from early_exit.inference.policy import Policy
 from early_exit.inference.segment_times import SegmentTimes

@@ -78,6 +78,8 @@ class Evaluation:
     """Over the plain network, by batch size."""
     precision: str
     device: str
+    runtime: str = "torch"
+    """What ran the network."""
     unfinished: str | None = None
     """How far the run was trained; None: to its end."""
     left_out: int = 0
@@ -190,6 +192,7 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         },
         precision=environment.get("precision", "unknown"),
         device=environment.get("device", "unknown"),
+        runtime=environment.get("runtime", "torch"),
         unfinished=report["run"].get("unfinished"),
         left_out=len(choice.get("left_out", ())),
         weights=str(report["run"].get("weights", "")),

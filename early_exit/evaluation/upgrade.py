@@ -65,6 +65,7 @@ def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
         if isinstance(report.get(name), dict):
             report[name] = since | report[name]
     if "timing" in report:
+        report = {"verdicts": [], "runtimes": [], **report}
         report["timing"] = [
             {"speedup_range": None, "networks": {}, **_by_segment(timing, report["exits"])}
             for timing in report["timing"]

@@ -34,7 +34,7 @@ def test_moved_data_is_told_with_the_scripts_own_flags(
     script, arguments, words, monkeypatch, capsys
 ):
     monkeypatch.setattr(program.training, "train", missing)
-    monkeypatch.setattr(program.evaluation, "evaluate", missing)
+    monkeypatch.setattr(program.evaluation, "evaluate_each", missing)
     code, _, err = run_main(script.main, "script", monkeypatch, capsys, *arguments)
     assert code == 2 and err.count("\n") == 1 and "/moved" in err
     named = set(re.findall(r"--[\w-]+", err))

@@ -190,7 +190,7 @@ class TestFiles:
             (MaxDrop(0.0, calibrate=False), "max-drop-0-max_prob-uncalibrated"),
             (
                 MaxDrop(0.02, minimise="seconds", batch_size=4),
-                "max-drop-2-seconds-at-batch-4-max_prob",
+                "max-drop-2-seconds-batch-4-max_prob",
             ),
         ],
     )

@@ -168,6 +168,8 @@ def test_what_a_report_of_today_says_of_its_runtime_is_kept():
         ],
         "cuts": {"speedup": {"mean": 1.1, "std": 0.1}},
         "live": {"rounding": 0.01},
+        "verdicts": [{"kind": "exits"}],
+        "runtimes": [{"runtime": "torch"}],
     }
     assert upgraded(values) == values
 

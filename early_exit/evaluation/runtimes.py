@@ -1,0 +1,127 @@
+"""In which runtimes a run is evaluated, and how the evaluations in them are named and compared."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from early_exit.choosing.goals import Goal
+from early_exit.errors import UserError
+from early_exit.evaluation.report import Report
+from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
+from early_exit.evaluation.verdict import speedup_range
+from early_exit.inference.latency import make_timer
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.runtimes.table import available_runtimes
+from early_exit.trained import Trained, in_runtime
+
+log = logging.getLogger(__name__)
+
+FASTEST = "fastest"
+TURNS, UNTIMED = 21, 3  # of which the first are the warm-up
+
+
+def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> None:
+    """Raises UserError if a runtime is named and settings say its precision or compile it: the
+    runtime's name says both."""
+    run = overrides.get("run", {})
+    amp, compiled = run.get("amp", "off"), run.get("compile", False)
+    if not any(runtimes) or (amp == "off" and not compiled):
+        return
+    name = "compile" if compiled else "torch"
+    name += f"-{amp}" if amp in ("bf16", "fp16") else ""
+    flags = [*([f"--amp {amp}"] if amp != "off" else []), *(["--compile"] if compiled else [])]
+    raise UserError(
+        f"--runtime names the precision and whether to compile; instead of {' '.join(flags)} pass"
+        f" --runtime {name}"
+    )
+
+
+def resolved(trained: Trained, runtimes: Sequence[str | None], batch_size: int) -> list[str | None]:
+    """The runtimes, each once, with the one that is fastest at this batch size for `fastest`."""
+    if FASTEST not in runtimes:
+        return list(dict.fromkeys(runtimes))
+    found = fastest(trained, batch_size)
+    return list(dict.fromkeys(found if name == FASTEST else name for name in runtimes))
+
+
+def fastest(trained: Trained, batch_size: int) -> str:
+    """The runtime whose plain network is fastest on the first images of val, measured in turns.
+
+    Those in 8-bit integers change the accuracy and those that compile take minutes, so they are not
+    among the candidates.
+    """
+    images, _ = next(iter(trained.data.eval_batches("val", batch_size)))
+    names = [
+        name
+        for name in available_runtimes(trained.device.type)
+        if not name.endswith("int8") and not name.startswith("compile")
+    ]
+    networks = {name: in_runtime(trained, trained.data, name) for name in names}
+    seconds = plain_seconds(networks, images)
+    best = min(seconds, key=seconds.__getitem__)
+    log.info(
+        "plain network at batch %d: %s; the fastest is %s",
+        len(images),
+        ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items()),
+        best,
+    )
+    return best
+
+
+def plain_seconds(networks: dict[str, RuntimeNetwork], images: Any) -> dict[str, float]:
+    """The median seconds of the plain network in each runtime, measured in turns."""
+    calls = {
+        name: partial(network.plain(), network.runtime.array(images))
+        for name, network in networks.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(UNTIMED + TURNS):
+        for name, network in networks.items():
+            with network.runtime.context():
+                samples[name].append(make_timer(network)(calls[name]))
+    return {name: float(np.median(turns[UNTIMED:])) for name, turns in samples.items()}
+
+
+def evaluation_name(goal: Goal, name: str | None, runtime: str | None, several: bool) -> str:
+    """The name of the evaluation in a runtime: the given one, by default made from the goal, and
+    the runtime unless it is torch. A given name is the whole name unless there are several
+    runtimes."""
+    if runtime in (None, "torch") or (name and not several):
+        return name or default_name(goal)
+    return f"{name or default_name(goal)}-{runtime}"
+
+
+def default_name(goal: Goal) -> str:
+    """The name of an evaluation that was given none."""
+    words = f"{goal} {goal.criterion}"
+    words = words.replace(", seconds at batch", " seconds batch").replace(",", "")
+    if not goal.calibrate:
+        words += " uncalibrated"
+    for old, new in ((" % of MACs", ""), (" %", ""), (" points", ""), (" ", "-")):
+        words = words.replace(old, new)
+    return words
+
+
+def runtime_row(report: Report, evaluation: str) -> RuntimeRow:
+    """An evaluation among those in several runtimes. evaluation: its name."""
+    return RuntimeRow(
+        runtime=report.environment.runtime,
+        precision=report.environment.precision,
+        evaluation=evaluation,
+        accuracy=report.test.accuracy,
+        macs_share=report.test.macs_share,
+        seconds=tuple(
+            RuntimeSeconds(
+                timing.batch_size,
+                timing.plain.total / timing.batches,
+                timing.live.total / timing.batches,
+                timing.speedup,
+                speedup_range(timing),
+            )
+            for timing in report.timing
+        ),
+        verdicts=report.verdicts,
+    )
