@@ -270,10 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         reference = write_job(args, Path(directory))
         for _ in range(args.starts):
-            with (
-                start(python, "earlyon_side", directory) as peer,
-                start(sys.executable, "our_side", directory) as ours,
-            ):
+            with contextlib.ExitStack() as processes:
+                peer = processes.enter_context(start(python, "earlyon_side", directory))
+                ours = processes.enter_context(start(sys.executable, "our_side", directory))
                 for size in args.batch_sizes:
                     differing, count = compare_answers((peer, ours), reference, size)
                     within, compared = within + differing, compared + count

@@ -96,8 +96,8 @@ def last_rows(network: RuntimeNetwork, batches: Sequence[Tensor], policy: Policy
     """The mean number of rows of a call of the last segment in `infer`."""
     final = policy.num_exits - 1
     exits = [to_numpy(network.infer(images, policy).exit_index) for images in batches]
-    rows = [count for taken in exits if (count := int((taken == final).sum()))]
-    return statistics.mean(rows) if rows else 0.0
+    rows = [int((taken == final).sum()) for taken in exits]
+    return statistics.mean(filter(None, rows)) if any(rows) else 0.0
 
 
 HEADING = """\

@@ -35,6 +35,7 @@ from early_exit.choosing.goals import (
     Risk,
 )
 from early_exit.choosing.record import ExitRecord, score_record
+from early_exit.choosing.search import NOISE
 from early_exit.errors import UserError
 from early_exit.evaluation import live
 from early_exit.evaluation.evaluate import evaluate
@@ -188,7 +189,7 @@ class TestLatency:
         assert report["val"]["accuracy"] >= report["exits"][-1]["accuracy_val"] - 0.03 - 1e-9
         other, other_policy = quickly(timed, MaxDrop(0.03), name="macs")
         assert other["latency"] is None
-        assert found["val"] <= self.expected(timed, "val", other_policy) + 1e-12
+        assert found["val"] <= (1 + NOISE) * self.expected(timed, "val", other_policy)
 
     def test_where_exits_cost_more_than_they_save_none_is_enabled(self, copy, monkeypatch):
         # every segment takes as long as the whole, as small ones do where a call is what costs
