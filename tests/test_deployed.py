@@ -345,7 +345,8 @@ class TestArguments:
             assert_names(message, flags[0], deployed_model)
 
     def test_an_unknown_runtime_for_a_run(self, evaluated_run):
-        arguments = [str(evaluated_run), "x.png", "--runtime", "onnxrun"]
+        task = ("--task", "helpers:TASK")
+        arguments = [str(evaluated_run), "x.png", *task, "--runtime", "onnxrun"]
         assert_names(refusal(predict.main, arguments), "'onnxrun'", "onnxruntime")
 
 

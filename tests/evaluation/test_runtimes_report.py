@@ -326,7 +326,7 @@ class TestLoad:
     def test_8_bit_integers_need_images(self, evaluated_copy, pretended):
         run = self.named(evaluated_copy, "onnxruntime-int8")
         message = refusal(load, run, "mine", task=TASK, device="cpu")
-        assert_names(message, "onnxruntime-int8", "early_exit.export", "torch")
+        assert_names(message, "onnxruntime-int8", "--runtime torch")
         assert load(run, "mine", task=TASK, device="cpu", runtime="torch")
 
     def test_a_runtime_that_is_not_here(self, evaluated_copy):
