@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -41,8 +42,9 @@ class RuntimeNetwork:
         key = first, last, criterion
         if key not in self._segments:
             segment = segment_of(self.network, first, last, criterion)
-            example = Example(self._stage_inputs[first], self._state(first, criterion))
-            self._segments[key] = self.runtime.segment(segment, example)
+            with plain_tensors():
+                example = Example(self._stage_inputs[first], self._state(first, criterion))
+                self._segments[key] = self.runtime.segment(segment, example)
         return self._segments[key]
 
     def segments(self, policy: Policy) -> list[tuple[int, RunSegment]]:
@@ -57,7 +59,8 @@ class RuntimeNetwork:
         """A network without exits that takes the same images; default: the backbone."""
         network = self.network.backbone if network is None else network
         if network not in self._networks:
-            self._networks[network] = self.runtime.network(network, self.example)
+            with plain_tensors():
+                self._networks[network] = self.runtime.network(network, self._stage_inputs[0])
         return self._networks[network]
 
     def infer(self, images: Tensor, policy: Policy) -> Answers:
@@ -98,11 +101,10 @@ class RuntimeNetwork:
     @cached_property
     def _stage_inputs(self) -> list[Features]:
         """The features that each stage takes, of the example."""
-        inputs: list[Features] = [self.example]
-        with torch.no_grad():
-            for stage in self.network.stages[:-1]:
-                features, _ = stage(inputs[-1], with_logits=False)
-                inputs.append(features)
+        inputs: list[Features] = [self.example.clone()]
+        for stage in self.network.stages[:-1]:
+            features, _ = stage(inputs[-1], with_logits=False)
+            inputs.append(features)
         return inputs
 
     def _state(self, first: int, criterion: str) -> Tensor | None:
@@ -113,6 +115,13 @@ class RuntimeNetwork:
             len(self.example), self.network.num_classes, device=self.example.device
         )
         return apply_criterion(criterion, logits, 1.0, None)[2]
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No gradients, and no tensors of inference mode: exporters and compilers refuse these."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -143,3 +143,14 @@ def test_the_score_is_computed_in_float32(built, clear_images, name):
     terms = 16 + 2 * int(np.abs(exact).max())
     assert np.abs(to_numpy(score) - expected).max() <= bound(torch.float32, terms)
     assert np.abs(to_numpy(answer) - exact).max() <= bound(torch.float32, 1) * np.abs(exact).max()
+
+
+def test_segments_may_be_built_in_inference_mode(tiny_net, images):
+    """As the record of all exits does; tensors of inference mode are never traced."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with torch.inference_mode():
+        network = RuntimeNetwork(tiny_net, find_runtime("onnxruntime"), images[:2].clone())
+        first = network.segment(0, 0, "max_prob")
+    assert network.segment(0, 0, "max_prob") is first
+    network.segment(1, 1, "max_prob")
