@@ -1,8 +1,8 @@
 """Latency: inference with exits beside the plain network and static ones, measured in one run.
 
 The measurements are interleaved, so that a machine that slows down slows all of them; medians over
-repeats; after a warm-up; with the device synchronised before the clock is read. Heads, decisions
-and the selection of rows lie inside the timed region.
+repeats; each call after one that is not timed; with the device synchronised before the clock is
+read. Heads, decisions and the selection of rows lie inside the timed region.
 """
 
 import time
@@ -157,7 +157,6 @@ def measure(
     """
     samples: list[list[Sample]] = []  # (batches, repeats)
     with network.runtime.context():
-        measure_batch(network, batches[0], policy, others or {}, repeats)  # the warm-up
         began = time.perf_counter()
         for images in batches:
             samples.append(measure_batch(network, images, policy, others or {}, repeats))
@@ -233,9 +232,12 @@ def summary(
 
 
 def make_timer(network: RuntimeNetwork) -> Timer:
-    """The timer of a runtime."""
+    """The timer of a runtime. It calls a function once before the call that it times: what was timed
+    in between has filled the caches, and the threads of another network's pool were asleep. That
+    alone made a ResNet-56 with exits a quarter slower at batch 1."""
 
     def timed(call: Callable[[], object]) -> float:
+        call()
         network.runtime.synchronize()
         began = time.perf_counter()
         call()

@@ -19,8 +19,7 @@ from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.segments import spans
 from early_exit.model.features import select_rows
 
-UNTIMED = 2  # turns, the warm-up
-LEAST = 3  # timed turns
+LEAST = 3  # turns
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def segment_times(
         plain = network.plain()
         segments = {(first, last): network.segment(first, last, criterion) for first, last in pairs}
         began = time.perf_counter()
-        for turn in range(UNTIMED + repeats):
-            if turn >= UNTIMED + LEAST and time.perf_counter() - began > seconds:
+        for turn in range(repeats):
+            if turn >= LEAST and time.perf_counter() - began > seconds:
                 break
             wholes.append(timer(lambda: plain(array)))
             for (first, last), segment in segments.items():
@@ -108,11 +107,8 @@ def segment_times(
     return SegmentTimes(
         batch_size,
         tuple(sizes),
-        {
-            span: tuple(np.median(turns[UNTIMED:], axis=0).tolist())
-            for span, turns in samples.items()
-        },
-        float(np.median(wholes[UNTIMED:])),
+        {span: tuple(np.median(turns, axis=0).tolist()) for span, turns in samples.items()},
+        float(np.median(wholes)),
     )
 
 

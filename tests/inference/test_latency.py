@@ -246,7 +246,7 @@ def test_static_networks_are_timed_on_every_batch(tiny_net, images, policy, monk
     batches = list(images[:12].split(6))
     timing = timed(tiny_net, batches, policy, others={"slow": Slow()}, repeats=2, seconds=1e9)
     assert timing.networks == {"slow": BatchSeconds(p50=4, p95=4, total=8)}
-    assert rows == [6] * 2 * 3  # the warm-up is one batch more
+    assert rows == [6] * 2 * 2 * 2  # two batches, two repeats, each after a call that is not timed
     assert timing.plain == timing.live == BatchSeconds(p50=1, p95=1, total=2)
 
 

@@ -167,7 +167,7 @@ class TestMeasuring:
 
     def test_every_pair_is_measured_on_every_size_and_nothing_else(self, measured):
         _, calls = measured
-        turns = 2 + 4  # the warm-up, and the repeats
+        turns = 2 * 4  # each call after one that is not timed
         plain = [call for call in calls if call[0] == "plain"]
         assert plain == [("plain", 6, True)] * turns
         expected = []
@@ -220,22 +220,24 @@ class TestMeasuring:
             else:
                 assert torch.equal(state, expected[first][1][:rows])
 
-    @pytest.mark.parametrize(("seconds", "turns"), [(0.0, 3), (5 * 800.0, 4), (1e9, 9)])
+    @pytest.mark.parametrize(("seconds", "turns"), [(0.0, 3), (6 * 800.0, 4), (1e9, 9)])
     def test_out_of_time_three_turns_remain(
         self, tiny_net, images, clock, monkeypatch, seconds, turns
     ):
-        """A turn takes 800 seconds here, and two are the warm-up."""
+        """A turn takes twice 800 seconds here."""
         calls = []
         slow_parts(tiny_net, clock, monkeypatch, calls)
         monkeypatch.setattr("early_exit.inference.segment_times.advance", lambda *_: (None, None))
         network = in_torch(tiny_net, images[:2])
         network.segment(0, 3, "max_prob")
         times = segment_times(network, images[:1], "max_prob", [(0, 3)], repeats=9, seconds=seconds)
-        assert sum(call[0] == "plain" for call in calls) == 2 + turns
+        assert sum(call[0] == "plain" for call in calls) == 2 * turns
         assert times.plain == 800
 
-    def test_the_median_is_without_the_warm_up(self, tiny_net, images, clock, monkeypatch):
-        took = iter([1000.0, 1000.0, 3.0, 7.0, 5.0])
+    def test_the_median_is_without_the_first_call_of_a_turn(
+        self, tiny_net, images, clock, monkeypatch
+    ):
+        took = iter([1000.0, 3.0, 1000.0, 7.0, 1000.0, 5.0])
         network = in_torch(tiny_net, images[:2])
         monkeypatch.setattr(
             network, "plain", lambda: lambda _: setattr(clock, "now", clock.now + next(took))
