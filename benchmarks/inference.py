@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,16 +64,12 @@ def set_statistics(network: MultiExitNetwork, images: Tensor) -> None:
 
 
 def policy_for_shares(
-    network: MultiExitNetwork | RuntimeNetwork,
-    images: Tensor,
-    shares: Sequence[float],
-    criterion: str,
+    network: RuntimeNetwork, images: Tensor, shares: Sequence[float], criterion: str
 ) -> Policy:
     """The policy under which these shares of `images` exit at each early exit."""
-    names = (network.network if isinstance(network, RuntimeNetwork) else network).exit_names
     with torch.inference_mode():
         logits = torch.cat([torch.stack(network(batch), 1) for batch in images.split(BATCH)])
-    return policy_for_logits(names, logits, shares, criterion)
+    return policy_for_logits(network.network.exit_names, logits, shares, criterion)
 
 
 def policy_for_logits(
@@ -206,10 +202,11 @@ HEADING = """\
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints a table."""
-    args = parser().parse_args(argv)
-    check(args)
+def prepare(
+    args: argparse.Namespace, heading: str
+) -> Iterator[tuple[RuntimeNetwork, Policy, Tensor]]:
+    """In each of the runtimes: the network, the policy at which the requested shares exit, and the
+    images. Prints what is measured and the table's heading first, and where images exit last."""
     device = choose_device(args.device)
     runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
     torch.manual_seed(0)
@@ -222,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.arch}, {args.image_size} pixels, exits after {', '.join(args.exits)},"
         f" {describe_device(device)}, torch {torch.__version__}"
     )
-    print(HEADING)
+    print(heading)
     told = []
     for runtime in runtimes:
         built = RuntimeNetwork(network, runtime, images[:BATCH])
@@ -230,8 +227,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         shares = zip(network.exit_names, exit_shares(built, images, policy), strict=True)
         exits = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
         told.append(f"{runtime.name} ({PRECISIONS[runtime.precision]}), images that exit: {exits}")
+        yield built, policy, images
+    print("\n".join(["", *told]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints a table."""
+    args = parser().parse_args(argv)
+    check(args)
+    for built, policy, images in prepare(args, HEADING):
         for batch_size in args.batch_sizes:
             batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
             timing = measure(built, 3 * batches, policy, seconds=args.seconds)
-            print(row(runtime.name, timing), flush=True)
-    print("\n".join(["", *told]))
+            print(row(built.runtime.name, timing), flush=True)

@@ -22,15 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from inference import (
-    BATCH,
-    add_network_flags,
-    build_network,
-    check,
-    exit_shares,
-    policy_for_shares,
-)
+from inference import add_network_flags, check, prepare
 from torch import Tensor
 
 from early_exit.cli import flags
@@ -38,8 +30,6 @@ from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
-from early_exit.inference.runtimes.table import find_runtime
-from early_exit.system.device import PRECISIONS, choose_device, describe_device
 
 
 def parser() -> flags.Parser:
@@ -124,28 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     if args.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {args.repeats}")
-    device = choose_device(args.device)
-    runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
-    torch.manual_seed(0)
-    network = build_network(args.arch, args.exits, args.head, args.image_size)
-    network.to(device, memory_format=torch.channels_last).eval()
-    images = torch.randn(args.images, *network.image_shape, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    print(
-        f"{args.arch}, {args.image_size} pixels, exits after {', '.join(args.exits)},"
-        f" {describe_device(device)}, torch {torch.__version__}"
-    )
-    print(HEADING)
-    told = []
-    for runtime in runtimes:
-        built = RuntimeNetwork(network, runtime, images[:BATCH])
-        policy = policy_for_shares(built, images, args.exit_shares, args.criterion)
-        shares = zip(network.exit_names, exit_shares(built, images, policy), strict=True)
-        exits = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
-        told.append(f"{runtime.name} ({PRECISIONS[runtime.precision]}), images that exit: {exits}")
+    for built, policy, images in prepare(args, HEADING):
         for batch_size in args.batch_sizes:
             batches = images.split(batch_size)
             seconds = time_batches(built, batches, policy, args.repeats)
             last = last_rows(built, batches, policy)
-            print(row(runtime.name, batch_size, len(images), seconds, last), flush=True)
-    print("\n".join(["", *told]))
+            name = built.runtime.name
+            print(row(name, batch_size, len(images), seconds, last), flush=True)

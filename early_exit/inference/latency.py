@@ -156,6 +156,9 @@ def measure(
     others: static networks, timed in turns with the plain one.
     """
     samples: list[list[Sample]] = []  # (batches, repeats)
+    network.segments(policy)  # building takes seconds
+    for module in (None, *(others or {}).values()):
+        network.plain(module)
     with network.runtime.context():
         began = time.perf_counter()
         for images in batches:
@@ -232,9 +235,9 @@ def summary(
 
 
 def make_timer(network: RuntimeNetwork) -> Timer:
-    """The timer of a runtime. It calls a function once before the call that it times: what was timed
-    in between has filled the caches, and the threads of another network's pool were asleep. That
-    alone made a ResNet-56 with exits a quarter slower at batch 1."""
+    """The timer of a runtime. It calls a function once before the call that it times: what was
+    timed in between has filled the caches, and the threads of another network's pool were asleep.
+    That alone made a ResNet-56 with exits a quarter slower at batch 1."""
 
     def timed(call: Callable[[], object]) -> float:
         call()

@@ -33,7 +33,8 @@ class RuntimeNetwork:
     def __init__(self, network: MultiExitNetwork, runtime: Runtime, example: Tensor) -> None:
         if network.training:
             raise UserError("the network is in training mode; call network.eval() first")
-        self.network, self.runtime, self.example = network, runtime, example
+        self.network, self.runtime = network, runtime
+        self.example = example if runtime.precision == "int8" else example[:2]
         self._segments: dict[tuple[int, int, str], RunSegment] = {}
         self._networks: dict[nn.Module, RunNetwork] = {}
 
