@@ -21,8 +21,8 @@ from early_exit.inference.segments import Segment
 from early_exit.model.features import Features
 from early_exit.model.network import Stage
 
-Timer = Callable[[Callable[[], object]], float]
-"""Calls a function and returns the seconds it took, the device synchronised."""
+Timer = Callable[..., float]
+"""Makes calls, one after the other, and returns the seconds they took, the device synchronised."""
 PLAIN = "plain"
 
 
@@ -47,8 +47,8 @@ class Timing:
     live: BatchSeconds
     """With exits taken."""
     ideal: BatchSeconds
-    """The sum of the segments' own times, heads and criterion included, each at the number of rows
-    that reached it."""
+    """The sum of the segments' own times, called one after the other, heads and criterion included,
+    each at the number of rows that reached it."""
     no_exit_taken: BatchSeconds
     """With all enabled exits computed and none taken."""
     without_heads: BatchSeconds | None
@@ -193,10 +193,7 @@ def measure_batch(
     for name, module in others.items():
         calls[f"network {name}"] = [partial(network.plain(module), array)]
     timer = make_timer(network)
-    return [
-        {name: sum(timer(call) for call in parts) for name, parts in calls.items()}
-        for _ in range(repeats)
-    ]
+    return [{name: timer(*parts) for name, parts in calls.items()} for _ in range(repeats)]
 
 
 def summary(
@@ -235,16 +232,20 @@ def summary(
 
 
 def make_timer(network: RuntimeNetwork) -> Timer:
-    """The timer of a runtime. It calls a function once before the call that it times: what was
+    """The timer of a runtime. It makes all calls once before it times them one by one: what was
     timed in between has filled the caches, and the threads of another network's pool were asleep.
     That alone made a ResNet-56 with exits a quarter slower at batch 1."""
 
-    def timed(call: Callable[[], object]) -> float:
-        call()
+    def timed(*calls: Callable[[], object]) -> float:
+        for call in calls:
+            call()
         network.runtime.synchronize()
-        began = time.perf_counter()
-        call()
-        network.runtime.synchronize()
-        return time.perf_counter() - began
+        seconds = 0.0
+        for call in calls:
+            began = time.perf_counter()
+            call()
+            network.runtime.synchronize()
+            seconds += time.perf_counter() - began
+        return seconds
 
     return timed
