@@ -39,17 +39,6 @@ def ignores(pid, signum):
     return int(mask, 16) >> (signum - 1) & 1 == 1
 
 
-@pytest.mark.parametrize(
-    ("limit", "count"),
-    [("max 100000", 64), ("100000 100000", 1), ("50000 100000", 1), ("250000 100000", 3), ("", 64)],
-)
-def test_processors_are_those_of_the_container(tmp_path, monkeypatch, limit, count):
-    (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(workers, "CPU_LIMIT", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert workers.processors() == count
-
-
 class TestWorkers:
     def test_the_same_processes_serve_every_split_and_epoch(self, folders):
         loaded = load_folders(folders, workers=2)
