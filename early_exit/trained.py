@@ -334,7 +334,9 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
     `data` are; empty if it is."""
     split, same_but_files = info.split, replace(stored.info, split_hash=info.split_hash)
     if replace(same_but_files, left_out=(), left_out_names=()) != info:
-        return f"the record of {split} is of other weights or settings, or calibrated on other images"
+        return (
+            f"the record of {split} is of other weights or settings, or calibrated on other images"
+        )
     if stored.info.split_hash != info.split_hash:
         names = file_lists.remembered(directory, split)
         now = data.file_names(split) if isinstance(data, FileData) else None

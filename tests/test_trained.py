@@ -49,13 +49,16 @@ def plain(tmp_path_factory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("plain") / "run", TASK, exits=())
 
 
+CPU_DEVICE = torch.device("cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine(EagerRuntime):
     """Eager torch under the name of a runtime in integers."""
 
     name: str = "engine-int8"
     precision: str = "int8"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU_DEVICE
 
     def context(self):
         return torch.inference_mode()

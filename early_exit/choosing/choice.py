@@ -42,9 +42,7 @@ CURVE_POINTS = 200  # of all outcomes on val, how many a report keeps and a guar
 FIT_SHARE = 0.2  # of val, if a guarantee is wanted; the rest certifies
 
 
-def spans_to_time(
-    val: ExitRecord, goal: Goal, cost: Cost, most: int
-) -> list[tuple[int, int]]:
+def spans_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[tuple[int, int]]:
     """The segments that are worth measuring for a goal in seconds, each as the indices of its first
     and its last stage.
 

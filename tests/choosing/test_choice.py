@@ -13,8 +13,8 @@ from early_exit.choosing.choice import (
     calibrated,
     choose,
     fit_and_certify,
-    thinned,
     spans_to_time,
+    thinned,
 )
 from early_exit.choosing.curve import for_budget, for_latency, for_max_drop, shared_curve
 from early_exit.choosing.goals import (

@@ -231,8 +231,12 @@ class TestMeasuredRounding:
         expected = [gap > limit for gap in (0.07, 0.09, 0.05, 0.11)]
         assert found.unexplained.tolist() == [False, *expected]
 
-    @pytest.mark.parametrize(("temperature", "explained"), [(1.0, False), (1.025, True), (3.0, True)])
-    def test_a_wrong_temperature_explains_no_clear_answer(self, make_record, temperature, explained):
+    @pytest.mark.parametrize(
+        ("temperature", "explained"), [(1.0, False), (1.025, True), (3.0, True)]
+    )
+    def test_a_wrong_temperature_explains_no_clear_answer(
+        self, make_record, temperature, explained
+    ):
         """A tenth of the largest logit is the most that bfloat16 explains: here 0.9."""
         final = [[9.0, 0.0], [1.0, 0.3], [1.0, 0.0]]
         stored = make_record([[[1.0, -1.0], logits] for logits in final], [0] * 3)

@@ -21,7 +21,6 @@ from helpers import (
     wait_for_file,
 )
 
-from early_exit.data import workers
 from early_exit.errors import UserError
 from early_exit.system.signals import STOPPING
 

@@ -78,8 +78,8 @@ class OpenVINORuntime:
         ov = import_package("openvino")
         if self.precision == "bf16" and "BF16" not in capabilities():
             raise UserError(
-                "OpenVINO has no bf16 on this processor; choose the runtime openvino, which computes in"
-                " float32"
+                "OpenVINO has no bf16 on this processor; choose the runtime openvino, which"
+                " computes in float32"
             )
         read = _core().read_model(model if isinstance(model, bytes) else str(model))
         between = ov.Type.bf16 if self.precision == "bf16" else ov.Type.f32
