@@ -1,5 +1,7 @@
 """Pooling to a grid equals adaptive pooling, in value and gradient, traced for export or not."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import bound
@@ -136,13 +138,13 @@ def test_passes_over_the_features(monkeypatch, kind, passes):
     """A head pools so many tensors of the features' size: for averages, for maxima and for the
     averages of squares. Coarse averages come from the fine ones."""
     shapes = []
-    for name in ("average_pool", "max_pool"):
 
-        def noted(features, grid, pool=getattr(heads, name)):
-            shapes.append(features.shape)
-            return pool(features, grid)
+    def noted(pool, features, grid):
+        shapes.append(features.shape)
+        return pool(features, grid)
 
-        monkeypatch.setattr(heads, name, noted)
+    monkeypatch.setattr(heads, "average_pool", partial(noted, average_pool))
+    monkeypatch.setattr(heads, "max_pool", partial(noted, max_pool))
     head = build_head(kind, (1, 2, 32, 32), num_classes=3).eval()
     features = torch.rand(2, 2, 32, 32)
     head(features)

@@ -24,8 +24,8 @@ class Noting:
 
 def test_an_example_for_integers_runs_a_few_rows_at_a_time(tiny_net, images, monkeypatch):
     """All of its rows reach every stage, in their order and memory layout."""
-    net, rows, some = tiny_net.double(), [], images[:70].double()
-    some = some.to(memory_format=torch.channels_last)
+    net, rows = tiny_net.to(memory_format=torch.channels_last), []
+    some = images[:70].to(memory_format=torch.channels_last)
     with torch.no_grad():
         expected, _ = net.stages[0](some, with_logits=False)
     first = net.stages[0]
