@@ -303,7 +303,7 @@ class TestOtherClasses:
         path, _ = public
         net = make_net(num_classes=10)
         message = refusal(checkpoint.load_backbone_into, net, path, advice="; do something else")
-        assert_names(message, path, "15 classes", 10, "; do something else")
+        assert_names(message, path, "15 classes", 10, "do something else")
         assert refusal(checkpoint.load_backbone_into, net, path).endswith("the data have 10")
 
     def test_a_classifier_of_another_width_is_another_network(self, make_net, public):

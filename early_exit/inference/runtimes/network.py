@@ -68,7 +68,7 @@ class RuntimeNetwork:
         network = self.network.backbone if network is None else network
         if network not in self._networks:
             with plain_tensors():
-                self._networks[network] = self.runtime.network(network, self._stage_inputs[0])
+                self._networks[network] = self.runtime.network(network, self.example.clone())
         return self._networks[network]
 
     def infer(self, images: Tensor, policy: Policy) -> Answers:
