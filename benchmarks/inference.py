@@ -166,7 +166,7 @@ def parser() -> flags.Parser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check_shares(args: argparse.Namespace) -> None:
     """Raises UserError for shares or batch sizes that cannot be measured."""
     if (
         len(args.exit_shares) != len(args.exits)
@@ -179,6 +179,11 @@ def check(args: argparse.Namespace) -> None:
         )
     if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
         raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for shares, batch sizes or images that cannot be measured."""
+    check_shares(args)
     if args.image_size < CIFAR_SIZE:
         raise UserError(f"--image-size must be at least {CIFAR_SIZE}, got {args.image_size}")
 

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from inference import check_shares
 from peer_job import ROUNDING, Reference, write_job
 
 from early_exit.cli import flags
@@ -196,13 +197,7 @@ def parser() -> flags.Parser:
 
 def check(args: argparse.Namespace) -> str:
     """The Python for earlyon. Raises UserError for flags that cannot be measured."""
-    if len(args.exit_shares) != len(args.exits) or not 0 < sum(args.exit_shares) <= 1:
-        raise UserError(
-            f"--exit-shares takes {len(args.exits)} shares, one per early exit, that add up to"
-            " at most 1"
-        )
-    if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
-        raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
+    check_shares(args)
     if min(args.threads, args.turns, args.starts) < 1:
         raise UserError("--threads, --turns and --starts must be at least 1")
     if args.peer_python is None and importlib.util.find_spec("earlyon") is None:

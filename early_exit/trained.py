@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from early_exit import config as configs
 from early_exit.choosing.overthinking import confusion, correct_answers
@@ -19,6 +20,7 @@ from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
 from early_exit.data import file_lists
 from early_exit.data.base import Data, FileData
+from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
@@ -47,8 +49,8 @@ from early_exit.training.state_dicts import load_into
 log = logging.getLogger(__name__)
 
 # The machine settings of evaluations, unless overridden; those of training are ignored.
-CALIBRATION = 512  # images of train, by which the ranges of 8-bit integers are found
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
+CALIBRATION = 256  # images of train, by which the ranges of 8-bit integers are found
 
 
 @dataclass(frozen=True)
@@ -258,16 +260,33 @@ def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNe
     runtime = choose_runtime(loaded, name)
     example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
     if runtime.precision == "int8":
-        example = next(iter(data.eval_batches("train", CALIBRATION)))[0].to(loaded.device)
+        example = some_of_train(data, CALIBRATION).to(loaded.device)
     return RuntimeNetwork(loaded.network, runtime, example)
+
+
+def some_of_train(data: Data, count: int) -> Tensor:
+    """Up to `count` images of train, drawn at random with seed 0, prepared as val and test are. In
+    class folders the first images would be of one class. Unreadable files are left out."""
+    size = data.size("train")
+    drawn = np.random.default_rng(0).permutation(size)[:count].tolist()
+    batches = (data.eval_batches("train", 1, Shard(row, size)) for row in drawn)  # one row each
+    return torch.cat([images for batch in batches for images, _ in batch])
+
+
+def _in_records(runtime: Runtime) -> tuple[str, str, str]:
+    """How a record names its runtime: in the name of its directory, its precision, its name. Those
+    of eager torch are as before there were other runtimes, float32 being `off`."""
+    if not runtime.name.startswith("torch"):
+        return runtime.name, runtime.precision, runtime.name
+    precision = "off" if runtime.precision == "f32" else runtime.precision
+    return precision, precision, "torch"
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
     """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
     runtime = trained.runtime.runtime
-    eager = runtime.name.startswith("torch")
-    precision = "off" if eager and runtime.precision == "f32" else runtime.precision
+    suffix, precision, runtime_name = _in_records(runtime)
     info = RecordInfo(
         split=split,
         split_hash=data.digest(split),
@@ -277,9 +296,10 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         precision=precision,
         weights=trained.weights,
         device=describe_device(trained.device),
-        runtime="torch" if eager else runtime.name,
+        runtime=runtime_name,
+        calibration=data.digest("train") if precision == "int8" else "",
     )
-    name = f"{split}-{info.precision if eager else runtime.name}"
+    name = f"{split}-{suffix}"
     directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
         restore(directory)
@@ -314,7 +334,9 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
     `data` are; empty if it is."""
     split, same_but_files = info.split, replace(stored.info, split_hash=info.split_hash)
     if replace(same_but_files, left_out=(), left_out_names=()) != info:
-        return f"the record of {split} is of other weights or settings"
+        return (
+            f"the record of {split} is of other weights or settings, or calibrated on other images"
+        )
     if stored.info.split_hash != info.split_hash:
         names = file_lists.remembered(directory, split)
         now = data.file_names(split) if isinstance(data, FileData) else None

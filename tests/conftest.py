@@ -202,7 +202,7 @@ def make_record():
             exit_names=exit_names or (*(f"exit{i}" for i in range(num_exits - 1)), "final"),
             stage_macs=(10,) * num_exits,
             head_macs=(*(1,) * (num_exits - 1), 0),
-            precision="float32",
+            precision="off",
             weights="weights of the last epoch",
             device="CPU",
         )

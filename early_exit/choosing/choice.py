@@ -34,16 +34,24 @@ from early_exit.choosing.search import (
 )
 from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import NEVER, Policy
-from early_exit.inference.segment_times import SegmentTimes
+from early_exit.inference.segment_times import SegmentTimes, all_spans
+from early_exit.inference.segments import spans
 from early_exit.model.cost import Cost
 
 CURVE_POINTS = 200  # of all outcomes on val, how many a report keeps and a guarantee looks at
 FIT_SHARE = 0.2  # of val, if a guarantee is wanted; the rest certifies
 
 
-def exits_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[int]:
-    """The early exits, at most `most`, whose segments are worth measuring for a goal in seconds:
-    those that serve it best if multiply-adds are its price."""
+def spans_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[tuple[int, int]]:
+    """The segments that are worth measuring for a goal in seconds, each as the indices of its first
+    and its last stage.
+
+    They are those between at most `most` early exits, which serve the goal best if multiply-adds
+    are its price. If the criterion keeps all exits enabled, they are the segments of that policy.
+    """
+    num_exits = len(val.info.exit_names)
+    if keeps_all_exits(goal.criterion):
+        return spans((True,) * (num_exits - 1))
     scored, _ = _scored(val, goal)
     match goal:
         case MaxDrop(drop=drop):
@@ -52,10 +60,15 @@ def exits_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[in
             objective = most_accurate(limit * cost.plain_macs)
         case _:  # no share of the plain network is known to be wanted
             objective = most_accurate(0.5 * cost.plain_macs)
-    traits = get_traits(goal.criterion)
-    if traits.keeps_state or traits.min_early_exits > 1:  # all of them are enabled
-        return list(range(len(val.info.exit_names) - 1))
-    return np.flatnonzero(shortlist(scored, cost.mean_macs, objective, most)).tolist()
+    candidates = np.flatnonzero(shortlist(scored, cost.mean_macs, objective, most)).tolist()
+    return all_spans(candidates, num_exits)
+
+
+def keeps_all_exits(criterion: str) -> bool:
+    """Whether no exit is disabled under a criterion: its scores depend on the exits before, or it
+    needs several exits."""
+    traits = get_traits(criterion)
+    return traits.keeps_state or traits.min_early_exits > 1
 
 
 def choose(val: ExitRecord, goal: Goal, cost: Cost, times: SegmentTimes | None = None) -> Policy:
@@ -150,10 +163,9 @@ def _enabled(
     objective: Objective,
     times: SegmentTimes | None = None,
 ) -> tuple[bool, ...]:
-    """The exits that pay; all of them if a score depends on the exits before, or if the criterion
-    needs several exits. times: only exits that it has measured can be enabled."""
-    traits = get_traits(policy.criterion)
-    if traits.keeps_state or traits.min_early_exits > 1:
+    """The exits that pay; all of them under a criterion that keeps all. times: only exits that it
+    has measured can be enabled."""
+    if keeps_all_exits(policy.criterion):
         return policy.enabled
     if times is None:
         return exits_that_pay(scored, pricing, objective)

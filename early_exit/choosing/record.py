@@ -52,6 +52,8 @@ class RecordInfo:
     """Their files."""
     runtime: str = "torch"
     """What ran the network (`early_exit.inference.runtimes`)."""
+    calibration: str = ""
+    """Of 8-bit integers, the hash of train, from whose images the ranges of values come."""
 
 
 @dataclass(frozen=True)

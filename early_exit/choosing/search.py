@@ -143,11 +143,11 @@ def shortlist(
     """
     enabled = (True,) * (scored.scores.shape[1] - 1)
     while sum(enabled) > most:
-        left = np.flatnonzero(enabled).tolist()
-        size = most if math.comb(len(left), most) <= MAX_TRIALS else len(left) - 1
+        remaining = np.flatnonzero(enabled).tolist()
+        size = most if math.comb(len(remaining), most) <= MAX_TRIALS else len(remaining) - 1
         trials = [
             tuple(index in chosen for index in range(len(enabled)))
-            for chosen in itertools.combinations(left, size)
+            for chosen in itertools.combinations(remaining, size)
         ]
         enabled = min(_valued(scored, pricing, objective, trial) for trial in trials).enabled
     return enabled

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from early_exit.choosing.choice import choose, exits_to_time
+from early_exit.choosing.choice import choose, spans_to_time
 from early_exit.choosing.goals import (
     ConditionalDeepLearning,
     FixedPolicy,
@@ -186,8 +186,8 @@ def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluate
     splits, times = get_splits(trained, options.val_from, options.cut_seed), None
     if batch_size := timed_batch(goal):
         most = FEW_EXITS if trained.runtime.runtime.slow_to_build else MANY_EXITS
-        candidates = exits_to_time(splits.val, goal, trained.cost, most)
-        times = time_for_choice(trained, splits.data, goal.criterion, batch_size, candidates)
+        to_time = spans_to_time(splits.val, goal, trained.cost, most)
+        times = time_for_choice(trained, splits.data, goal.criterion, batch_size, to_time)
     policy = choose(splits.val, goal, trained.cost, times)
     _log_policy(policy, goal)
     val, test = (apply_policy(policy, part, trained.cost) for part in (splits.val, splits.test))

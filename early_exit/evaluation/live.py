@@ -17,7 +17,7 @@ from early_exit.inference import latency
 from early_exit.inference.latency import Timing
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.network import to_numpy
-from early_exit.inference.segment_times import SegmentTimes, all_spans, segment_times
+from early_exit.inference.segment_times import SegmentTimes, segment_times
 from early_exit.inference.segments import spans
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.trained import Trained
@@ -33,7 +33,7 @@ class TimedBatch:
 
     timing: Timing
     segments: SegmentTimes | None
-    """None if val is smaller than a batch."""
+    """None if val has no batch of readable images."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def time_batch(
     max_images: int,
     static_networks: Mapping[str, nn.Module],
 ) -> TimedBatch | None:
-    """Times whole batches of at most `max_images` test images; None if they fill no batch."""
+    """Times whole batches of at most `max_images` test images; None if no batch is whole."""
     total = min(max_images, data.size("test"))
     if total < batch_size:
         log.info(
@@ -124,32 +124,47 @@ def time_batch(
             break
         if len(images) == batch_size:  # fewer if a file is unreadable since it was recorded
             batches.append(images)
+    if not batches:
+        log.warning("every batch of %d has an unreadable image; this size is not timed", batch_size)
+        return None
     timing = latency.measure(trained.runtime, batches, policy, others=static_networks)
     segments = None
     if batch_size <= data.size("val"):
-        images = first_of_val(data, batch_size)
-        segments = segment_times(trained.runtime, images, policy.criterion, spans(policy.enabled))
+        try:
+            images = first_of_val(data, batch_size)
+        except UserError as error:  # a file is unreadable since it was recorded
+            log.warning("the segments are not timed at batch %d: %s", batch_size, error)
+        else:
+            to_time = spans(policy.enabled)
+            segments = segment_times(trained.runtime, images, policy.criterion, to_time)
     return TimedBatch(timing, segments)
 
 
 def time_for_choice(
-    trained: Trained, data: Data, criterion: str, batch_size: int, candidates: Sequence[int]
+    trained: Trained,
+    data: Data,
+    criterion: str,
+    batch_size: int,
+    spans_to_time: Sequence[tuple[int, int]],
 ) -> SegmentTimes:
-    """The times of all segments between the candidate exits, on the first images of val."""
+    """The times of segments on the first images of val. spans_to_time: as `segment_times` takes
+    them."""
     images = first_of_val(data, batch_size)
     log.info(
-        "timing the segments between %d exits in %s at batch %d",
-        len(candidates) + 1,
+        "timing %d segments in %s at batch %d",
+        len(spans_to_time),
         trained.runtime.runtime.name,
         batch_size,
     )
-    pairs = all_spans(candidates, trained.network.num_exits)
-    return segment_times(trained.runtime, images, criterion, pairs)
+    return segment_times(trained.runtime, images, criterion, spans_to_time)
 
 
 def first_of_val(data: Data, batch_size: int) -> Tensor:
-    """The first batch of val. Raises UserError if val is smaller."""
-    images, _ = next(iter(data.eval_batches("val", batch_size)))
-    if len(images) < batch_size:
-        raise UserError(f"val has {len(images)} images, fewer than --latency-batch {batch_size}")
+    """The first batch of val. Raises UserError if fewer images can be read."""
+    images = next((images for images, _ in data.eval_batches("val", batch_size)), None)
+    if images is None or len(images) < batch_size:
+        raise UserError(
+            f"the first batch of val has {0 if images is None else len(images)} images that can be"
+            f" read, and {batch_size} are to be timed (--latency-batch)"
+        )
     return images

@@ -174,9 +174,14 @@ def infer(
 
 def check_network(network: MultiExitNetwork, policy: Policy) -> None:
     """Raises UserError for a network in training mode and for a policy of other exits."""
+    check_eval_mode(network)
+    policy.check_exits(network.exit_names, "the network")
+
+
+def check_eval_mode(network: MultiExitNetwork) -> None:
+    """Raises UserError for a network in training mode."""
     if network.training:
         raise UserError("the network is in training mode; call network.eval() before inference")
-    policy.check_exits(network.exit_names, "the network")
 
 
 def indices(mask: Array) -> Array:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from early_exit.inference.infer import Array, Rows, RunSegment, advance, all_rows, run_segments
 from early_exit.inference.policy import NEVER, Policy
-from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.segments import Segment
 from early_exit.model.features import Features
@@ -126,10 +125,12 @@ def segment_inputs(
 
 
 def stage_inputs(segments: Sequence[SegmentInput]) -> list[tuple[Stage, Features]]:
-    """The stages of eager torch's segments, each with the features it takes."""
-    inputs = []
+    """The stages of the segments, each with the features it takes; none in a runtime other than
+    eager torch, whose segments have no stages."""
+    inputs: list[tuple[Stage, Features]] = []
     for item in segments:
-        assert isinstance(item.segment, Segment)
+        if not isinstance(item.segment, Segment):
+            return []
         features = item.rows.features
         for stage in item.segment.stages:
             inputs.append((stage, features))
@@ -185,8 +186,7 @@ def measure_batch(
         "no_exit_taken": [partial(run_segments, segments, array, never)],
         "ideal": [item.run for item in taken],
     }
-    if isinstance(network.runtime, EagerRuntime):
-        bodies = stage_inputs(taken)
+    if bodies := stage_inputs(taken):
         calls["without_heads"] = [partial(stage, features, False) for stage, features in bodies]
     for item in segment_inputs(segments, array, never):
         calls[f"segment {item.exit_index}"] = [item.run]

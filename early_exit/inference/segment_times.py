@@ -17,7 +17,6 @@ from early_exit.inference.latency import make_timer
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.segments import spans
-from early_exit.model.features import select_rows
 
 LEAST = 3  # turns
 
@@ -30,7 +29,8 @@ class SegmentTimes:
     sizes: tuple[int, ...]
     """Numbers of rows, up to the batch size."""
     seconds: dict[tuple[int, int], tuple[float, ...]]
-    """(sizes,), head and decision included, by the segment's first and last stage."""
+    """(sizes,), by the segment's first and last stage: head and decision included, without the
+    selection of the rows that remain."""
     plain: float
     """Of a whole batch."""
 
@@ -66,7 +66,7 @@ def segment_times(
     network: RuntimeNetwork,
     images: Tensor,
     criterion: str,
-    pairs: Sequence[tuple[int, int]],
+    spans_to_time: Sequence[tuple[int, int]],
     *,
     repeats: int = 21,
     seconds: float = 15.0,
@@ -74,13 +74,13 @@ def segment_times(
     """Measures segments on 1, 2, 4, ... rows of a batch, and the plain network on the whole batch,
     in turns.
 
-    images: the batch (B, C, H, W); pairs: the first and the last stage of each segment, such as
-    those of `all_spans`, or `early_exit.inference.segments.spans` for one policy. Medians of
-    `repeats`, or of as many as about `seconds` allow and at least three.
+    images: the batch (B, C, H, W); spans_to_time: the first and the last stage of each segment,
+    such as those of `all_spans`, or `early_exit.inference.segments.spans` for one policy. Medians
+    of `repeats`, or of as many as about `seconds` allow and at least three.
     """
     batch_size, array = len(images), network.runtime.array(images)
     final = network.network.num_exits - 1
-    ends = sorted({last for _, last in pairs})
+    ends = sorted({last for _, last in spans_to_time})
     sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
     never = Policy(
         exit_names=network.network.exit_names, thresholds=(NEVER,) * final, criterion=criterion
@@ -91,7 +91,7 @@ def segment_times(
     with network.runtime.context():
         inputs = _inputs(network, array, never, ends)
         plain = network.plain()
-        segments = {(first, last): network.segment(first, last, criterion) for first, last in pairs}
+        segments = {span: network.segment(*span, criterion) for span in spans_to_time}
         began = time.perf_counter()
         for turn in range(repeats):
             if turn >= LEAST and time.perf_counter() - began > seconds:
@@ -101,7 +101,7 @@ def segment_times(
                 samples.setdefault((first, last), []).append(
                     [
                         timer(partial(advance, segment, rows, never, last))
-                        for rows in (_some(inputs[first], size) for size in sizes)
+                        for rows in (inputs[first].select(slice(size)) for size in sizes)
                     ]
                 )
     return SegmentTimes(
@@ -125,9 +125,3 @@ def _inputs(
             assert remaining is not None  # no exit is taken
             rows = remaining
     return inputs
-
-
-def _some(rows: Rows, size: int) -> Rows:
-    """The first rows."""
-    state = None if rows.state is None else rows.state[:size]
-    return Rows(rows.index[:size], select_rows(rows.features, slice(size)), state)

@@ -139,12 +139,12 @@ def classifier_of_other_classes(
 
 
 def load_backbone_into(
-    network: MultiExitNetwork, path: Path, new_classifier: bool = False
+    network: MultiExitNetwork, path: Path, new_classifier: bool = False, advice: str = ""
 ) -> dict[str, Any]:
     """Loads a plain network's weights into the backbone; returns the rest of the checkpoint.
 
     new_classifier: whether a classifier for another number of classes is left out, so that the
-    network keeps its own, untrained one.
+    network keeps its own, untrained one. Otherwise it raises UserError; advice: what to do then.
     """
     own = network.backbone.state_dict()
     weights, meta = load_backbone(path, own)
@@ -152,9 +152,8 @@ def load_backbone_into(
         count = len(weights[other[0]])
         if not new_classifier:
             raise UserError(
-                f"{path} has a classifier of {count} classes, the data have"
-                f" {network.num_classes}; --regime mixed trains a new one, the other regimes keep"
-                " the file's"
+                f"{path} has a classifier of {count} classes, the data have {network.num_classes}"
+                f"{advice}"
             )
         log.info(
             "%s: its classifier of %d classes is replaced by an untrained one of %d classes",

@@ -12,8 +12,8 @@ from early_exit.choosing.choice import (
     CURVE_POINTS,
     calibrated,
     choose,
-    exits_to_time,
     fit_and_certify,
+    spans_to_time,
     thinned,
 )
 from early_exit.choosing.curve import for_budget, for_latency, for_max_drop, shared_curve
@@ -332,13 +332,15 @@ class TestEverySubsetInSeconds:
         assert missed <= 1
 
 
-class TestExitsToTime:
-    def test_all_if_they_are_few(self, val):
-        assert exits_to_time(val, MaxDrop(0.01, minimise="seconds"), COST, 3) == [0, 1, 2]
+class TestSpansToTime:
+    def test_all_if_exits_are_few(self, val):
+        found = spans_to_time(val, MaxDrop(0.01, minimise="seconds"), COST, 3)
+        assert found == all_spans([0, 1, 2], 4)
 
     def test_otherwise_those_that_save_multiply_adds(self, val):
         """The second head costs 12 of 100."""
-        assert exits_to_time(val, MaxDrop(0.01, minimise="seconds"), COST, 2) == [0, 2]
+        found = spans_to_time(val, MaxDrop(0.01, minimise="seconds"), COST, 2)
+        assert found == all_spans([0, 2], 4)
 
     @pytest.mark.parametrize(
         ("goal", "objective"),
@@ -353,12 +355,18 @@ class TestExitsToTime:
         scored = score_record(val, calibrated(val, goal))
         objective = objective or cheapest(scored.correct[:, -1].mean() - 0.02)
         enabled = shortlist(scored, COST.mean_macs, objective, most)
-        assert exits_to_time(val, goal, COST, most) == np.flatnonzero(enabled).tolist()
+        expected = all_spans(np.flatnonzero(enabled).tolist(), 4)
+        assert spans_to_time(val, goal, COST, most) == expected
         assert sum(enabled) == most
 
-    def test_all_under_a_criterion_that_needs_the_exits_before(self, val):
+    def test_those_of_all_exits_under_a_criterion_that_needs_the_exits_before(self, val):
+        """No other policy can be chosen."""
         goal = MaxDrop(0.01, criterion="patience", minimise="seconds")
-        assert exits_to_time(val, goal, COST, 1) == [0, 1, 2]
+        found = spans_to_time(val, goal, COST, 1)
+        assert found == [(0, 0), (1, 1), (2, 2), (3, 3)]
+        seconds = {span: TIMES.seconds[span] for span in found}
+        times = dataclasses.replace(TIMES, seconds=seconds)
+        assert choose(val, goal, COST, times) == choose(val, goal, COST, TIMES)
 
 
 class TestSeveralExitsNeeded:
@@ -383,4 +391,4 @@ class TestSeveralExitsNeeded:
         monkeypatch.setitem(CRITERIA, "needs_three", needs_three)
         goal = MaxDrop(0.02, criterion="needs_three", minimise="seconds")
         assert choose(val, goal, COST, self.SLOW).enabled == (True,) * 3
-        assert exits_to_time(val, goal, COST, 1) == [0, 1, 2]
+        assert spans_to_time(val, goal, COST, 1) == [(0, 0), (1, 1), (2, 2), (3, 3)]

@@ -394,9 +394,9 @@ def test_logits_that_are_not_finite_are_refused(tiny_net, images, targets, hand,
     with torch.no_grad():
         list(tiny_net.heads["layer1"].parameters())[-1].fill_(bad)
     batches = batches_of(images[:60], targets[:60], 20)
-    info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
+    info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names, precision="bf16")
     message = refusal(record, tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
-    for part in ("layer1", "not finite", "20 of 20", "val", "torch", "float32", "--amp off"):
+    for part in ("layer1", "not finite", "20 of 20", "val", "torch", "bf16", "--amp off"):
         assert part in message
 
 

@@ -106,10 +106,48 @@ def test_the_segments_of_the_policy_are_timed_beside_it(finished):
     assert found.timing.networks["static"].total > 0
 
 
-def test_for_a_choice_all_segments_between_the_candidates_are_timed(finished):
+def test_for_a_choice_the_given_segments_are_timed(finished):
     loaded = load_run(finished, TASK, CPU)
-    times = time_for_choice(loaded, loaded.data, "entropy", 2, [1])
-    assert set(times.seconds) == {(0, 1), (0, 2), (2, 2)}
+    spans = [(0, 1), (0, 2), (2, 2)]
+    times = time_for_choice(loaded, loaded.data, "entropy", 2, spans)
+    assert list(times.seconds) == spans
     with pytest.raises(UserError) as caught:
-        time_for_choice(loaded, loaded.data, "entropy", 101, [1])
-    assert_names(str(caught.value), "val", 100, "--latency-batch 101")
+        time_for_choice(loaded, loaded.data, "entropy", 101, spans)
+    assert_names(str(caught.value), "val", 100, 101, "--latency-batch")
+
+
+class TestUnreadableSinceRecorded:
+    """Batches that lack an image."""
+
+    POLICY = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
+
+    @pytest.fixture
+    def short_of(self, finished, monkeypatch):
+        """A function that loads the run with batches of a split one image short."""
+
+        def load(short):
+            loaded = load_run(finished, TASK, CPU)
+            whole = type(loaded.data).eval_batches
+
+            def batches(self, split, *rest):
+                for images, targets in whole(self, split, *rest):
+                    count = len(images) - (split == short)
+                    yield images[:count], targets[:count]
+
+            monkeypatch.setattr(type(loaded.data), "eval_batches", batches)
+            return loaded
+
+        return load
+
+    def test_without_a_whole_batch_of_test_nothing_is_timed(self, short_of, caplog):
+        loaded = short_of("test")
+        assert time_batch(loaded, loaded.data, self.POLICY, 4, 8, {}) is None
+        assert_names(caplog.text, 4, "unreadable")
+
+    def test_without_a_whole_batch_of_val_segments_are_not_timed(self, short_of, caplog):
+        loaded = short_of("val")
+        found = time_batch(loaded, loaded.data, self.POLICY, 4, 8, {})
+        assert found.segments is None and found.timing.images == 8
+        assert_names(caplog.text, "segments", 3, 4, "val")
+        with pytest.raises(UserError, match="val"):
+            time_for_choice(loaded, loaded.data, "max_prob", 4, [(0, 2)])

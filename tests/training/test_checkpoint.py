@@ -302,8 +302,9 @@ class TestOtherClasses:
     def test_a_frozen_backbone_needs_its_own_classes(self, make_net, public):
         path, _ = public
         net = make_net(num_classes=10)
-        message = refusal(checkpoint.load_backbone_into, net, path)
-        assert_names(message, path, "15 classes", 10, "--regime mixed")
+        message = refusal(checkpoint.load_backbone_into, net, path, advice="; do something else")
+        assert_names(message, path, "15 classes", 10, "do something else")
+        assert refusal(checkpoint.load_backbone_into, net, path).endswith("the data have 10")
 
     def test_a_classifier_of_another_width_is_another_network(self, make_net, public):
         path, other = public

@@ -92,7 +92,8 @@ class CudaGraphRuntime:
                     function()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # another thread, such as one that pins memory, may call CUDA meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 results = function()
         return graph.replay, results
 

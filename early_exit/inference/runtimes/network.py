@@ -11,15 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from early_exit.errors import UserError
 from early_exit.inference.criteria import apply_criterion
-from early_exit.inference.infer import Answers, Array, RunSegment, run_segments
+from early_exit.inference.infer import (
+    Answers,
+    Array,
+    RunSegment,
+    check_eval_mode,
+    run_segments,
+)
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Example, RunNetwork, Runtime
 from early_exit.inference.segments import segment_of, spans
 from early_exit.inference.stream import stream_segments
-from early_exit.model.features import Features
+from early_exit.model.features import Features, concatenate
 from early_exit.model.network import MultiExitNetwork
+
+EXAMPLE_ROWS = 32
+"""Rows of an example that run through the stages at a time."""
 
 
 class RuntimeNetwork:
@@ -31,8 +39,7 @@ class RuntimeNetwork:
     """
 
     def __init__(self, network: MultiExitNetwork, runtime: Runtime, example: Tensor) -> None:
-        if network.training:
-            raise UserError("the network is in training mode; call network.eval() first")
+        check_eval_mode(network)
         self.network, self.runtime = network, runtime
         self.example = example if runtime.precision == "int8" else example[:2]
         self._segments: dict[tuple[int, int, str], RunSegment] = {}
@@ -61,7 +68,7 @@ class RuntimeNetwork:
         network = self.network.backbone if network is None else network
         if network not in self._networks:
             with plain_tensors():
-                self._networks[network] = self.runtime.network(network, self._stage_inputs[0])
+                self._networks[network] = self.runtime.network(network, self.example.clone())
         return self._networks[network]
 
     def infer(self, images: Tensor, policy: Policy) -> Answers:
@@ -102,11 +109,14 @@ class RuntimeNetwork:
     @cached_property
     def _stage_inputs(self) -> list[Features]:
         """The features that each stage takes, of the example."""
-        inputs: list[Features] = [self.example.clone()]
-        for stage in self.network.stages[:-1]:
-            features, _ = stage(inputs[-1], with_logits=False)
-            inputs.append(features)
-        return inputs
+        inputs: list[list[Features]] = [[] for _ in self.network.stages]
+        for images in self.example.clone().split(EXAMPLE_ROWS):
+            features: Features = images
+            inputs[0].append(features)
+            for stage, parts in zip(self.network.stages[:-1], inputs[1:], strict=True):
+                features, _ = stage(features, with_logits=False)
+                parts.append(features)
+        return [concatenate(parts, torch.cat) for parts in inputs]
 
     def _state(self, first: int, criterion: str) -> Tensor | None:
         """The state that the criterion has before stage `first`."""

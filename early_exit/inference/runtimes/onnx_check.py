@@ -94,11 +94,11 @@ def check_segments(
         if difference >= largest:
             largest, tolerance = difference, allowed
     medians = [float(np.median(values.expected_score)) for values in exits]
-    spread = list(policy.thresholds)
+    at_medians = list(policy.thresholds)
     for (index, _), median in list(zip(segments, medians, strict=True))[:-1]:
-        spread[index] = median
+        at_medians[index] = median
     other = 0
-    for tried in (replace(policy, thresholds=tuple(spread), guarantee=None), policy):
+    for tried in (replace(policy, thresholds=tuple(at_medians), guarantee=None), policy):
         other = _count_other_exits(network, tried, segments, normalised, images, exits)
     return Agreement(len(images), largest, tolerance, other)
 
@@ -126,16 +126,16 @@ def _all_exits(
 ) -> list[_Exit]:
     """Every enabled exit on all images, by torch and by the exported segments."""
     features: Features = normalised
-    their_features: Any = images
-    state, their_state, own_state, values = None, None, None, []
+    exported_features: Any = images
+    state, exported_state, own_state, values = None, None, None, []
     with torch.no_grad():
         for (index, segment), (_, exported) in zip(
             segments_of(network, policy), segments, strict=True
         ):
             temperature = policy.temperatures[index]
             features, logits, _, score, state = segment(features, temperature, state)
-            their_features, found, _, found_score, their_state = exported(
-                their_features, temperature, their_state
+            exported_features, found, _, found_score, exported_state = exported(
+                exported_features, temperature, exported_state
             )
             _, own_score, own_state = policy.score(index, torch.from_numpy(found), own_state)
             values.append(

@@ -30,7 +30,7 @@ class OnnxRuntime:
     precision: str = "f32"
     """f32 or int8."""
     threads: int | None = None
-    """None: one per core."""
+    """None: one per processor that the process may use."""
     slow_to_build: bool = False
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from early_exit.inference.infer import Array, RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
 from early_exit.inference.runtimes.onnxruntime import as_network, by_name
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.system.processors import processors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +37,7 @@ class OpenVINORuntime:
     precision: str = "f32"
     """f32, bf16 or int8."""
     threads: int | None = None
-    """None: one per core."""
+    """None: one per processor that the process may use."""
     slow_to_build: bool = False
 
     def __post_init__(self) -> None:
@@ -69,8 +70,17 @@ class OpenVINORuntime:
         return quantise_for_openvino(model, example, self.threads)
 
     def load(self, model: bytes | Path) -> RunSegment:
-        """An ONNX model with the inputs and outputs that `onnx_export` names."""
+        """An ONNX model with the inputs and outputs that `onnx_export` names.
+
+        Raises UserError for bf16 on a processor without it, where OpenVINO would compute in another
+        type and not say so.
+        """
         ov = import_package("openvino")
+        if self.precision == "bf16" and "BF16" not in capabilities():
+            raise UserError(
+                "OpenVINO has no bf16 on this processor; choose the runtime openvino, which"
+                " computes in float32"
+            )
         read = _core().read_model(model if isinstance(model, bytes) else str(model))
         between = ov.Type.bf16 if self.precision == "bf16" else ov.Type.f32
         process = ov.preprocess.PrePostProcessor(read)
@@ -89,7 +99,7 @@ class OpenVINORuntime:
                 # it would take bf16 by itself where the processor is made for it
                 "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
                 "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": self.threads or os.cpu_count() or 1,
+                "INFERENCE_NUM_THREADS": self.threads or processors(),
             },
         )
         return OpenVINOModel(compiled, compiled.create_infer_request())
@@ -107,11 +117,16 @@ def _core() -> Any:
     return import_package("openvino").Core()
 
 
+def capabilities() -> list[str]:
+    """The types in which OpenVINO computes on this processor, such as FP32 and BF16."""
+    return _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVINOModel:
-    """A compiled model, called as a segment."""
+    """A compiled model, called as a segment, by one thread after the other."""
 
     def __init__(self, compiled: Any, request: Any) -> None:
-        self.request = request
+        self.request, self.lock = request, threading.Lock()
         self.inputs = [port.any_name for port in compiled.inputs]
         self.outputs = [port.any_name for port in compiled.outputs]
         self.input_types = [port.element_type for port in compiled.inputs]
@@ -119,18 +134,20 @@ class OpenVINOModel:
     def __call__(self, features: Array, temperature: float = 1.0, state: Array | None = None):
         parts = iter(features if isinstance(features, tuple) else (features,))
         arrays = []  # OpenVINO's tensors use their memory and do not keep them alive
-        for index, name in enumerate(self.inputs):
+        for name in self.inputs:
             if name == "temperature":
                 value: Any = np.array(temperature, np.float32)
             else:
                 value = state if name == "state" else next(parts)
             arrays.append(np.require(value, requirements="C"))
-            self.request.set_input_tensor(index, _tensor(arrays[-1], self.input_types[index]))
-        self.request.infer()
-        # the request's own memory, which the next call overwrites
-        values = [
-            _array(self.request.get_output_tensor(index)) for index in range(len(self.outputs))
-        ]
+        with self.lock:
+            for index, (array, kind) in enumerate(zip(arrays, self.input_types, strict=True)):
+                self.request.set_input_tensor(index, _tensor(array, kind))
+            self.request.infer()
+            # the request's own memory, which the next call overwrites
+            values = [
+                _array(self.request.get_output_tensor(index)) for index in range(len(self.outputs))
+            ]
         return by_name(self.outputs, values)
 
 

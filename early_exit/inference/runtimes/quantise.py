@@ -53,7 +53,7 @@ def quantise_for_onnxruntime(model: bytes, example: Example, threads: int | None
     """A model in int8 for ONNX Runtime, by its static quantisation.
 
     example: what the model takes, a few hundred rows; of images as the model takes them, uint8 or
-    normalised. threads: of ONNX Runtime; None: one per core.
+    normalised. threads: of ONNX Runtime; None: one per processor.
     """
     quantisation = import_package("onnxruntime.quantization")
     prepare = import_package("onnxruntime.quantization.shape_inference").quant_pre_process

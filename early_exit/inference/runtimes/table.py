@@ -36,9 +36,9 @@ was exported."""
 def find_runtime(name: str, device: str = "cpu", threads: int | None = None) -> Runtime:
     """The runtime called `name`.
 
-    device: as torch names it; threads: of ONNX Runtime and OpenVINO, None being one per core (torch
-    has a setting of its own). Raises UserError for an unknown name, for a missing package or
-    compiler, and for a device that the runtime does not run on.
+    device: as torch names it; threads: of ONNX Runtime and OpenVINO, None being one per processor
+    that the process may use (torch has a setting of its own). Raises UserError for an unknown name,
+    for a missing package or compiler, and for a device that the runtime does not run on.
     """
     if name not in RUNTIMES:
         close = difflib.get_close_matches(name, RUNTIMES, n=1)

@@ -1,12 +1,12 @@
 """One pool of threads for all of ONNX Runtime's sessions of the process."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from early_exit.inference.runtimes.packages import import_package
+from early_exit.system.processors import processors
 
 log = logging.getLogger(__name__)
 
@@ -16,12 +16,13 @@ _pool: list[int] = []  # how many threads the process's pool has, once it is the
 
 def share_threads(count: int | None) -> None:
     """Makes one pool of threads for all sessions of the process: the pools of several would compete
-    for the cores, which takes four times as long. None: one thread per core.
+    for the cores, which takes four times as long. None: one thread per processor that the process
+    may use.
 
     The pool cannot be changed: a later call has no effect, and a log line says so if it asks for
     another number. ONNX Runtime then refuses sessions with threads of their own in this process.
     """
-    count = count or os.cpu_count() or 1
+    count = count or processors()
     if not _pool:
         import_package("onnxruntime").set_global_thread_pool_sizes(count, 1)
         _pool.append(count)

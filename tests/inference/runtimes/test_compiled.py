@@ -47,7 +47,7 @@ def test_no_later_call_compiles(compiled):
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (1, 2, 3, 15, 16, 17, 33, 100):
             run.infer(some(rows), policy)
-            run.logits(some(rows))
+            run(some(rows))
         run.infer(some(5).to(memory_format=torch.channels_last), policy)
         with torch.inference_mode():
             run.infer(some(5).clone(), policy)

@@ -140,11 +140,10 @@ def test_inference_is_that_of_the_padded_rows(fake_runtime, exact_net, exact_ima
     assert len(set(found.exit_index.tolist())) > 1
 
 
-def test_weights_are_converted_once(fake_runtime, tiny_net, images):
+def test_weights_are_converted_once(fake_runtime, tiny_net):
     """To the type that autocast would convert them to in every replay; the rest stays float32."""
     runtime = dataclasses.replace(fake_runtime, precision="bf16")
-    run = runtime.network(tiny_net.backbone, images[:2])
-    network = run.function.__closure__[0].cell_contents
+    network = runtime._convert(tiny_net.backbone)
     assert network.conv1.weight.dtype == torch.bfloat16
     assert network.bn1.weight.dtype == tiny_net.backbone.conv1.weight.dtype == torch.float32
 
@@ -170,7 +169,7 @@ class TestGpu:
         run = RuntimeNetwork(net, runtime, images[:2].cuda().double())
         with torch.no_grad():
             expected = torch.stack(net(images[:33].cuda().double()), dim=1).cpu()
-        found = torch.from_numpy(run.logits(images[:33].double()))
+        found = torch.stack(run(images[:33].double()), dim=1).cpu()
         limit = bound(torch.float32, 1) * float(expected.abs().max())
         assert float((found - expected).abs().max()) <= limit
 

@@ -226,6 +226,8 @@ def test_features_may_be_tokens(class_token):
 HEADS = [
     ("linear", 8, 27 + 8 * (8 * 8 + 16 + 4) * 4),
     ("linear", 5, 27 + 8 * (5 * 5 + 16 + 4) * 4),
+    ("pooled", 8, 27 + 8 * (16 + 16) * 4),
+    ("pooled", 5, 27 + 8 * (16 + 16) * 4),
     ("mixed_pool", 8, 27 + 4 * 16),
     ("mixed_pool", 3, 27 + 4 * 16),
     ("branch1", 8, 27 + 9 * 4 + 8 * 64),
