@@ -84,14 +84,14 @@ def test_another_exit_is_refused(tiny_net, policy, images):
     assert_names(refusal(check, tiny_net, policy, images, change), "exit", 64)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_a_segment_that_is_wrong_with_few_images_is_refused(tiny_net, policy, images, rows):
+@pytest.mark.parametrize(("rows", "named"), [(1, "1 image"), (7, "7 images")])
+def test_a_segment_that_is_wrong_with_few_images_is_refused(tiny_net, policy, images, rows, named):
     def change(at, parts):
         if at == 2 and len(parts[1]) == rows:
             parts[1] = parts[1] * np.float32(1.01)
         return parts
 
-    assert_names(refusal(check, tiny_net, policy, images, change), "layer2", f"{rows} image")
+    assert_names(refusal(check, tiny_net, policy, images, change), "layer2", named)
 
 
 def test_a_segment_that_fails_with_one_image_is_refused(tiny_net, policy, images):
