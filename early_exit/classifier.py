@@ -18,6 +18,7 @@ from early_exit import config as configs
 from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
+from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
@@ -26,6 +27,7 @@ from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
 from early_exit.model.macs import Cost
 from early_exit.prediction import Prediction, classify, make_predictions
+from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import (
@@ -112,8 +114,10 @@ def load(
     as the overrides say if they give a precision or compile it.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
-    its evaluation or its task cannot be found, or if they do not belong together.
+    its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
+    named and the overrides give a precision or compile it.
     """
+    check_settings((runtime,), overrides or {})
     directory = find_evaluation(Path(run), evaluation)
     report = read_report(directory / "report.json")
     run_info = report.get("run", {})
@@ -137,17 +141,19 @@ def load(
     policy.check_thresholds(len(loaded.classes))
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
+    environment = report.get("environment", {})
     if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = report.get("environment", {}).get("runtime")
-    running = _in_runtime(loaded, policy, runtime, directory)
+        runtime = environment.get("runtime")
+    exact = environment.get("precision", PRECISIONS["f32"]) == PRECISIONS["f32"]
+    running = _in_runtime(loaded, policy, runtime, directory, exact)
     return Classifier(loaded, task, policy, network_cost(loaded.network), running)
 
 
 def _in_runtime(
-    loaded: Loaded, policy: Policy, name: str | None, directory: Path
+    loaded: Loaded, policy: Policy, name: str | None, directory: Path, exact: bool
 ) -> RuntimeNetwork:
-    """The network in a runtime, the policy's segments built. Raises UserError if the runtime cannot
-    be used here."""
+    """The network in a runtime, the policy's segments built. exact: whether the policy was chosen
+    in float32. Raises UserError if the runtime cannot be used here."""
     example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
     try:
         runtime = choose_runtime(loaded, name)
@@ -156,9 +162,12 @@ def _in_runtime(
         running = RuntimeNetwork(loaded.network, runtime, example)
         running.segments(policy)
     except UserError as error:
+        otherwise = "evaluate the run again with --runtime torch"
+        if exact:
+            otherwise = "load it with --runtime torch, where scores differ by rounding"
         raise UserError(
-            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or load it"
-            " with --runtime torch, where scores differ by rounding"
+            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or"
+            f" {otherwise}"
         ) from None
     return running
 

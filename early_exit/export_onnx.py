@@ -146,14 +146,13 @@ def runtime_for(runtime: str, precision: str) -> str:
             " the run with another --runtime"
         )
     deployed = runtime if runtime in RUNTIMES else "onnxruntime"
-    computed = RUNTIMES[deployed][1]
-    name = PRECISIONS.get(computed, PRECISIONS["off"])
-    if precision not in (name, computed):
+    computed = PRECISIONS[RUNTIMES[deployed][1]]
+    if precision != computed:
         log.warning(
             "the thresholds were chosen in %s, the deployed model computes in %s: evaluate the run"
             " in that precision for the accuracy that it has there",
             precision,
-            name,
+            computed,
         )
     return deployed
 
@@ -213,7 +212,8 @@ def notes(manifest: Manifest) -> list[str]:
         f" for {manifest.runtime}. The first takes images of {manifest.input.type}"
         f" (B, {', '.join(map(str, manifest.input.shape))})"
         + (", and normalises them." if manifest.input.type == "uint8" else ", normalised.")
-        + f" On {check['images']} images of noise their logits differ from torch's by at most"
+        + f" On {check['images']} images of noise, computed in float32 by {check['runtime']}, their"
+        " logits differ from torch's by at most"
         f" {check['largest_difference']:.0e} of the largest one ({check['tolerance']:.0e} is"
         f" allowed for rounding). The accuracy above was measured in {chosen['runtime']},"
         f" {chosen['precision']}.",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from early_exit import deployed
 from early_exit.errors import UserError
 from early_exit.manifest import is_deployed
+from early_exit.system.directories import restore_all
 
 if TYPE_CHECKING:
     from early_exit.classifier import Classifier
@@ -47,12 +48,21 @@ def load(
         if device not in ("auto", "cpu"):
             raise UserError(f"{path} is a deployed model, which runs on the CPU, not on {device!r}")
         return deployed.load(path, runtime, threads)
-    _refuse({"threads": threads}, f"{path} is no deployed model")
+    check_directory(Path(path))
+    _refuse({"threads": threads}, f"{path} is not a deployed model")
     from early_exit.classifier import load as load_run  # imports torch
 
     return load_run(
         path, evaluation, task=task, device=device, overrides=overrides, runtime=runtime
     )
+
+
+def check_directory(path: Path) -> None:
+    """Raises UserError if there is no directory to load. Needs no torch."""
+    if path.parent.name == "eval":  # an evaluation that was being replaced
+        restore_all(path.parent)
+    if not path.is_dir():
+        raise UserError(f"there is no run or deployed model at {path}")
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:

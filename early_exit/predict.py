@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
 import argparse
 import dataclasses
-import importlib.util
 import io
 import json
 import sys
@@ -34,7 +33,7 @@ from early_exit.cli import flags
 from early_exit.data.image_files import find_images
 from early_exit.data.name_list import read_names
 from early_exit.errors import Unavailable, UserError
-from early_exit.loading import load
+from early_exit.loading import check_directory, load
 from early_exit.manifest import is_deployed
 from early_exit.prediction import ImageClassifier, Prediction
 from early_exit.system.provenance import check_torchvision
@@ -109,8 +108,7 @@ def _load(args: argparse.Namespace) -> ImageClassifier:
     given = flags.settings_of(args).get("run", {})
     if is_deployed(args.run):
         return _load_deployed(args, given)
-    if importlib.util.find_spec("torch") is None and not args.run.is_dir():
-        raise UserError(f"there is no run or deployed model at {args.run}")
+    check_directory(args.run)
     check_torchvision()
     from early_exit import classifier
     from early_exit.system.device import set_up  # imports torch, as the classifier does

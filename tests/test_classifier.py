@@ -184,6 +184,12 @@ class TestLoad:
             load(evaluated_run, "mine", task=TASK, device="cpu", overrides={"run": run})
         assert asked == ["compile", "compile-bf16", "torch"]
 
+    @pytest.mark.parametrize("run", [{"compile": True}, {"amp": "bf16"}, {"amp": "auto"}])
+    def test_a_runtime_and_settings_that_say_the_same(self, evaluated_run, run):
+        options = {"task": TASK, "overrides": {"run": run}, "runtime": "onnxruntime"}
+        message = refusal(load, evaluated_run, "mine", **options)
+        assert_names(message, "--runtime", *(f"--{name}" for name in run))
+
 
 class TestPretrained:
     """The network in the repository."""

@@ -24,7 +24,7 @@ from early_exit.inference.policy import Policy
 from early_exit.manifest import NAME, Manifest
 
 # Before anything else is imported: a process that has no torch.
-WITHOUT_TORCH = """
+NO_TORCH = """
 import runpy, sys
 
 class Finder:
@@ -36,8 +36,21 @@ class Finder:
             return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = map(Finder, sys.meta_path)
+"""
+WITHOUT_TORCH = f"""{NO_TORCH}
 sys.argv[0] = "predict"
 runpy.run_module("early_exit.predict", run_name="__main__", alter_sys=True)
+"""
+LOAD_NOTHING = f"""{NO_TORCH}
+import early_exit
+from early_exit.errors import UserError
+
+for path in ("models/typo", "models/eval/typo"):
+    try:
+        early_exit.load(path)
+    except UserError as error:
+        print(error)
+assert "torch" not in sys.modules
 """
 
 
@@ -90,6 +103,13 @@ class TestAnswers:
         found = as_predictions(done.stdout)
         assert_same(found, in_torch(evaluated_run, files), deployed_model)
         assert len({one.exit for one in found}) > 1
+
+    def test_without_torch_a_directory_that_is_not_there_is_named(self):
+        done = process([sys.executable, "-c", LOAD_NOTHING], PYTHONPATH=str(ROOT))
+        assert (done.returncode, done.stderr) == (0, "")
+        first, second = done.stdout.splitlines()
+        assert_names(first, "no run or deployed model", "models/typo")
+        assert_names(second, "no run or deployed model", "models/eval/typo")
 
     def test_the_same_interface(self, evaluated_run, deployed_model, photos):
         classify = early_exit.load(deployed_model, threads=1)
@@ -348,6 +368,12 @@ class TestArguments:
         task = ("--task", "helpers:TASK")
         arguments = [str(evaluated_run), "x.png", *task, "--runtime", "onnxrun"]
         assert_names(refusal(predict.main, arguments), "'onnxrun'", "onnxruntime")
+
+    @pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--compile",)], ids=" ".join)
+    def test_a_runtime_for_a_run_and_flags_that_its_name_says(self, evaluated_run, flags):
+        arguments = [str(evaluated_run), "x.png", "--task", "helpers:TASK", *flags]
+        message = refusal(predict.main, [*arguments, "--runtime", "onnxruntime"])
+        assert_names(message, flags[0], "--runtime")
 
 
 class TestOtherPrograms:

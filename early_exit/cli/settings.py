@@ -143,10 +143,6 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name
-    if name is None and args.policy:  # two files are two evaluations
-        name = f"policy-{args.policy.stem}"
-        if args.runtime and len(args.runtime) == 1 and args.runtime != ["torch"]:
-            name += f"-{args.runtime[0]}"
     if name is not None and (not name or is_hidden(name) or Path(name).name != name):
         raise UserError(
             f"--name is {name!r}; give the name of one directory, without a path, that is not"
@@ -159,6 +155,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
         "name": name,
+        "base": f"policy-{args.policy.stem}" if args.policy else None,  # one for each file
         "out": args.out,
         "batch_sizes": tuple(args.batch_sizes),
         "timing_images": args.timing_images,

@@ -75,7 +75,7 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
     """Accuracy, MACs and speed-up of the chosen policies, beside the final exit."""
     batch_sizes = sorted({size for group in groups for size in group.batch_sizes})
     runtimes = timed_in(groups)
-    runtime = runtimes[0] if len(runtimes) == 1 else "its runtime"
+    runtime = runtimes[0] if len(runtimes) == 1 else "the row's runtime"
     decimals = 2 if min(group.first.plain_macs for group in groups) > 1e7 else 3
 
     def speedup(size: int, group: Group) -> Value | None:

@@ -30,8 +30,14 @@ from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.live import Measurements, measure, time_for_choice
 from early_exit.evaluation.markdown import to_markdown
 from early_exit.evaluation.report import Cuts, MeanStd, Report, StaticRow, to_json
-from early_exit.evaluation.report_seconds import RuntimeRow
-from early_exit.evaluation.runtimes import check_settings, evaluation_name, resolved, runtime_row
+from early_exit.evaluation.runtimes import (
+    check_names,
+    check_settings,
+    default_name,
+    evaluation_name,
+    resolved,
+    runtime_row,
+)
 from early_exit.inference.policy import Policy
 from early_exit.inference.segment_times import SegmentTimes
 from early_exit.metrics import mean_std
@@ -99,53 +105,57 @@ def evaluate_each(
     runtimes: Sequence[str | None] = (None,),
     overrides: dict | None = None,
     name: str | None = None,
+    base: str | None = None,
     out: Path | str | None = None,
     **options: Any,
 ) -> list[tuple[Report, Path]]:
     """Evaluates a run in each of several runtimes: recorded, chosen, run and timed on its own.
 
-    Writes `run_dir/eval/NAME/` for each, with a table of all of them in every report; returns the
-    reports and the directories.
+    Writes `run_dir/eval/NAME/` for each as soon as it is done, and all of them again at the end
+    with a table of all; returns the reports and the directories.
 
     runtimes: names of `early_exit.inference.runtimes.table`, or `fastest`, the one in which the
     plain network is fastest; None: torch, compiled and in reduced precision if the settings say so.
     overrides: settings of the run that are changed, nested as in a preset; precision, device and
     threads that they do not name are as `early_exit.trained.EVALUATION` says. name: of the
-    evaluation; default: made from the goal; the name of the runtime is appended where there are
-    several. out: a directory to write into instead of the run, which is then only read. options:
-    the fields of `Options`.
+    evaluation; the name of the runtime is appended where there are several. base: without a name,
+    what the runtime is appended to; default: made from the goal. out: a directory to write into
+    instead of the run, which is then only read. options: the fields of `Options`.
     """
     if torchrun.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
     chosen, several = Options(**options), len(runtimes) > 1
+    check_names(runtimes)
     check_settings(runtimes, overrides or {})
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
-    for runtime in runtimes:
-        directory = output / "eval" / evaluation_name(goal, name, runtime, several)
+    unnamed = base or default_name(goal)
+
+    def directory_in(runtime: str | None) -> Path:
+        return output / "eval" / evaluation_name(unnamed, name, runtime, several)
+
+    for directory in map(directory_in, runtimes):
         if not is_writable(directory):
             raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     names = resolved(trained, runtimes, timed_batch(goal) or chosen.batch_sizes[0])
-    directories = [
-        output / "eval" / evaluation_name(goal, name, runtime, several) for runtime in names
-    ]
+    directories = list(map(directory_in, names))
     parts = _in_runtimes(trained, names)
     known = task.static_networks(trained.config, len(trained.classes))
     static = rows.static_networks(known, trained.network, trained.cost)
-    found = [_evaluate_one(part, task, goal, chosen, static) for part in parts]
-    table: tuple[RuntimeRow, ...] = ()
-    if len(found) > 1:
-        table = tuple(
-            runtime_row(report, directory.name)
-            for (_, report), directory in zip(found, directories, strict=True)
-        )
-    written = []
-    for (evaluated, report), directory in zip(found, directories, strict=True):
-        report = replace(report, runtimes=table)
+    found: list[Evaluated] = []
+    reports: list[Report] = []
+    for part, directory in zip(parts, directories, strict=True):
+        evaluated, report = _evaluate_one(part, task, goal, chosen, static)
         write(report, evaluated, directory, chosen.draw)
-        written.append((report, directory))
-    return written
+        found.append(evaluated)
+        reports.append(report)
+    if len(reports) > 1:
+        table = tuple(map(runtime_row, reports, [directory.name for directory in directories]))
+        reports = [replace(report, runtimes=table) for report in reports]
+        for written in zip(reports, found, directories, strict=True):
+            write(*written, chosen.draw)
+    return list(zip(reports, directories, strict=True))
 
 
 def _in_runtimes(trained: Trained, names: Sequence[str | None]) -> list[Trained]:
@@ -182,11 +192,23 @@ def _evaluate_one(
 
 
 def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluated:
-    """Chooses a policy on val and applies it to val and test."""
+    """Chooses a policy on val and applies it to val and test.
+
+    Raises UserError if the exits to time would be chosen on val of the first of several cuts, which
+    has images of the others' tests.
+    """
     splits, times = get_splits(trained, options.val_from, options.cut_seed), None
     if batch_size := timed_batch(goal):
         most = FEW_EXITS if trained.runtime.runtime.slow_to_build else MANY_EXITS
         to_time = spans_to_time(splits.val, goal, trained.cost, most)
+        early = trained.network.num_exits - 1
+        timed_exits = {last for _, last in to_time} - {early}
+        if options.cuts > 1 and len(timed_exits) < early:
+            raise UserError(
+                f"a goal in seconds times {most} of the {early} early exits, chosen on one cut's val,"
+                " which has test images of the other cuts; remove --cuts, or train a network with at"
+                f" most {most} early exits"
+            )
         times = time_for_choice(trained, splits.data, goal.criterion, batch_size, to_time)
     policy = choose(splits.val, goal, trained.cost, times)
     _log_policy(policy, goal)

@@ -12,6 +12,7 @@ from early_exit.choosing.outcome import Live, Outcome, disagreements
 from early_exit.choosing.record import ExitRecord
 from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
+from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.report import LiveResult
 from early_exit.inference import latency
 from early_exit.inference.latency import Timing
@@ -55,16 +56,28 @@ def measure(
 ) -> Measurements:
     """Runs test with exits taken and times it at each batch size that test fills.
 
-    max_images: of test, that are timed; static_networks: timed in turns with the plain one.
+    max_images: of test, that are timed; static_networks: timed in turns with the plain one, but for
+    those that the runtime cannot build.
     """
-    for network in static_networks.values():
-        network.to(trained.device).to(memory_format=trained.config.run.memory_format)
+    built = build_networks(trained, static_networks)
     live = run_live(trained, data, test, outcome.policy)
     timed = [
-        time_batch(trained, data, outcome.policy, batch_size, max_images, static_networks)
+        time_batch(trained, data, outcome.policy, batch_size, max_images, built)
         for batch_size in sorted(set(batch_sizes))
     ]
     return Measurements(live, tuple(found for found in timed if found))
+
+
+def build_networks(trained: Trained, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks that the runtime can build, moved to the device and built there; the others are
+    left out with one line."""
+    built = {}
+    for name, network in networks.items():
+        network.to(trained.device).to(memory_format=trained.config.run.memory_format)
+        with optional(f"the static network {name}"):
+            trained.runtime.plain(network)
+            built[name] = network
+    return built
 
 
 def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> LiveResult:

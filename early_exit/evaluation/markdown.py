@@ -77,9 +77,10 @@ def cautions(unfinished: str | None, left_out: Sequence[str]) -> list[str]:
 
 
 def title(report: Report) -> str:
-    """The title of the page."""
-    run = report.run
-    return in_a_line(f"{run.arch} on {run.dataset}, {run.regime}: {report.choice.goal}")
+    """The title of the page, with the runtime unless it is torch."""
+    run, runtime = report.run, report.environment.runtime
+    where = "" if runtime == "torch" else f", in {runtime}"
+    return in_a_line(f"{run.arch} on {run.dataset}, {run.regime}: {report.choice.goal}{where}")
 
 
 def sections(report: Report) -> list[Section]:
@@ -203,7 +204,7 @@ def _measured_sections(report: Report) -> list[Section]:
             parts += [
                 network_table(report),
                 "Static networks are timed in the same runtime, in turns with the plain network."
-                " Their accuracies are those that their sources state.",
+                " Their accuracies are those that their sources state, in float32.",
             ]
         found.append(
             Section("seconds", "Measured time", "\n\n".join([*parts, segment_table(report)]))

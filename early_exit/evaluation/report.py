@@ -187,7 +187,7 @@ class LiveResult:
     differing_beyond_rounding: int
     """Those of them that rounding does not explain (`early_exit.choosing.outcome`)."""
     batch_size: int
-    rounding: float = 1e-5
+    rounding: float
     """How far scores may differ from the record by rounding; it depends on the precision."""
 
 

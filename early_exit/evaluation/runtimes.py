@@ -1,5 +1,6 @@
 """In which runtimes a run is evaluated, and how the evaluations in them are named and compared."""
 
+import difflib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -7,36 +8,52 @@ from typing import Any
 
 import numpy as np
 
+from early_exit import config as configs
 from early_exit.choosing.goals import Goal
+from early_exit.config import RunConfig
 from early_exit.errors import UserError
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
 from early_exit.evaluation.verdict import speedup_range
 from early_exit.inference.latency import make_timer
 from early_exit.inference.runtimes.network import RuntimeNetwork
-from early_exit.inference.runtimes.table import available_runtimes
-from early_exit.trained import Trained, in_runtime
+from early_exit.inference.runtimes.table import RUNTIMES, available_runtimes
+from early_exit.trained import EVALUATION, Trained, in_runtime
 
 log = logging.getLogger(__name__)
 
 FASTEST = "fastest"
 TURNS, UNTIMED = 21, 3  # of which the first are the warm-up
+SAID = ("amp", "compile")  # settings of a run that a runtime's name says
+
+
+def check_names(runtimes: Sequence[str | None]) -> None:
+    """Raises UserError for a name that no runtime has."""
+    known = (*RUNTIMES, FASTEST)
+    for name in runtimes:
+        if name is not None and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"there is no runtime {name!r}; {hint}runtimes are {', '.join(known)}")
 
 
 def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> None:
     """Raises UserError if a runtime is named and settings say its precision or compile it: the
     runtime's name says both."""
-    run = overrides.get("run", {})
-    amp, compiled = run.get("amp", "off"), run.get("compile", False)
-    if not any(runtimes) or (amp == "off" and not compiled):
+    if not any(runtimes):
         return
-    name = "compile" if compiled else "torch"
-    name += f"-{amp}" if amp in ("bf16", "fp16") else ""
-    flags = [*([f"--amp {amp}"] if amp != "off" else []), *(["--compile"] if compiled else [])]
-    raise UserError(
-        f"--runtime names the precision and whether to compile; instead of {' '.join(flags)} pass"
-        f" --runtime {name}"
-    )
+    given = {name: value for name, value in overrides.get("run", {}).items() if name in SAID}
+    run: RunConfig = configs.build(RunConfig, {**EVALUATION, **given}, "run")
+    flags = [f"--amp {run.amp}"] if run.amp != "off" else []
+    flags += ["--compile"] if run.compile else []
+    if not flags:
+        return
+    named = f"--runtime names the precision and whether to compile; remove {' and '.join(flags)}"
+    if run.amp == "auto":  # which one that is depends on the processor
+        raise UserError(named)
+    name = "compile" if run.compile else "torch"
+    name += "" if run.amp == "off" else f"-{run.amp}"
+    raise UserError(f"{named}, or pass --runtime {name}")
 
 
 def resolved(trained: Trained, runtimes: Sequence[str | None], batch_size: int) -> list[str | None]:
@@ -85,13 +102,12 @@ def plain_seconds(networks: dict[str, RuntimeNetwork], images: Any) -> dict[str,
     return {name: float(np.median(turns[UNTIMED:])) for name, turns in samples.items()}
 
 
-def evaluation_name(goal: Goal, name: str | None, runtime: str | None, several: bool) -> str:
-    """The name of the evaluation in a runtime: the given one, by default made from the goal, and
-    the runtime unless it is torch. A given name is the whole name unless there are several
-    runtimes."""
+def evaluation_name(base: str, name: str | None, runtime: str | None, several: bool) -> str:
+    """The name of the evaluation in a runtime: the given one, by default `base`, and the runtime
+    unless it is torch. A given name is the whole name unless there are several runtimes."""
     if runtime in (None, "torch") or (name and not several):
-        return name or default_name(goal)
-    return f"{name or default_name(goal)}-{runtime}"
+        return name or base
+    return f"{name or base}-{runtime}"
 
 
 def default_name(goal: Goal) -> str:

@@ -3,6 +3,7 @@
 Seconds are judged in the runtime in which they are spent, so none is shown without it.
 """
 
+import re
 from collections.abc import Sequence
 
 from early_exit.evaluation.report import Report
@@ -142,6 +143,7 @@ def runtime_table(runtimes: Sequence[RuntimeRow]) -> str:
     """The evaluations in several runtimes, one row per runtime and batch size."""
     headings = [
         "runtime",
+        "evaluation",
         "accuracy",
         "MACs",
         "batch size",
@@ -150,10 +152,11 @@ def runtime_table(runtimes: Sequence[RuntimeRow]) -> str:
         "speed-up (range)",
         "verdict",
     ]
-    lines = [_line(headings), _line(["---", *["---:"] * 6, "---"])]
+    lines = [_line(headings), _line(["---", "---", *["---:"] * 6, "---"])]
     for row in runtimes:
         name = f"{row.runtime} ({row.precision})"
-        values = [name, f"{100 * row.accuracy:.2f} %", f"{100 * row.macs_share:.1f} %"]
+        values = [name, _evaluation(row.evaluation)]
+        values += [f"{100 * row.accuracy:.2f} %", f"{100 * row.macs_share:.1f} %"]
         verdicts = {verdict.batch_size: verdict for verdict in row.verdicts}
         for found in row.seconds:
             cells = _seconds_cells(found, verdicts.get(found.batch_size))
@@ -161,6 +164,11 @@ def runtime_table(runtimes: Sequence[RuntimeRow]) -> str:
         if not row.seconds:
             lines.append(_line([*values, *["-"] * 5]))
     return "\n".join(lines)
+
+
+def _evaluation(name: str) -> str:
+    """The name of an evaluation, as it is given to --eval unless it has odd characters."""
+    return f"`{name}`" if re.fullmatch(r"[\w.-]+", name) else escaped(name)
 
 
 def _seconds_cells(found: RuntimeSeconds, verdict: Verdict | None) -> list[str]:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from early_exit.choosing.outcome import ROUNDING
 from early_exit.errors import UserError
 from early_exit.evaluation.report import FORMAT
-from early_exit.inference.segments import spans
 from early_exit.trained import unfinished_of
 
 
@@ -53,37 +53,25 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     return of_a_runtime(report)
 
 
+TORCH = {"bfloat16": "torch-bf16", "float16": "torch-fp16"}
+"""The runtime of a precision in eager torch; that of float32 is `torch`."""
+
+
 def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
-    """A report with what format 2 has got since of runtimes. Before, there was torch alone, and
-    stages were timed one by one, each with its head if the exit was enabled."""
+    """A report with what format 2 has got since of runtimes. Before, there was torch alone."""
     report = dict(report)
-    for name, since in (
-        ("environment", {"runtime": "torch"}),
-        ("live", {"rounding": 1e-5}),
-        ("cuts", {"speedup": None}),
-    ):
+    precision = (report.get("environment") or {}).get("precision")
+    added: dict[str, dict[str, Any]] = {
+        "environment": {"runtime": TORCH.get(precision, "torch")},
+        "live": {"rounding": ROUNDING},
+        "cuts": {"speedup": None},
+    }
+    for name, since in added.items():
         if isinstance(report.get(name), dict):
             report[name] = since | report[name]
     if "timing" in report:
         report = {"verdicts": [], "runtimes": [], **report}
-        report["timing"] = [
-            {"speedup_range": None, "networks": {}, **_by_segment(timing, report["exits"])}
-            for timing in report["timing"]
-        ]
     return report
-
-
-def _by_segment(timing: dict[str, Any], exits: list[dict[str, Any]]) -> dict[str, Any]:
-    """A timing with the times of segments: the sums of their stages' times. 0 at an exit that was
-    disabled."""
-    timing = dict(timing)
-    for old, name in (("stage_seconds", "segment_seconds"), ("stage_shares", "segment_shares")):
-        if old in timing:
-            stages, sums = timing.pop(old), [0.0] * len(exits)
-            for first, last in spans([row["enabled"] for row in exits[:-1]]):
-                sums[last] = sum(stages[first : last + 1])
-            timing[name] = sums
-    return timing
 
 
 OLD_TASKS = {"cifar10.trainer:DOOR": "cifar10", "imagenet.main:DOOR": "imagenet"}

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from early_exit.evaluation.report import Report, StaticRow
+from early_exit.evaluation.report import Environment, Report, StaticRow
 from early_exit.evaluation.report_seconds import Verdict
 from early_exit.inference.latency import Timing
+from early_exit.system.device import PRECISIONS
 
 SHORT = {
     "exits": "deploy with exits",
@@ -21,7 +22,7 @@ def verdicts(report: Report) -> tuple[Verdict, ...]:
     return tuple(
         judge(
             timing,
-            report.environment.ran_in,
+            report.environment,
             accuracy=report.test.accuracy,
             final_accuracy=report.final_accuracy,
             any_enabled=any(row.enabled for row in report.early_exits),
@@ -35,7 +36,7 @@ def verdicts(report: Report) -> tuple[Verdict, ...]:
 
 def judge(
     timing: Timing,
-    ran_in: str,
+    environment: Environment,
     *,
     accuracy: float,
     final_accuracy: float,
@@ -48,19 +49,21 @@ def judge(
 
     Exits pay if they are faster than the plain network in every repeat. A static network is better
     if it is not less accurate than the policy and its mean time is below that of the plain network
-    and below that with exits.
+    and below that with exits. In 8-bit integers none is, because its accuracy in them is not known.
 
-    ran_in: runtime and precision; accuracy: of the policy on test; any_enabled: whether it enables
-    an early exit; given: whether it was given, not chosen; cuts: over which the choice was
-    repeated, the first of which is timed.
+    accuracy: of the policy on test; any_enabled: whether it enables an early exit; given: whether
+    it was given, not chosen; cuts: over which the choice was repeated, the first of which is timed.
     """
-    where = f"In {ran_in} at batch {timing.batch_size}"
+    where = f"In {environment.ran_in} at batch {timing.batch_size}"
+    precision = environment.precision
+    if precision == PRECISIONS["int8"]:
+        static_networks = ()
     static = faster_static(timing, static_networks, accuracy, any_enabled)
     low, high = speedup_range(timing)
     kind, name = "disabled", None
     if static is not None:
         kind, name = "static", static.name
-        words = _static_words(timing, static, accuracy, any_enabled)
+        words = _static_words(timing, static, precision, accuracy, any_enabled)
     elif not any_enabled:
         who = "the given policy is" if given else "the policy chose"
         words = f"{who} the plain network (no exit is enabled): {_plain_ms(timing)}"
@@ -113,13 +116,17 @@ def short(verdict: Verdict) -> str:
     return f"deploy {verdict.network}" if verdict.network else SHORT[verdict.kind]
 
 
-def _static_words(timing: Timing, static: StaticRow, accuracy: float, any_enabled: bool) -> str:
+def _static_words(
+    timing: Timing, static: StaticRow, precision: str, accuracy: float, any_enabled: bool
+) -> str:
     whose, total = "with exits", timing.live.total
     if not any_enabled:
         whose, total = "of the plain network, which is the policy", timing.plain.total
+    stated = "" if precision == PRECISIONS["f32"] else " (as its source states, in float32)"
     return (
         f"the static {static.name} is faster at no lower accuracy:"
-        f" {_ms(timing, timing.networks[static.name].total)} ms at {100 * static.accuracy:.2f} %"
+        f" {_ms(timing, timing.networks[static.name].total)} ms at"
+        f" {100 * static.accuracy:.2f} %{stated}"
         f" against {_ms(timing, total)} ms at {100 * accuracy:.2f} % {whose}; deploy it"
     )
 

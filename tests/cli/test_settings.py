@@ -231,6 +231,7 @@ class TestEvaluationOptions:
             "cut_seed": 0,
             "cuts": 1,
             "name": None,
+            "base": None,
             "out": None,
             "batch_sizes": (1, 256),
             "timing_images": 2000,
@@ -243,18 +244,6 @@ class TestEvaluationOptions:
         found = settings.evaluation_options(parsed(*flags))
         assert found["runtimes"] == ("torch", "onnxruntime", "openvino-bf16")
 
-    @pytest.mark.parametrize(
-        ("runtimes", "name"),
-        [
-            (("onnxruntime",), "policy-mine-onnxruntime"),
-            (("torch",), "policy-mine"),
-            (("torch", "onnxruntime"), "policy-mine"),  # the evaluation appends them
-        ],
-    )
-    def test_a_policy_files_evaluation_in_another_runtime_is_another(self, runtimes, name):
-        flags = ("--policy", "here/mine.yaml", "--runtime", *runtimes)
-        assert settings.evaluation_options(parsed(*flags))["name"] == name
-
     def test_settings_of_the_machine_override_the_runs(self):
         found = settings.evaluation_options(parsed("--threads", 2, "--no-live", "--no-plots"))
         assert found["overrides"] == {"run": {"threads": "2"}}
@@ -262,7 +251,7 @@ class TestEvaluationOptions:
 
     def test_a_policy_files_evaluation_is_named_after_it(self):
         found = settings.evaluation_options(parsed("--policy", "here/mine.yaml"))
-        assert found["name"] == "policy-mine"
+        assert (found["name"], found["base"]) == (None, "policy-mine")
         named = settings.evaluation_options(parsed("--policy", "here/mine.yaml", "--name", "x"))
         assert named["name"] == "x"
 

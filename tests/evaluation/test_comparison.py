@@ -114,7 +114,7 @@ def test_the_notes_tell_deviations_and_splits(made_run):
     ("runtimes", "heading"),
     [
         (("openvino", "openvino"), "speed-up in openvino (float32), batch 8"),
-        (("openvino", "torch"), "speed-up in its runtime, batch 8"),
+        (("openvino", "torch"), "speed-up in the row's runtime, batch 8"),
     ],
 )
 def test_a_speedup_stands_with_its_runtime(made_run, runtimes, heading):

@@ -12,9 +12,10 @@ from helpers import CPU, assert_names, tiny_network
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.config import Config, DataConfig, ModelConfig
 from early_exit.errors import UserError
-from early_exit.evaluation.live import time_batch, time_for_choice
+from early_exit.evaluation.live import build_networks, time_batch, time_for_choice
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.trained import load_run
 from early_exit.training import checkpoint
 
@@ -79,6 +80,22 @@ class TestLive:
         assert abs(live["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
         assert 1e-5 <= live["rounding"] <= 4 * ROUNDING  # float32
         assert report["environment"]["runtime"] == "torch"
+
+
+def test_a_static_network_that_the_runtime_cannot_build_is_left_out(finished, monkeypatch, caplog):
+    loaded = load_run(finished, TASK, CPU)
+    good, bad = (tiny_network(Config(model=ModelConfig(exits=())), 10).eval() for _ in range(2))
+    build = EagerRuntime.network
+
+    def network(self, module, example):
+        if module is bad:
+            raise RuntimeError("an operation is not supported")
+        return build(self, module, example)
+
+    monkeypatch.setattr(EagerRuntime, "network", network)
+    assert build_networks(loaded, {"good": good, "bad": bad}) == {"good": good}
+    (message,) = caplog.messages
+    assert_names(message, "bad", "not supported")
 
 
 def test_without_a_whole_batch_nothing_is_timed(finished):

@@ -64,6 +64,9 @@ def test_report_md_has_the_title_the_sections_and_the_plots_before_the_last_one(
 
 def test_the_title_names_network_data_regime_and_goal(report):
     assert_names(title(report), "resnet20", "digits", "joint", report.choice.goal)
+    assert title(report).endswith(report.choice.goal)
+    environment = dataclasses.replace(report.environment, runtime="openvino-bf16")
+    assert "in openvino-bf16" in title(dataclasses.replace(report, environment=environment))
 
 
 def test_the_headline_names_accuracies_and_macs(report):

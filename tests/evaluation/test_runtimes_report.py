@@ -15,16 +15,18 @@ from early_exit.choosing.goals import Budget, FixedThresholds, LatencyBudget, Ma
 from early_exit.classifier import load
 from early_exit.cli.evaluation_flags import evaluation_parser
 from early_exit.cli.program import evaluate as evaluate_flags
-from early_exit.config import DataConfig
+from early_exit.config import Config, DataConfig, ModelConfig
+from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation import runtimes
 from early_exit.evaluation.evaluate import evaluate, evaluate_each
 from early_exit.evaluation.markdown import sections, summary, to_markdown
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
-from early_exit.evaluation.runtimes import evaluation_name
+from early_exit.evaluation.runtimes import check_settings, default_name, evaluation_name
 from early_exit.evaluation.seconds import runtime_table, segment_table, timing_table
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.runtimes.eager import EagerRuntime
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.task import StaticNetwork, Task
 
 WITH_STATIC = Task(
@@ -75,7 +77,8 @@ class TestNames:
         ],
     )
     def test_the_runtime_is_appended(self, name, runtime, several, expected):
-        assert evaluation_name(MaxDrop(0.005), name, runtime, several) == expected
+        base = default_name(MaxDrop(0.005))
+        assert evaluation_name(base, name, runtime, several) == expected
 
     @pytest.mark.parametrize(
         ("goal", "expected"),
@@ -87,7 +90,7 @@ class TestNames:
         ],
     )
     def test_goals_in_seconds(self, goal, expected):
-        assert evaluation_name(goal, None, "openvino", False) == expected
+        assert evaluation_name(default_name(goal), None, "openvino", False) == expected
 
 
 class TestRefusals:
@@ -103,9 +106,22 @@ class TestRefusals:
         options = {"overrides": {"run": settings}, "runtime": "onnxruntime"}
         assert_names(refusal(evaluate, run, TASK, MaxDrop(0.0), **options), *named)
 
-    def test_an_unknown_runtime(self, run):
-        message = refusal(evaluate, run, TASK, MaxDrop(0.0), runtime="onnxrt", **UNTIMED)
-        assert_names(message, "'onnxrt'", "onnxruntime")
+    def test_auto_is_the_precision_of_no_runtime(self):
+        message = refusal(check_settings, ("onnxruntime",), {"run": {"amp": "auto"}})
+        assert_names(message, "remove --amp auto")
+        assert "--runtime torch" not in message
+
+    @pytest.mark.parametrize("settings", [{"compile": "false"}, {"amp": "off"}, {"threads": "2"}])
+    def test_settings_that_change_nothing(self, settings):
+        check_settings(("onnxruntime",), {"run": settings})
+
+    @pytest.mark.parametrize(
+        ("name", "nearest"), [("onnxrt", "onnxruntime"), ("fastes", "fastest")]
+    )
+    def test_an_unknown_runtime_is_named_before_anything_is_read(self, tmp_path, name, nearest):
+        options = {"runtimes": ("torch", name), **UNTIMED}
+        message = refusal(evaluate_each, tmp_path / "none", TASK, MaxDrop(0.0), **options)
+        assert_names(message, f"'{name}'", f"did you mean {nearest}")
 
     def test_a_name_that_is_too_long_with_the_runtime(self, run):
         options = {"runtimes": ("torch", "onnxruntime"), "name": "a" * 250, **UNTIMED}
@@ -157,32 +173,74 @@ class TestFastest:
     def test_at_the_goals_batch_size_or_the_first_one(self, chosen, goal, size):
         assert chosen("fastest", goal=goal, batch_sizes=(8, 4))[1] == [size]
 
+    def test_the_evaluation_is_named_after_the_runtime_that_was_found(self, chosen, tmp_path):
+        chosen("fastest", base="policy-mine")
+        names = [path.name for path in (tmp_path / "run" / "eval").iterdir()]
+        assert names == ["policy-mine-onnxruntime"]
 
-def test_times_of_the_plain_network_are_measured_in_turns(run):
-    from early_exit.trained import load_run
 
-    trained = load_run(run, TASK, CPU)
-    images, _ = next(iter(trained.data.eval_batches("val", 2)))
-    found = runtimes.plain_seconds({"a": trained.runtime, "b": trained.runtime}, images)
-    assert list(found) == ["a", "b"] and min(found.values()) > 0
+def test_times_of_the_plain_network_are_medians_measured_in_turns(monkeypatch):
+    """On a clock that is slow for the turns that are not counted and for a few others."""
+    cpu, order = torch.device("cpu"), []
+    network = tiny_network(Config(model=ModelConfig(exits=())), 10).eval()
+    images = torch.zeros(2, *network.image_shape)
+    networks = {
+        name: RuntimeNetwork(network, EagerRuntime(name, "f32", cpu), images) for name in "ab"
+    }
+
+    def make_timer(measured):
+        name = measured.runtime.name
+
+        def timer(call):
+            assert call().shape == (2, 10)
+            order.append(name)
+            turn = order.count(name)
+            disturbed = turn <= runtimes.UNTIMED or turn % 3 == 0
+            return 100.0 if disturbed else {"a": 1.0, "b": 2.0}[name]
+
+        return timer
+
+    monkeypatch.setattr(runtimes, "make_timer", make_timer)
+    assert runtimes.plain_seconds(networks, images) == {"a": 1.0, "b": 2.0}
+    assert order == ["a", "b"] * (runtimes.UNTIMED + runtimes.TURNS)
 
 
 class TestSeveral:
     def test_each_is_named_and_all_are_in_every_report(self, run, tmp_path, pretended):
         copy = shutil.copytree(run, tmp_path / "run")
         goal = FixedThresholds((0.2,))
-        found = evaluate_each(copy, TASK, goal, runtimes=("torch", "other"), name="mine", **UNTIMED)
-        assert [directory.name for _, directory in found] == ["mine", "mine-other"]
+        options = {"runtimes": ("torch", "openvino"), "name": "mine", **UNTIMED}
+        found = evaluate_each(copy, TASK, goal, **options)
+        assert [directory.name for _, directory in found] == ["mine", "mine-openvino"]
         rows = [row.runtime for row in found[0][0].runtimes]
-        assert rows == ["torch", "other"] and found[1][0].runtimes == found[0][0].runtimes
+        assert rows == ["torch", "openvino"] and found[1][0].runtimes == found[0][0].runtimes
         assert {path.name for path in (copy / "records").iterdir() if path.is_dir()} == {
             *("val-off", "test-off"),
-            *("val-other", "test-other"),
+            *("val-openvino", "test-openvino"),
         }
         for _, directory in found:
             stored = read_report(directory / "report.json")
-            assert [row["evaluation"] for row in stored["runtimes"]] == ["mine", "mine-other"]
+            assert [row["evaluation"] for row in stored["runtimes"]] == ["mine", "mine-openvino"]
             assert "## Runtimes" in (directory / "report.md").read_text()
+
+    def test_one_that_fails_leaves_the_reports_of_those_before(
+        self, run, tmp_path, pretended, monkeypatch
+    ):
+        evaluate_one = evaluation._evaluate_one
+
+        def fail(trained, *arguments):
+            if trained.runtime.runtime.name == "openvino":
+                raise RuntimeError("no memory")
+            return evaluate_one(trained, *arguments)
+
+        monkeypatch.setattr(evaluation, "_evaluate_one", fail)
+        copy = shutil.copytree(run, tmp_path / "run")
+        options = {"runtimes": ("torch", "openvino"), "name": "mine", **UNTIMED}
+        with pytest.raises(RuntimeError, match="no memory"):
+            evaluate_each(copy, TASK, FixedThresholds((0.2,)), **options)
+        (directory,) = (copy / "eval").iterdir()
+        assert directory.name == "mine" and (directory / "report.md").exists()
+        assert read_report(directory / "report.json")["runtimes"] == []
 
     def test_one_alone_has_no_table(self, timed):
         assert timed[0].runtimes == ()
@@ -190,7 +248,7 @@ class TestSeveral:
 
     def test_the_screen_shows_the_table_once_at_the_end(self, run, tmp_path, pretended, capsys):
         copy = shutil.copytree(run, tmp_path / "run")
-        flags = ["--thresholds", "0.2", "--no-live", "--no-plots", "--runtime", "torch", "other"]
+        flags = ["--thresholds", "0.2", "--no-live", "--no-plots", "--runtime", "torch", "openvino"]
         parser = evaluation_parser("cifar10", "trainer.py", None)
         args = parser.parse_args([str(copy), *flags, "--device", "cpu", "--threads", "1"])
         evaluate_flags(args, TASK)
@@ -199,8 +257,22 @@ class TestSeveral:
         last = shown.rstrip().splitlines()[-2:]
         assert [line.split(" | ")[0] for line in last] == [
             "| torch (float32)",
-            "| other (float32)",
+            "| openvino (float32)",
         ]
+
+
+def test_the_exits_to_time_are_not_chosen_on_test_images_of_another_cut(run, tmp_path, monkeypatch):
+    """If only some are timed: val of one cut has test images of the others."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(evaluation, "time_for_choice", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(evaluation, "MANY_EXITS", 1)
+    goal = MaxDrop(0.1, "seconds", batch_size=2)
+    options = {"val_from": "test", "cuts": 2, **UNTIMED}
+    message = refusal(evaluate, copy, TASK, goal, **options)
+    assert_names(message, "--cuts", "1 of the 2 early exits")
+    monkeypatch.setattr(evaluation, "MANY_EXITS", 2)
+    with pytest.raises(pytest.fail.Exception, match="timed"):
+        evaluate(copy, TASK, goal, **options)
 
 
 def test_the_table_has_a_row_for_each_runtime_and_batch_size():
@@ -210,12 +282,13 @@ def test_the_table_has_a_row_for_each_runtime_and_batch_size():
     )
     rows = [
         RuntimeRow("torch", "float32", "a", 0.9, 0.5, seconds, ()),
-        RuntimeRow("openvino-bf16", "bfloat16", "b", 0.8, 0.6, (), ()),
+        RuntimeRow("openvino-bf16", "bfloat16", "max_prob-b", 0.8, 0.6, (), ()),
     ]
     lines = runtime_table(rows).splitlines()[2:]
-    assert_names(lines[0], "torch (float32)", "90.00 %", "50.0 %", "2.00 ms", "1.00 ms", "2.00 x")
+    assert_names(lines[0], "torch (float32)", "`a`", "90.00 %", "50.0 %", "2.00 ms", "1.00 ms")
+    assert_names(lines[0], "2.00 x")
     assert_names(lines[1], 64, "20.00 ms", "(1.90 to 2.10)")
-    assert_names(lines[2], "openvino-bf16 (bfloat16)", "80.00 %")
+    assert_names(lines[2], "openvino-bf16 (bfloat16)", "`max_prob-b`", "80.00 %")
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 3
 
 
@@ -315,21 +388,21 @@ class TestOnnxRuntime:
 
 
 class TestLoad:
-    def named(self, evaluated_copy: Path, runtime: str) -> Path:
+    def named(self, evaluated_copy: Path, runtime: str, precision: str = "float32") -> Path:
         """A run with an evaluation that says it was in another runtime."""
         path = evaluated_copy / "eval" / "mine" / "report.json"
         report = json.loads(path.read_text())
-        report["environment"]["runtime"] = runtime
+        report["environment"] |= {"runtime": runtime, "precision": precision}
         path.write_text(json.dumps(report))
         return evaluated_copy
 
     def test_8_bit_integers_need_images(self, evaluated_copy, pretended):
-        run = self.named(evaluated_copy, "onnxruntime-int8")
+        run = self.named(evaluated_copy, "onnxruntime-int8", "8-bit integers")
         message = refusal(load, run, "mine", task=TASK, device="cpu")
-        assert_names(message, "onnxruntime-int8", "--runtime torch")
+        assert_names(message, "onnxruntime-int8", "evaluate the run again with --runtime torch")
         assert load(run, "mine", task=TASK, device="cpu", runtime="torch")
 
     def test_a_runtime_that_is_not_here(self, evaluated_copy):
         run = self.named(evaluated_copy, "abacus")
         message = refusal(load, run, "mine", task=TASK, device="cpu")
-        assert_names(message, "'abacus'", "runtime torch")
+        assert_names(message, "'abacus'", "load it with --runtime torch")

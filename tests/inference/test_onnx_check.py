@@ -77,11 +77,42 @@ def test_another_exit_is_refused(tiny_net, policy, images):
     that does not take any number of rows: with the right logits and scores for the former."""
 
     def change(at, parts):
-        if at == 1 and len(parts[3]) < 64:
+        if at == 1 and len(parts[3]) not in (1, 7, 64):
             parts[3] = 1 - parts[3]
         return parts
 
     assert_names(refusal(check, tiny_net, policy, images, change), "exit", 64)
+
+
+@pytest.mark.parametrize(("rows", "named"), [(1, "1 image"), (7, "7 images")])
+def test_a_segment_that_is_wrong_with_few_images_is_refused(tiny_net, policy, images, rows, named):
+    def change(at, parts):
+        if at == 2 and len(parts[1]) == rows:
+            parts[1] = parts[1] * np.float32(1.01)
+        return parts
+
+    assert_names(refusal(check, tiny_net, policy, images, change), "layer2", named)
+
+
+def test_a_segment_that_fails_with_one_image_is_refused(tiny_net, policy, images):
+    """As if it had been traced for more."""
+
+    def change(at, parts):
+        if at == 2 and len(parts[1]) == 1:
+            raise RuntimeError("a dimension of 1,\nexpected 2")
+        return parts
+
+    message = refusal(check, tiny_net, policy, images, change)
+    assert_names(message, "layer2", "1 image ", "expected 2")
+
+
+def test_a_segment_that_gives_another_number_of_rows_is_refused(tiny_net, policy, images):
+    def change(at, parts):
+        if at == 2 and len(parts[1]) == 1:
+            parts[1] = parts[1].repeat(2, axis=0)
+        return parts
+
+    assert_names(refusal(check, tiny_net, policy, images, change), "layer2", "1 image ", "(2, ")
 
 
 def test_a_score_within_rounding_of_its_threshold_may_exit_elsewhere(tiny_net, policy, images):

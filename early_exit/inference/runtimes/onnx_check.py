@@ -9,6 +9,9 @@ end of a chain of sums; of n terms each is off by at most n epsilon relative to 
 where a layer has as many terms as weights per output, and each module a few for what it computes
 element by element. Scores are compared on the same logits, so only the criterion's own rounding is
 between them: they agree in half of float32's digits, also for a criterion that cancels.
+
+Segments are traced with a few rows and run with any number, down to a single one, so all exits are
+compared on all images, on seven and on one.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from early_exit.model.network import MultiExitNetwork
 EPSILON = float(np.finfo(np.float32).eps)
 ELEMENTWISE = 4  # operations of a module on each element, such as those of BatchNorm
 ROOT_EPSILON = EPSILON**0.5
+FEW = (1, 7)  # images with which the exits are compared too
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,20 @@ def check_segments(
     the same as the first exported segment takes them. The exits taken are compared for the policy
     and for the medians of the scores as thresholds, with which images exit everywhere.
 
-    Raises UserError if logits, scores or exits differ by more than rounding.
+    Raises UserError if a segment fails, or if logits, scores or exits differ by more than rounding.
     """
-    exits = _all_exits(network, policy, segments, normalised, images)
+    exits, *few = (
+        _all_exits(network, policy, segments, normalised[:rows], images[:rows])
+        for rows in (len(images), *FEW)
+    )
     largest, tolerance = 0.0, 0.0
-    for (index, segment), values in zip(segments_of(network, policy), exits, strict=True):
-        name = policy.exit_names[index]
+    for place, (index, _) in enumerate(segments):
         allowed = EPSILON * work(network, index)
-        scale = float(np.abs(values.expected).max()) or 1.0
-        difference = float(np.abs(values.found - values.expected).max()) / scale
-        if not difference <= allowed:  # nor if it is nan
-            raise UserError(
-                f"the exported segments differ from torch: the logits of {name} by"
-                f" {difference:.1e} of the largest one, more than rounding allows ({allowed:.1e})"
-            )
-        scores = np.abs(values.found_score - values.own_score)
-        if not (scores <= ROOT_EPSILON * np.maximum(1, np.abs(values.own_score))).all():
-            raise UserError(
-                f"the exported segments differ from torch: the scores of {segment.criterion} at"
-                f" {name} by {scores.max():.1e} on the same logits"
-            )
-        if difference >= largest:
-            largest, tolerance = difference, allowed
+        scale = float(np.abs(exits[place].expected).max()) or 1.0
+        for values in (exits[place], *(part[place] for part in few)):
+            difference = _compare(values, policy, index, scale, allowed)
+            if difference >= largest:
+                largest, tolerance = difference, allowed
     medians = [float(np.median(values.expected_score)) for values in exits]
     at_medians = list(policy.thresholds)
     for (index, _), median in list(zip(segments, medians, strict=True))[:-1]:
@@ -101,6 +97,31 @@ def check_segments(
     for tried in (replace(policy, thresholds=tuple(at_medians), guarantee=None), policy):
         other = _count_other_exits(network, tried, segments, normalised, images, exits)
     return Agreement(len(images), largest, tolerance, other)
+
+
+def _compare(values: _Exit, policy: Policy, index: int, scale: float, allowed: float) -> float:
+    """The largest difference of an exit's logits, relative to `scale`.
+
+    Raises UserError if it is more than allowed, or if the scores differ.
+    """
+    where = f"at {policy.exit_names[index]} with {_images(len(values.expected))}"
+    difference = float(np.abs(values.found - values.expected).max()) / scale
+    if not difference <= allowed:  # nor if it is nan
+        raise UserError(
+            f"the exported segments differ from torch: the logits {where} by {difference:.1e} of"
+            f" the largest one, more than rounding allows ({allowed:.1e})"
+        )
+    scores = np.abs(values.found_score - values.own_score)
+    if not (scores <= ROOT_EPSILON * np.maximum(1, np.abs(values.own_score))).all():
+        raise UserError(
+            f"the exported segments differ from torch: the scores of {policy.criterion} {where} by"
+            f" {scores.max():.1e} on the same logits"
+        )
+    return difference
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def work(network: MultiExitNetwork, last: int) -> int:
@@ -124,7 +145,10 @@ def _all_exits(
     normalised: Tensor,
     images: Array,
 ) -> list[_Exit]:
-    """Every enabled exit on all images, by torch and by the exported segments."""
+    """Every enabled exit on all images, by torch and by the exported segments.
+
+    Raises UserError if an exported segment fails or gives another number of rows.
+    """
     features: Features = normalised
     exported_features: Any = images
     state, exported_state, own_state, values = None, None, None, []
@@ -134,9 +158,18 @@ def _all_exits(
         ):
             temperature = policy.temperatures[index]
             features, logits, _, score, state = segment(features, temperature, state)
-            exported_features, found, _, found_score, exported_state = exported(
-                exported_features, temperature, exported_state
-            )
+            try:
+                exported_features, found, _, found_score, exported_state = exported(
+                    exported_features, temperature, exported_state
+                )
+                if found.shape != logits.shape:
+                    raise ValueError(f"logits {found.shape}, expected {tuple(logits.shape)}")
+            except Exception as error:  # the packages have error types of their own
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"the exported segment of {policy.exit_names[index]} fails with"
+                    f" {_images(len(images))} ({reason[:300]})"
+                ) from error
             _, own_score, own_state = policy.score(index, torch.from_numpy(found), own_state)
             values.append(
                 _Exit(logits.numpy(), found, score.numpy(), found_score, own_score.numpy())
