@@ -205,9 +205,9 @@ def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluate
         timed_exits = {last for _, last in to_time} - {early}
         if options.cuts > 1 and len(timed_exits) < early:
             raise UserError(
-                f"a goal in seconds times {most} of the {early} early exits, chosen on one cut's val,"
-                " which has test images of the other cuts; remove --cuts, or train a network with at"
-                f" most {most} early exits"
+                f"a goal in seconds times {most} of the {early} early exits, chosen on one cut's"
+                " val, which has test images of the other cuts; remove --cuts, or train a network"
+                f" with at most {most} early exits"
             )
         times = time_for_choice(trained, splits.data, goal.criterion, batch_size, to_time)
     policy = choose(splits.val, goal, trained.cost, times)

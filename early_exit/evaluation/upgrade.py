@@ -60,7 +60,7 @@ TORCH = {"bfloat16": "torch-bf16", "float16": "torch-fp16"}
 def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
     """A report with what format 2 has got since of runtimes. Before, there was torch alone."""
     report = dict(report)
-    precision = (report.get("environment") or {}).get("precision")
+    precision = str((report.get("environment") or {}).get("precision"))
     added: dict[str, dict[str, Any]] = {
         "environment": {"runtime": TORCH.get(precision, "torch")},
         "live": {"rounding": ROUNDING},
