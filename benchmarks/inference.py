@@ -1,7 +1,8 @@
-"""Times inference with exits taken beside the plain network, in one run.
+"""Times inference with exits taken beside the plain network, in one run, in one runtime or several.
 
     python benchmarks/inference.py                    ResNet-56, exits after layer1 and layer2
-    python benchmarks/inference.py --amp bf16 --compile
+    python benchmarks/inference.py --runtime torch onnxruntime openvino openvino-bf16
+    python benchmarks/inference.py --arch resnet50 --image-size 224 --exits layer2 layer3
     python benchmarks/inference.py --exit-shares 0.6 0.2    60 % exit at layer1, 20 % at layer2
 
 Needs no data and no training: the time does not depend on the weights, and each threshold is the
@@ -18,77 +19,95 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     run("inference", "inference.py")
 
 import argparse
-import typing
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cifar10 import networks
+import cifar10.networks
+import imagenet.networks
 from early_exit.cli import flags
-from early_exit.config import Amp
 from early_exit.errors import UserError
-from early_exit.inference.infer import infer
 from early_exit.inference.latency import Timing, measure
 from early_exit.inference.policy import NEVER, Policy
+from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
+from early_exit.inference.runtimes.table import find_runtime
 from early_exit.model.heads import HEADS
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.device import (
-    PRECISIONS,
-    autocast_context,
-    choose_device,
-    choose_precision,
-    describe_device,
-)
+from early_exit.system.device import PRECISIONS, choose_device, describe_device
 
 BATCH = 256  # of the untimed passes
+CIFAR_SIZE = 32  # the side of the images of cifar10's networks
 
-Autocast = Callable[[], AbstractContextManager]
+
+def build_network(
+    arch: str, exits: Sequence[str], head: str | None, image_size: int
+) -> MultiExitNetwork:
+    """A network with random weights: cifar10's for images of 32 pixels, imagenet's for others."""
+    if image_size == CIFAR_SIZE:
+        return cifar10.networks.build_network(arch, tuple(exits), head or "conv")
+    head = head or imagenet.networks.DEFAULT_HEAD
+    return imagenet.networks.build_network(arch, tuple(exits), head, image_size=image_size)
+
+
+def set_statistics(network: MultiExitNetwork, images: Tensor) -> None:
+    """Sets the averages of BatchNorm to those of the images, and eval mode. With random weights and
+    without averages, the values grow from layer to layer until every score of a deep network is
+    1."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the averages of what it sees
+    with torch.no_grad():
+        network.train()(images)
+    network.eval()
 
 
 def policy_for_shares(
-    network: MultiExitNetwork,
-    images: Tensor,
-    shares: Sequence[float],
-    criterion: str,
-    autocast: Autocast,
+    network: RuntimeNetwork, images: Tensor, shares: Sequence[float], criterion: str
 ) -> Policy:
     """The policy under which these shares of `images` exit at each early exit."""
-    policy = Policy(
-        exit_names=network.exit_names,
-        thresholds=(NEVER,) * (network.num_exits - 1),
-        criterion=criterion,
-    )
-    with torch.inference_mode(), autocast():
+    with torch.inference_mode():
         logits = torch.cat([torch.stack(network(batch), 1) for batch in images.split(BATCH)])
-    remaining = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    return policy_for_logits(network.network.exit_names, logits, shares, criterion)
+
+
+def policy_for_logits(
+    exit_names: tuple[str, ...], logits: Tensor, shares: Sequence[float], criterion: str
+) -> Policy:
+    """The policy under which these shares of the rows of `logits` (B, N, K) exit at each early
+    exit."""
+    never = (NEVER,) * (len(exit_names) - 1)
+    policy = Policy(exit_names=exit_names, thresholds=never, criterion=criterion)
+    remaining = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     thresholds = []
     for exit_index, share in enumerate(shares):
         _, score, _ = policy.score(exit_index, logits[:, exit_index])
         ranked = score[remaining].sort(descending=True).values
-        count = min(round(share * len(images)), len(ranked))  # rounding may ask for too many
+        count = min(round(share * len(logits)), len(ranked))  # rounding may ask for too many
         thresholds.append(float(ranked[count - 1]) if count else NEVER)
         remaining &= score < thresholds[-1]
-    return Policy(exit_names=network.exit_names, thresholds=tuple(thresholds), criterion=criterion)
+    return dataclasses.replace(policy, thresholds=tuple(thresholds))
 
 
-def exit_shares(
-    network: MultiExitNetwork, images: Tensor, policy: Policy, autocast: Autocast
-) -> list[float]:
+def exit_shares(network: RuntimeNetwork, images: Tensor, policy: Policy) -> list[float]:
     """The shares of `images` that exit at each exit."""
-    with torch.inference_mode():
-        answers = [infer(network, batch, policy, autocast) for batch in images.split(BATCH)]
-    exit_index = torch.cat([answer.exit_index for answer in answers])
-    counts = torch.bincount(exit_index.cpu(), minlength=network.num_exits)
+    answers = [network.infer(batch, policy) for batch in images.split(BATCH)]
+    exit_index = torch.cat([torch.from_numpy(to_numpy(answer.exit_index)) for answer in answers])
+    counts = torch.bincount(exit_index, minlength=network.num_exits)
     return (counts / len(images)).tolist()
 
 
-def parser() -> flags.Parser:
-    """The benchmark's flags."""
-    parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
+def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
+    """The flags of the network, its exits and the images. batch_sizes: the default."""
     parser.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=CIFAR_SIZE,
+        metavar="PIXELS",
+        help="side of the images; 32: a network of cifar10, more: one of imagenet (default 32)",
+    )
     parser.add_argument(
         "--exits",
         nargs="+",
@@ -99,9 +118,8 @@ def parser() -> flags.Parser:
     parser.add_argument(
         "--head",
         choices=HEADS,
-        default="conv",
         metavar="KIND",
-        help=f"kind of head: {', '.join(HEADS)} (default conv)",
+        help=f"kind of head: {', '.join(HEADS)} (default: conv, of imagenet's networks separable)",
     )
     parser.add_argument(
         "--criterion",
@@ -119,22 +137,28 @@ def parser() -> flags.Parser:
         help="share of the images that exits at each early exit (default 0.5 0.3)",
     )
     parser.add_argument(
+        "--runtime",
+        nargs="+",
+        default=["torch"],
+        metavar="NAME",
+        help="runtimes, such as torch, torch-bf16, compile, onnxruntime, openvino, openvino-bf16"
+        " (default torch)",
+    )
+    parser.add_argument(
         "--batch-sizes",
         type=int,
         nargs="+",
-        default=[1, 256],
+        default=list(batch_sizes),
         metavar="N",
-        help="batch sizes to time (default 1 256)",
+        help=f"batch sizes to time (default {' '.join(map(str, batch_sizes))})",
     )
     parser.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
-    parser.add_argument(
-        "--amp",
-        choices=typing.get_args(Amp),
-        default="off",
-        metavar="MODE",
-        help="mixed precision: off, bf16, fp16 or auto (default off)",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile every stage")
+
+
+def parser() -> flags.Parser:
+    """The benchmark's flags."""
+    parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
+    add_network_flags(parser, (1, 256))
     parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument(
         "--seconds", type=float, default=30, help="time limit per batch size (default 30)"
@@ -142,7 +166,7 @@ def parser() -> flags.Parser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check_shares(args: argparse.Namespace) -> None:
     """Raises UserError for shares or batch sizes that cannot be measured."""
     if (
         len(args.exit_shares) != len(args.exits)
@@ -157,48 +181,67 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
 
 
-def row(timing: Timing) -> str:
-    """One batch size, as a row of the table."""
-    stages = " / ".join(f"{100 * share:.0f}" for share in timing.stage_shares)
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for shares, batch sizes or images that cannot be measured."""
+    check_shares(args)
+    if args.image_size < CIFAR_SIZE:
+        raise UserError(f"--image-size must be at least {CIFAR_SIZE}, got {args.image_size}")
+
+
+def row(name: str, timing: Timing) -> str:
+    """One runtime at one batch size, as a row of the table."""
+    segments = " / ".join(f"{100 * share:.0f}" for share in timing.segment_shares)
+    low, high = timing.speedup_range
     return (
-        f"| {timing.batch_size} | {1000 * timing.plain.p50:.2f} | {1000 * timing.live.p50:.2f}"
-        f" | {timing.speedup:.2f} x | {100 * timing.fraction_of_ideal:.0f} %"
-        f" | {100 * timing.overhead:+.1f} % | {stages} % |"
+        f"| {name} | {timing.batch_size} | {1000 * timing.plain.p50:.2f}"
+        f" | {1000 * timing.live.total / timing.batches:.2f}"
+        f" | {timing.speedup:.2f} x | {low:.2f} to {high:.2f}"
+        f" | {100 * timing.fraction_of_ideal:.0f} %"
+        f" | {100 * timing.overhead:+.1f} % | {segments} % |"
     )
+
+
+HEADING = """\
+| runtime | batch size | plain network, ms | with exits, mean ms | speed-up | over repeats \
+| fraction of ideal | overhead when no exit is taken | share of seconds by segment |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"""
+
+
+def prepare(
+    args: argparse.Namespace, heading: str
+) -> Iterator[tuple[RuntimeNetwork, Policy, Tensor]]:
+    """In each of the runtimes: the network, the policy at which the requested shares exit, and the
+    images. Prints what is measured and the table's heading first, and where images exit last."""
+    device = choose_device(args.device)
+    runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
+    torch.manual_seed(0)
+    network = build_network(args.arch, args.exits, args.head, args.image_size)
+    network.to(device, memory_format=torch.channels_last)
+    images = torch.randn(args.images, *network.image_shape, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    set_statistics(network, images[:BATCH])
+    print(
+        f"{args.arch}, {args.image_size} pixels, exits after {', '.join(args.exits)},"
+        f" {describe_device(device)}, torch {torch.__version__}"
+    )
+    print(heading)
+    told = []
+    for runtime in runtimes:
+        built = RuntimeNetwork(network, runtime, images[:BATCH])
+        policy = policy_for_shares(built, images, args.exit_shares, args.criterion)
+        shares = zip(network.exit_names, exit_shares(built, images, policy), strict=True)
+        exits = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
+        told.append(f"{runtime.name} ({PRECISIONS[runtime.precision]}), images that exit: {exits}")
+        yield built, policy, images
+    print("\n".join(["", *told]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     args = parser().parse_args(argv)
     check(args)
-    device = choose_device(args.device)
-    precision = choose_precision(args.amp, device)
-    autocast = partial(autocast_context, precision, device)
-
-    torch.manual_seed(0)
-    network = networks.build_network(args.arch, tuple(args.exits), args.head)
-    network.to(device, memory_format=torch.channels_last).eval()
-    images = torch.randn(args.images, 3, 32, 32, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    policy = policy_for_shares(network, images, args.exit_shares, args.criterion, autocast)
-    shares = exit_shares(network, images, policy, autocast)
-    if args.compile:
-        network.compile_stages()
-        network.backbone.compile(dynamic=True)
-
-    print(
-        f"{args.arch}, exits after {', '.join(args.exits)}, {args.head} heads,"
-        f" {PRECISIONS[precision]}, {'compiled, ' if args.compile else ''}"
-        f"{describe_device(device)}, torch {torch.__version__}"
-    )
-    named = zip(network.exit_names, shares, strict=True)
-    print("images that exit: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in named))
-    print(
-        "| batch size | plain network, ms | with exits, ms | speed-up | fraction of ideal"
-        " | overhead when no exit is taken | share of seconds by stage |"
-    )
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for batch_size in args.batch_sizes:
-        batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
-        timing = measure(network, 3 * batches, policy, autocast=autocast, seconds=args.seconds)
-        print(row(timing))
+    for built, policy, images in prepare(args, HEADING):
+        for batch_size in args.batch_sizes:
+            batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
+            timing = measure(built, 3 * batches, policy, seconds=args.seconds)
+            print(row(built.runtime.name, timing), flush=True)

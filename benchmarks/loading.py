@@ -37,6 +37,7 @@ from early_exit.cli import flags
 from early_exit.data import folders
 from early_exit.errors import UserError
 from early_exit.system.device import choose_device, describe_device, keep_freed_memory
+from early_exit.system.processors import processors
 
 IMAGES = 600  # generated
 CONFIG = folders.FolderConfig(val_size=1)
@@ -107,7 +108,7 @@ def parser() -> flags.Parser:
         "-j",
         "--workers",
         type=int,
-        default=folders.processors(),
+        default=processors(),
         metavar="N",
         help="processes that decode images (default: one per processor)",
     )

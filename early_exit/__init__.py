@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from early_exit.choosing.choice import choose as choose
     from early_exit.choosing.goals import Budget as Budget
     from early_exit.choosing.goals import ConditionalDeepLearning as ConditionalDeepLearning
     from early_exit.choosing.goals import FixedPolicy as FixedPolicy
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from early_exit.choosing.goals import LatencyBudget as LatencyBudget
     from early_exit.choosing.goals import MaxDrop as MaxDrop
     from early_exit.choosing.goals import Risk as Risk
-    from early_exit.choosing.goals import choose as choose
-    from early_exit.classifier import load as load
     from early_exit.config import Config as Config
     from early_exit.evaluation.evaluate import evaluate as evaluate
     from early_exit.inference.infer import infer as infer
     from early_exit.inference.policy import Policy as Policy
+    from early_exit.inference.stream import infer_stream as infer_stream
+    from early_exit.loading import load as load
     from early_exit.model.cost import network_cost as network_cost
     from early_exit.model.network import MultiExitNetwork as MultiExitNetwork
     from early_exit.task import Task as Task
@@ -45,10 +46,11 @@ _MODULES = {
     "Risk": "choosing.goals",
     "Task": "task",
     "adopt": "training.train",
-    "choose": "choosing.goals",
+    "choose": "choosing.choice",
     "evaluate": "evaluation.evaluate",
     "infer": "inference.infer",
-    "load": "classifier",
+    "infer_stream": "inference.stream",
+    "load": "loading",
     "network_cost": "model.cost",
     "train": "training.train",
 }

@@ -1,10 +1,8 @@
 """A trained run and its policy, ready to classify images.
 
-    from early_exit import load
-    classify = load("runs/mine")
-    print(classify(["photo.jpg"]))
-
-The policy that an evaluation of the run chose decides which image exits where.
+The policy that an evaluation of the run chose decides which image exits where. It is applied in the
+runtime it was chosen in, because another one's scores differ by rounding. `early_exit.load`
+(`early_exit.loading`) loads deployed models too.
 """
 
 from collections.abc import Sequence
@@ -14,39 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from early_exit import config as configs
-from early_exit.data.decoding import read_image
+from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
 from early_exit.errors import UserError
+from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
-from early_exit.inference.infer import Answers, infer
+from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
-from early_exit.model.cost import Cost, network_cost
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.manifest import refuse_deployed
+from early_exit.model.cost import network_cost
+from early_exit.model.macs import Cost
+from early_exit.prediction import Prediction, classify, make_predictions
+from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
-from early_exit.trained import Loaded, check_run_directory, evaluations, load_network
+from early_exit.trained import (
+    Loaded,
+    check_run_directory,
+    choose_runtime,
+    evaluations,
+    load_network,
+)
 
 DEFAULT_EVALUATION = "max-drop-0.5-max_prob"  # if there are several
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image."""
-
-    name: str
-    """Of the class."""
-    class_index: int
-    confidence: float
-    """Probability of that class at the exit that answered, after temperature scaling."""
-    exit: str
-    exit_index: int
-    macs: int
-    """Multiply-adds computed for the image."""
-    macs_share: float
-    """Of the plain network's; over 1 at the final exit, because the heads are included."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +49,22 @@ class Classifier:
     task: Task
     policy: Policy
     cost: Cost
+    runtime: RuntimeNetwork
+    """The network in the runtime in which it answers."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the logits."""
         return self.loaded.classes
 
-    def __call__(
-        self, images: Sequence[str | Path | Image.Image], batch_size: int = 64
-    ) -> list[Prediction]:
+    def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
         """The predictions, in the order of the images.
 
         Raises UserError for a file that cannot be read as an image.
         """
-        predictions: list[Prediction] = []
-        for start in range(0, len(images), batch_size):
-            batch = [self.read(image) for image in images[start : start + batch_size]]
-            predictions += self.predict(batch)
-        return predictions
+        return classify(self, images, batch_size)
 
-    def read(self, image: str | Path | Image.Image) -> np.ndarray:
+    def read(self, image: ImageSource) -> np.ndarray:
         """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
         evaluation.
 
@@ -95,28 +83,16 @@ class Classifier:
         mean, std = (loaded.normalisation[name] for name in ("mean", "std"))
         layout = loaded.config.run.memory_format
         images = normalise(images.to(loaded.device), mean, std, layout)
-        return infer(loaded.network, images, self.policy, loaded.autocast)
+        found = self.runtime.infer(images, self.policy)
+        return Answers(*map(torch.as_tensor, (found.logits, found.exit_index, found.score)))
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for what `read` gave."""
         answers = self.answer(torch.from_numpy(np.stack(images)))
         confidence, classes = answers.logits.softmax(dim=-1).max(dim=-1)
-        policy = self.policy
-        macs, shares = self.cost.cumulative(policy.enabled), self.cost.shares(policy.enabled)
-        return [
-            Prediction(
-                self.classes[class_index],
-                class_index,
-                sure,
-                policy.exit_names[exit_index],
-                exit_index,
-                macs[exit_index],
-                shares[exit_index],
-            )
-            for class_index, sure, exit_index in zip(
-                classes.tolist(), confidence.tolist(), answers.exit_index.tolist(), strict=True
-            )
-        ]
+        return make_predictions(
+            self, classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
+        )
 
 
 def load(
@@ -126,19 +102,25 @@ def load(
     task: Task | str | None = None,
     device: str = "auto",
     overrides: dict[str, Any] | None = None,
+    runtime: str | None = None,
 ) -> Classifier:
     """The network of a run and the policy that an evaluation of it chose.
 
     run: the run directory, or the directory of the evaluation. evaluation: its name; default: the
     only one, or that of `--max-drop 0.5`. task: the run's task, or `package.module:NAME` of it;
     default: the one that the report names, if `early_exit.task.TASKS` has it. overrides: settings
-    that are changed, nested as in a preset.
+    that are changed, nested as in a preset. runtime: a name of
+    `early_exit.inference.runtimes.table`; default: the one in which the policy was chosen, or torch
+    as the overrides say if they give a precision or compile it.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
-    its evaluation or its task cannot be found, or if they do not belong together.
+    its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
+    named and the overrides give a precision or compile it.
     """
+    check_settings((runtime,), overrides or {})
     directory = find_evaluation(Path(run), evaluation)
-    run_info = read_report(directory / "report.json").get("run", {})
+    report = read_report(directory / "report.json")
+    run_info = report.get("run", {})
     weights = run_info.get("weights")
     if not isinstance(weights, str):
         raise UserError(
@@ -157,11 +139,37 @@ def load(
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     policy.check_thresholds(len(loaded.classes))
-    if loaded.config.run.compile:
-        loaded.network.compile_stages()
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
-    return Classifier(loaded, task, policy, network_cost(loaded.network))
+    environment = report.get("environment", {})
+    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
+        runtime = environment.get("runtime")
+    exact = environment.get("precision", PRECISIONS["f32"]) == PRECISIONS["f32"]
+    running = _in_runtime(loaded, policy, runtime, directory, exact)
+    return Classifier(loaded, task, policy, network_cost(loaded.network), running)
+
+
+def _in_runtime(
+    loaded: Loaded, policy: Policy, name: str | None, directory: Path, exact: bool
+) -> RuntimeNetwork:
+    """The network in a runtime, the policy's segments built. exact: whether the policy was chosen
+    in float32. Raises UserError if the runtime cannot be used here."""
+    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    try:
+        runtime = choose_runtime(loaded, name)
+        if runtime.precision == "int8":
+            raise UserError("8-bit integers need images of train, for the ranges of values")
+        running = RuntimeNetwork(loaded.network, runtime, example)
+        running.segments(policy)
+    except UserError as error:
+        otherwise = "evaluate the run again with --runtime torch"
+        if exact:
+            otherwise = "load it with --runtime torch, where scores differ by rounding"
+        raise UserError(
+            f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or"
+            f" {otherwise}"
+        ) from None
+    return running
 
 
 def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
@@ -179,6 +187,7 @@ def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
 
 def find_evaluation(run: Path, name: str | None = None) -> Path:
     """The directory of an evaluation: `run` itself if it is one, else that of a run directory."""
+    refuse_deployed(run)
     if run.parent.name == "eval":
         restore_all(run.parent)
     if (run / "policy.yaml").is_file():

@@ -2,9 +2,11 @@
 
     python -m early_exit.export runs/mine models/mine
     python -m early_exit.predict models/mine photo.jpg
+    python -m early_exit.export runs/mine models/mine --format onnx    to be used without torch
 
-The copy lacks what only training needs. The card (README.md) states the training data, accuracy,
-cost and licence of the network.
+The copy lacks what only training needs. With --format onnx it has one ONNX file per segment, which
+were compared with torch, and predicts with ONNX Runtime or OpenVINO. The card (README.md) states
+the training data, accuracy, cost and licence of the network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -15,7 +17,8 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 import json
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,19 @@ def parser() -> flags.Parser:
         help="sentence about the source and the licence of the training data, for the card"
         " (default: none)",
     )
+    parser.add_argument(
+        "--format",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="torch: a run, which can be evaluated and changed; onnx: a deployed model, which"
+        " predicts without torch (default: torch)",
+    )
+    parser.add_argument(
+        "--input",
+        choices=("uint8", "float"),
+        help="what the first ONNX file takes: pixels, which it normalises, or normalised float32"
+        " (default: uint8)",
+    )
     return parser
 
 
@@ -81,28 +97,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.directory.exists():
         raise UserError(f"{args.directory} exists; name a new directory, or remove it")
+    if args.input and args.format != "onnx":
+        raise UserError("--input is of ONNX files; add --format onnx, or remove it")
     evaluation = find_evaluation(args.run, args.eval)
-    classifier = load(evaluation, task=args.task, device="cpu")
+    classifier = load(evaluation, task=args.task, device="cpu", runtime="torch")
     run = source_run(evaluation.parent.parent)
-    state = checkpoint.load(run)
+    path = evaluation / "report.json"
+    report = read_report(path)
     with atomic_directory(args.directory) as partial:
-        with atomic_file(partial / checkpoint.NAME) as file:
-            torch.save(slim(state), file)
-        copy = partial / "eval" / evaluation.name
-        report = read_report(evaluation / "report.json")
-        classifier.policy.save(copy / "policy.yaml")
-        try:
+        with _complete(path):
             environment = report["environment"]
             environment["command"] = without_directories(shlex.split(environment["command"]))
-            text = card(report, classifier, training_sentence(run), args.licence, args.source)
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{evaluation / 'report.json'} is of another version; evaluate the run again"
-            ) from None
-        write_text(copy / "report.json", json.dumps(report) + "\n")
+        if args.format == "onnx":
+            notes = write_deployed(partial, classifier, report, args.input)
+        else:
+            notes = []
+            write_run(partial, classifier, report, run, evaluation.name)
+        with _complete(path):
+            text = card(
+                report, classifier, training_sentence(run), args.licence, args.source, notes
+            )
         write_text(partial / "README.md", text)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     print(f"exported: {args.directory}, {size / 1e6:.2f} MB")
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """Raises UserError if the report at `path` lacks what is read from it in the context."""
+    try:
+        yield
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is of another version; evaluate the run again") from None
+
+
+def write_run(
+    directory: Path, classifier: Classifier, report: dict[str, Any], run: Path, name: str
+) -> None:
+    """Writes the weights, and the policy and report of the evaluation of this name."""
+    with atomic_file(directory / checkpoint.NAME) as file:
+        torch.save(slim(checkpoint.load(run)), file)
+    copy = directory / "eval" / name
+    classifier.policy.save(copy / "policy.yaml")
+    write_text(copy / "report.json", json.dumps(report) + "\n")
+
+
+def write_deployed(
+    directory: Path, classifier: Classifier, report: dict[str, Any], input_type: str | None
+) -> list[str]:
+    """Writes a deployed model. Returns the card's paragraphs on it."""
+    from early_exit import export_onnx  # imports torchvision
+
+    manifest = export_onnx.write(
+        directory, classifier, report, "float32" if input_type == "float" else "uint8"
+    )
+    return export_onnx.notes(manifest)
 
 
 def slim(state: dict[str, Any]) -> dict[str, Any]:
@@ -133,12 +182,21 @@ def _without_directory(word: str) -> str:
 
 
 def card(
-    report: dict[str, Any], classifier: Classifier, training: str, licence: str, source: str
+    report: dict[str, Any],
+    classifier: Classifier,
+    training: str,
+    licence: str,
+    source: str,
+    notes: Sequence[str] = (),
 ) -> str:
     """What users of the network must know, in Markdown.
 
-    training, source: sentences on how it was trained and on its data; either may be empty.
+    training, source: sentences on how it was trained and on its data; either may be empty. notes:
+    paragraphs on the files of a deployed model; none: they are a run's.
     """
+    numbers = "all settings and numbers are in `eval/*/report.json`"
+    if notes:
+        numbers = "the numbers are in `model.json` too"
     run, choice, environment = report["run"], report["choice"], report["environment"]
     plain = len(report["exits"]) == 1
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
@@ -158,8 +216,8 @@ def card(
         exit_table(report),
         " ".join(filter(None, sentences)),
         f"Licence of the weights: {licence}.",
-        f"Evaluated with `{environment['command']}`, {versions}; all settings and numbers are in"
-        " `eval/*/report.json`.",
+        f"Evaluated with `{environment['command']}`, {versions}; {numbers}.",
+        *notes,
         "Use it: `python -m early_exit.predict DIRECTORY photo.jpg`, or from Python:",
         USAGE,
     ]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from early_exit.errors import UserError
+from early_exit.manifest import refuse_deployed
 from early_exit.system.disk_errors import is_writable
 from early_exit.system.files import atomic_file
 from early_exit.training import checkpoint
@@ -32,6 +33,7 @@ def prepare_output(run_dir: Path, out: Path | None = None) -> Path:
     Raises UserError if it cannot be written, or if `out` belongs to another run.
     """
     run = source_run(run_dir)
+    refuse_deployed(run)
     if not run.is_dir():
         advice = "training prints its path"
         if run != run_dir:

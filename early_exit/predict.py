@@ -1,19 +1,21 @@
-"""Classify images with a trained run, exits taken.
+"""Classify images with a trained run or a deployed model, exits taken.
 
     python -m early_exit.predict runs/mine photo.jpg          a table
     python -m early_exit.predict runs/mine photos more.png    every image in a folder
     python -m early_exit.predict runs/mine photos --json      a line of JSON per image
     python -m early_exit.predict runs/mine - < names.txt      files named on standard input
 
-The thresholds are those of an evaluation of the run (--eval). An image that cannot be read is named
-on standard error and skipped; the exit code is then 2.
+The thresholds are those of an evaluation of the run (--eval). A deployed model, made by
+`python -m early_exit.export --format onnx`, is used without torch, on the CPU. An image that cannot
+be read is named on standard error and skipped; the exit code is then 2.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
     from early_exit.cli.border import run
 
-    run("early_exit.predict", "early_exit.predict")
+    run("early_exit.predict", "early_exit.predict", needs_torch=False)
 
+import argparse
 import dataclasses
 import io
 import json
@@ -23,16 +25,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from early_exit.classifier import Classifier, Prediction, load
-from early_exit.cli import flags, settings
+from early_exit.cli import flags
 from early_exit.data.image_files import find_images
 from early_exit.data.name_list import read_names
 from early_exit.errors import Unavailable, UserError
-from early_exit.system.device import set_up
+from early_exit.loading import check_directory, load
+from early_exit.manifest import is_deployed
+from early_exit.prediction import ImageClassifier, Prediction
+from early_exit.system.provenance import check_torchvision
 from early_exit.system.text import in_a_line, path_text
 
 PROG = "early_exit.predict"
@@ -65,7 +69,13 @@ def parser() -> flags.Parser:
         metavar="B",
         help="images per forward pass (default 64)",
     )
-    flags.add_machine_flags(parser, "off")
+    group = flags.add_machine_flags(parser, "off")
+    group.add_argument(
+        "--runtime",
+        metavar="NAME",
+        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16, of"
+        " a run also torch, compile and others (default: that in which the policy was chosen)",
+    )
     return parser
 
 
@@ -74,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    classifier = load(args.run, args.eval, task=args.task, overrides=settings.settings_of(args))
-    set_up(classifier.loaded.config.run)
+    classifier = _load(args)
     table = None if args.json else Table(classifier)
     if table:
         print(table.heading())
@@ -92,6 +101,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no image was named; name files or folders, or - for a list of names")
     if skipped:
         raise UserError(f"skipped {len(skipped)} of {len(skipped) + len(predictions)} images")
+
+
+def _load(args: argparse.Namespace) -> ImageClassifier:
+    """The run or deployed model, and the machine as the flags say."""
+    given = flags.settings_of(args).get("run", {})
+    if is_deployed(args.run):
+        return _load_deployed(args, given)
+    check_directory(args.run)
+    check_torchvision()
+    from early_exit import classifier
+    from early_exit.system.device import set_up  # imports torch, as the classifier does
+
+    loaded = classifier.load(
+        args.run, args.eval, task=args.task, overrides={"run": given}, runtime=args.runtime
+    )
+    set_up(loaded.loaded.config.run)
+    return loaded
+
+
+def _load_deployed(args: argparse.Namespace, given: dict[str, Any]) -> ImageClassifier:
+    """A deployed model. given: the settings of the machine. Raises UserError for flags that are of
+    a run only."""
+    words = {name: f"--{name.replace('_', '-')}" for name in given}
+    words["channels_last"] = "--no-channels-last"
+    ignored = [words[name] for name in given if name not in ("device", "threads")]
+    ignored += [f"--{name}" for name in ("eval", "task") if getattr(args, name) is not None]
+    if ignored:
+        raise UserError(
+            f"remove {' and '.join(ignored)}: {args.run} is a deployed model, which has one policy"
+            " and runs on the CPU in the precision of its runtime"
+        )
+    threads = given.get("threads")
+    try:
+        threads = None if threads is None else int(threads)
+    except ValueError:
+        raise UserError(f"--threads must be a number, got {threads!r}") from None
+    device = given.get("device", "auto")
+    return load(args.run, device=device, runtime=args.runtime, threads=threads)
 
 
 def _names(given: Sequence[str], null: bool) -> Iterator[str]:
@@ -116,7 +163,7 @@ def _tell(line: str) -> None:
 
 
 def predict(
-    classifier: Classifier, names: Iterable[str], batch_size: int, skipped: list[str]
+    classifier: ImageClassifier, names: Iterable[str], batch_size: int, skipped: list[str]
 ) -> Iterator[tuple[Path, Prediction]]:
     """Every readable image with its prediction; the others are named on standard error and added
     to `skipped`. What was read before an error that ends the names is classified."""
@@ -166,7 +213,7 @@ def predict(
 class Table:
     """The answers as a table on the screen."""
 
-    classifier: Classifier
+    classifier: ImageClassifier
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -198,7 +245,7 @@ def as_json(path: Path, prediction: Prediction) -> str:
     return json.dumps({"image": path_text(path), "class": values.pop("name"), **values})
 
 
-def summary(predictions: Sequence[Prediction], classifier: Classifier) -> str:
+def summary(predictions: Sequence[Prediction], classifier: ImageClassifier) -> str:
     """Where the images exited and what they cost, in one sentence."""
     counts = Counter(prediction.exit for prediction in predictions)
     exits = ", ".join(

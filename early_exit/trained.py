@@ -5,13 +5,14 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from early_exit import config as configs
 from early_exit.choosing.overthinking import confusion, correct_answers
@@ -19,7 +20,12 @@ from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import Config
 from early_exit.data import file_lists
 from early_exit.data.base import Data, FileData
+from early_exit.data.splits import Shard
 from early_exit.errors import UserError
+from early_exit.inference.runtimes.base import Runtime
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.runtimes.table import find_runtime
+from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
@@ -44,6 +50,7 @@ log = logging.getLogger(__name__)
 
 # The machine settings of evaluations, unless overridden; those of training are ignored.
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
+CALIBRATION = 256  # images of train, by which the ranges of 8-bit integers are found
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Trained(Loaded):
 
     data: Data
     cost: Cost
+    runtime: RuntimeNetwork
+    """The network in the runtime in which it is evaluated."""
     gone: tuple[str, ...] = ()
     """Files of val that were removed after the training, and are left out."""
 
@@ -112,6 +121,7 @@ class Splits:
 
 def check_run_directory(run_dir: Path) -> None:
     """Raises UserError if there is no run directory."""
+    refuse_deployed(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory at {run_dir}; training prints its path")
 
@@ -203,11 +213,19 @@ def trained_since(run_dir: Path, weights: str) -> bool:
     return checkpoint.weights_hash(checkpoint.reported(state)) != found[1]
 
 
-def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train") -> Trained:
+def load_run(
+    run_dir: Path,
+    task: Task,
+    overrides: dict,
+    val_from: str = "train",
+    runtime: str | None = None,
+) -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    val_from: as for `get_splits`. Raises DataError if the data have other classes, and if val is
-    held out from train and the images that the run held out are not there.
+    val_from: as for `get_splits`; runtime: a name of `early_exit.inference.runtimes.table`;
+    default: torch, compiled and in reduced precision if the settings say so. Raises DataError if
+    the data have other classes, and if val is held out from train and the images that the run held
+    out are not there.
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
@@ -218,28 +236,70 @@ def load_run(run_dir: Path, task: Task, overrides: dict, val_from: str = "train"
         alternative = ", or cut val from the official test set with --val-from test"
         data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, alternative)
     file_lists.log_changed_test(data, source_run(run_dir))
+    data = data.to(loaded.device, loaded.config.run.memory_format)
     return Trained(
         **vars(loaded),
-        data=data.to(loaded.device, loaded.config.run.memory_format),
+        data=data,
         cost=network_cost(loaded.network),
+        runtime=in_runtime(loaded, data, runtime),
         gone=gone,
     )
+
+
+def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
+    """A runtime on the network's device; name, default: as for `load_run`."""
+    settings = loaded.config.run
+    if name is None:
+        name = "compile" if settings.compile else "torch"
+        name += "" if loaded.precision == "off" else f"-{loaded.precision}"
+    return find_runtime(name, str(loaded.device), settings.threads or torch.get_num_threads())
+
+
+def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNetwork:
+    """The network in a runtime; name, default: as for `load_run`."""
+    runtime = choose_runtime(loaded, name)
+    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    if runtime.precision == "int8":
+        example = some_of_train(data, CALIBRATION).to(loaded.device)
+    return RuntimeNetwork(loaded.network, runtime, example)
+
+
+def some_of_train(data: Data, count: int) -> Tensor:
+    """Up to `count` images of train, drawn at random with seed 0, prepared as val and test are. In
+    class folders the first images would be of one class. Unreadable files are left out."""
+    size = data.size("train")
+    drawn = np.random.default_rng(0).permutation(size)[:count].tolist()
+    batches = (data.eval_batches("train", 1, Shard(row, size)) for row in drawn)  # one row each
+    return torch.cat([images for batch in batches for images, _ in batch])
+
+
+def _in_records(runtime: Runtime) -> tuple[str, str, str]:
+    """How a record names its runtime: in the name of its directory, its precision, its name. Those
+    of eager torch are as before there were other runtimes, float32 being `off`."""
+    if not runtime.name.startswith("torch"):
+        return runtime.name, runtime.precision, runtime.name
+    precision = "off" if runtime.precision == "f32" else runtime.precision
+    return precision, precision, "torch"
 
 
 def get_record(trained: Trained, split: str) -> ExitRecord:
     """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
+    runtime = trained.runtime.runtime
+    suffix, precision, runtime_name = _in_records(runtime)
     info = RecordInfo(
         split=split,
         split_hash=data.digest(split),
         exit_names=network.exit_names,
         stage_macs=cost.stage_macs,
         head_macs=cost.head_macs,
-        precision=trained.precision,
+        precision=precision,
         weights=trained.weights,
         device=describe_device(trained.device),
+        runtime=runtime_name,
+        calibration=data.digest("train") if precision == "int8" else "",
     )
-    name = f"{split}-{trained.precision}"
+    name = f"{split}-{suffix}"
     directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
         restore(directory)
@@ -253,15 +313,15 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
                     if not (outdated := _outdated(stored, info, data, place)):
                         return stored
                     log.info("%s", outdated)
-        log.info("recording every exit on %s", split)
+        log.info("recording every exit on %s in %s", split, runtime.name)
         stamps = data.file_stamps(split) if isinstance(data, FileData) else None
         made = record(
-            network,
+            trained.runtime,
             data.eval_batches(split, data.eval_batch),
             data.size(split),
             info,
             trained.device,
-            trained.autocast,
+            nullcontext,
             directory,
             partial(data.unreadable, split) if isinstance(data, FileData) else dict,
         )
@@ -274,7 +334,9 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
     `data` are; empty if it is."""
     split, same_but_files = info.split, replace(stored.info, split_hash=info.split_hash)
     if replace(same_but_files, left_out=(), left_out_names=()) != info:
-        return f"the record of {split} is of other weights or settings"
+        return (
+            f"the record of {split} is of other weights or settings, or calibrated on other images"
+        )
     if stored.info.split_hash != info.split_hash:
         names = file_lists.remembered(directory, split)
         now = data.file_names(split) if isinstance(data, FileData) else None

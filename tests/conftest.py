@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from cifar10.resnet import ResNet
+from early_exit import export
 from early_exit.choosing.goals import FixedThresholds, MaxDrop
 from early_exit.choosing.record import ExitRecord, RecordInfo, record
 from early_exit.config import DataConfig
@@ -201,7 +202,7 @@ def make_record():
             exit_names=exit_names or (*(f"exit{i}" for i in range(num_exits - 1)), "final"),
             stage_macs=(10,) * num_exits,
             head_macs=(*(1,) * (num_exits - 1), 0),
-            precision="float32",
+            precision="off",
             weights="weights of the last epoch",
             device="CPU",
         )
@@ -270,3 +271,20 @@ def preset(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def deployed_model(evaluated_run, tmp_path_factory):
+    """`evaluated_run` with its evaluation `mine` as a deployed model. Not to be changed."""
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    directory = tmp_path_factory.mktemp("deployed") / "model"
+    flags = ["--eval", "mine", "--task", "helpers:TASK", "--format", "onnx"]
+    export.main([str(evaluated_run), str(directory), *flags])
+    return directory
+
+
+@pytest.fixture
+def deployed_copy(deployed_model, tmp_path):
+    """A copy of `deployed_model`, to be changed."""
+    return shutil.copytree(deployed_model, tmp_path / "model")

@@ -43,7 +43,7 @@ from cifar10 import data, resnet, trainer
 from cifar10 import eval as evaluation
 from early_exit import config as configs
 from early_exit.choosing.goals import Goal, MaxDrop
-from early_exit.choosing.outcome import Outcome, apply_policy
+from early_exit.choosing.outcome import Live, Outcome, apply_policy
 from early_exit.choosing.record import ExitRecord
 from early_exit.cli import border
 from early_exit.config import (
@@ -58,7 +58,10 @@ from early_exit.data import folders
 from early_exit.data.folders import FolderConfig
 from early_exit.errors import UserError
 from early_exit.evaluation.evaluate import evaluate
+from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.eager import EagerRuntime
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import distributed, signals
 from early_exit.task import Task
@@ -467,6 +470,40 @@ def ask_to_stop() -> None:
 def replay(record: ExitRecord, policy: Policy) -> Outcome:
     """A policy applied to a record, which gives the answers and exits of live inference."""
     return apply_policy(policy, record, record.cost)
+
+
+def in_torch(network: MultiExitNetwork, example: Tensor) -> RuntimeNetwork:
+    """A network in eager torch on the CPU, in the precision of its weights."""
+    return RuntimeNetwork(network, EagerRuntime("torch", "f32", torch.device("cpu")), example)
+
+
+def live_of(batches: Iterable[Answers]) -> Live:
+    """What inference with exits taken gave, as it is compared with a record."""
+    parts = [
+        (
+            answers.classes.numpy(),
+            answers.exit_index.numpy(),
+            answers.score.numpy(),
+            answers.logits.amax(dim=-1).numpy(),
+        )
+        for answers in batches
+    ]
+    return Live(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def replayed_live(record: ExitRecord, policy: Policy) -> Live:
+    """What inference with exits taken gives if nothing is rounded."""
+    outcome = replay(record, policy)
+    images, exits = np.arange(len(record)), outcome.exit_index
+    best = np.stack(
+        [
+            record.exit_logits(index).numpy().max(axis=-1) / temperature
+            for index, temperature in enumerate(policy.temperatures)
+        ],
+        axis=1,
+    )
+    scores = outcome.scored.scores[images, exits]
+    return Live(outcome.answers, exits, scores, best[images, exits])
 
 
 def make_folders(root: Path, train: int = 8, val: int = 4) -> Path:

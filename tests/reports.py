@@ -38,7 +38,7 @@ def made_report(
             "calibrated": True,
             "val_from": "held out from train",
         },
-        "environment": {"device": "a CPU", "precision": "float32"},
+        "environment": {"device": "a CPU", "precision": "float32", "runtime": "torch"},
         "plain_macs": PLAIN_MACS,
         "test": point(accuracy, share),
         "final_accuracy": final,

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, replay
+from helpers import ROOT, in_torch, replay
 
-from early_exit.choosing.goals import Budget, MaxDrop, Risk, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import Budget, MaxDrop, Risk
 from early_exit.config import Config
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.evaluate import evaluate
@@ -34,6 +35,8 @@ HOUSE = (
     ("config",),
     ("inference",),
     ("data",),
+    ("manifest", "prediction"),
+    ("deployed",),
     ("choosing",),
     ("task",),
     ("training",),
@@ -41,6 +44,7 @@ HOUSE = (
     ("trained",),
     ("evaluation",),
     ("classifier",),
+    ("loading", "export_onnx"),
     ("cli",),
     ("predict", "compare", "export"),
 )
@@ -202,9 +206,9 @@ class TestPlanted:
 
     @pytest.mark.parametrize("line", ["{}", "if TYPE_CHECKING:\n    {}", "def later():\n    {}"])
     def test_a_cycle(self, line):
-        statement = "from early_exit.choosing.goals import choose"  # which imports the search
+        statement = "from early_exit.choosing.choice import choose"  # which imports the search
         found = cycle(planted("choosing.search", line.format(statement)))
-        assert {"choosing.goals", "choosing.search"} <= set(found)
+        assert {"choosing.choice", "choosing.search"} <= set(found)
 
     @pytest.mark.parametrize(
         "line", ["digits = 10", "MEAN = {'CIFAR-10': 0.5}", "def load_imagenet():\n    pass"]
@@ -312,7 +316,7 @@ GOALS = [
 
 
 @pytest.fixture
-def policy_of(tiny_net, tmp_path, monkeypatch):
+def policy_of(tiny_net, images, tmp_path, monkeypatch):
     """The policy that an evaluation writes, given the records of val and test."""
 
     def policy_of(val, test, goal):
@@ -322,6 +326,7 @@ def policy_of(tiny_net, tmp_path, monkeypatch):
             network=tiny_net,
             data=None,
             cost=network_cost(tiny_net),
+            runtime=in_torch(tiny_net, images[:2]),
             device=torch.device("cpu"),
             precision="off",
             weights="some weights",

@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import finish, make_folders, run_main, start
 
-from benchmarks import inference
+from benchmarks import heads, inference, streams
 
 TINY = (
     "--arch",
@@ -32,9 +32,9 @@ def run(monkeypatch, capsys):
 def test_inference_names_the_precision_and_measures_every_batch_size(run):
     code, out, err = run(*TINY, "--exit-shares", "0.5", "0.25")
     assert (code, err) == (0, "")
-    assert "conv" in out and "float32" in out
+    assert "float32" in out
     assert_shares(out, (0.5, 0.25, 0.25))
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ x \| ", out, re.MULTILINE)
+    rows = re.findall(r"^\| torch \| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ x \| ", out, re.M)
     assert [row[0] for row in rows] == ["1", "32"]
     assert all(float(value) > 0 for row in rows for value in row)
 
@@ -67,7 +67,7 @@ def assert_shares(out, expected):
         (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
         (("--exit-shares", "0.6", "0.6"), ["--exit-shares", "2"]),
         (("--images", "100", "--batch-sizes", "256"), ["--batch-sizes", "--images", "100"]),
-        (("--amp", "half"), ["--amp", "half"]),
+        (("--runtime", "tensorflow"), ["tensorflow"]),
         (("--criterion", "patience"), ["--criterion", "patience"]),
         (("--exits", "layr1", "layer2"), ["layr1", "layer1"]),
     ],
@@ -115,3 +115,59 @@ def test_a_loop_that_fails_ends_the_benchmark(tmp_path):
     done = finish(start("benchmarks/training.py", "--arch", "resnet21", cwd=tmp_path))
     assert done.returncode == 2
     assert re.search(r"^training\.py: .*'usual'", done.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def run_streams(monkeypatch, capsys):
+    """A function that runs benchmarks/streams.py: exit code, stdout, stderr."""
+    return lambda *flags: run_main(streams.main, "streams.py", monkeypatch, capsys, *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_streams_compares_with_infer_and_the_plain_network(run_streams, runtime):
+    if runtime != "torch":
+        pytest.importorskip(runtime)
+        pytest.importorskip("onnxscript")
+    flags = ("--runtime", runtime, "--repeats", "1", "--exits", "layer1", "--exit-shares", "0.5")
+    small = ("--arch", "resnet20", "--images", "64", "--batch-sizes", "8", "48", "--device", "cpu")
+    code, out, err = run_streams(*flags, *small)
+    assert (code, err) == (0, "")
+    shares = re.findall(r"(?:layer1|final) (\d+) %", out)
+    assert all(abs(int(share) - 50) <= 2 for share in shares)  # the threshold is some image's score
+    number, ratio = r"(\d+) \| ", r"([\d.]+) \([\d.]+ to [\d.]+\) \| "
+    rows = re.findall(rf"^\| {runtime} \| {number * 4}{ratio * 2}([\d.]+) \|$", out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["8", "48"]
+    assert all(float(value) > 0 for row in rows for value in row)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--repeats", "0"), ["--repeats", "0"]),
+        (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+    ],
+)
+def test_streams_refuses_mistakes_in_one_line(run_streams, flags, named):
+    code, _, err = run_streams(*flags)
+    assert code == 2
+    assert err.startswith("streams.py: ") and err.count("\n") == 1
+    assert all(part in err for part in named)
+
+
+@pytest.mark.slow
+def test_heads_are_timed_at_every_place_and_batch_size(monkeypatch, capsys):
+    flags = ("--arch", "resnet20", "--batch-sizes", "1", "2", "--turns", "2")
+    code, out, err = run_main(
+        heads.main, "heads.py", monkeypatch, capsys, *flags, "--heads", "conv", "pooled"
+    )
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^\| torch \| (\d) \| (\S+) \| [\d.]+ \| .* \| .* \|$", out, re.MULTILINE)
+    assert rows == [("1", "layer2.0"), ("1", "layer3.0"), ("2", "layer2.0"), ("2", "layer3.0")]
+    assert "conv head, ms" in out and "pooled head, ms" in out
+
+
+@pytest.mark.parametrize("flags", [("--turns", "0"), ("--batch-sizes", "0"), ("--threads", "0")])
+def test_nothing_to_time_is_refused(monkeypatch, capsys, flags):
+    code, _, err = run_main(heads.main, "heads.py", monkeypatch, capsys, *flags)
+    assert code == 2 and flags[0] in err

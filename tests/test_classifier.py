@@ -16,6 +16,7 @@ from early_exit.classifier import load
 from early_exit.config import DataConfig
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.task import TASKS
 from early_exit.training import checkpoint
 
@@ -171,13 +172,23 @@ class TestLoad:
             patch.syspath_prepend(tmp_path)
             assert_names(refusal(load, evaluated_copy, "mine"), "'trap:TASK'", "--task")
 
-    def test_compile_compiles_every_stage(self, evaluated_run, monkeypatch):
-        compiled = []
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: compiled.append(1))
-        load(evaluated_run, "mine", task=TASK, device="cpu", overrides={"run": {"compile": True}})
-        assert len(compiled) == 3
-        load(evaluated_run, "mine", task=TASK, device="cpu")
-        assert len(compiled) == 3
+    def test_compile_is_the_runtime_of_that_name(self, evaluated_run, monkeypatch):
+        asked = []
+
+        def find(name, *_):
+            asked.append(name)
+            return EagerRuntime(name, "f32", torch.device("cpu"))
+
+        monkeypatch.setattr("early_exit.trained.find_runtime", find)
+        for run in ({"compile": True}, {"compile": True, "amp": "bf16"}, {}):
+            load(evaluated_run, "mine", task=TASK, device="cpu", overrides={"run": run})
+        assert asked == ["compile", "compile-bf16", "torch"]
+
+    @pytest.mark.parametrize("run", [{"compile": True}, {"amp": "bf16"}, {"amp": "auto"}])
+    def test_a_runtime_and_settings_that_say_the_same(self, evaluated_run, run):
+        options = {"task": TASK, "overrides": {"run": run}, "runtime": "onnxruntime"}
+        message = refusal(load, evaluated_run, "mine", **options)
+        assert_names(message, "--runtime", *(f"--{name}" for name in run))
 
 
 class TestPretrained:

@@ -100,7 +100,16 @@ class TestConversion:
             ("run: {regime: both}", ("joint", "mixed", "frozen", "cdl")),
             (
                 "model: {head: big}",
-                ("conv", "separable", "linear", "mixed_pool", "branch1", "branch2", "branch3"),
+                (
+                    "conv",
+                    "separable",
+                    "linear",
+                    "pooled",
+                    "mixed_pool",
+                    "branch1",
+                    "branch2",
+                    "branch3",
+                ),
             ),
         ],
     )

@@ -60,7 +60,7 @@ class TestReadOnly:
         assert load(out, task=TASK, device="cpu").policy.exit_names[-1] == "final"
         assert load(directory, task=TASK, device="cpu").loaded.classes
         quickly(out, None, Budget(0.8), name="second")
-        monkeypatch.setattr(export, "load", lambda run, task, device: load(run, task=TASK))
+        monkeypatch.setattr(export, "load", lambda run, task, **_: load(run, task=TASK))
         export.main([str(out), str(tmp_path / "exported"), "--eval", "second"])
         assert (
             load(tmp_path / "exported", task=TASK).policy == load(out, "second", task=TASK).policy

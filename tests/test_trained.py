@@ -1,6 +1,8 @@
 """A run read from its directory: its records, its val images, and which weights it has."""
 
+import dataclasses
 import errno
+import json
 import logging
 import os
 import shutil
@@ -26,6 +28,8 @@ from helpers import (
 from early_exit import trained
 from early_exit.classifier import find_evaluation
 from early_exit.errors import UserError
+from early_exit.inference.runtimes.eager import EagerRuntime
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.task import Task
 from early_exit.trained import evaluations, get_record, get_splits, load_network, load_run
 from early_exit.training import checkpoint
@@ -43,6 +47,21 @@ def run(tmp_path_factory) -> Path:
 def plain(tmp_path_factory) -> Path:
     """A run of the plain network. Not to be changed."""
     return tiny_run(tmp_path_factory.mktemp("plain") / "run", TASK, exits=())
+
+
+CPU_DEVICE = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine(EagerRuntime):
+    """Eager torch under the name of a runtime in integers."""
+
+    name: str = "engine-int8"
+    precision: str = "int8"
+    device: torch.device = CPU_DEVICE
+
+    def context(self):
+        return torch.inference_mode()
 
 
 @pytest.fixture
@@ -175,6 +194,43 @@ class TestRecords:
             "test-bf16",
         }
 
+    def test_another_runtime_has_records_of_its_own(self, copy, recorded):
+        """They are named after it, and so is the record itself."""
+        loaded = load_run(copy, TASK, CPU)
+        other = dataclasses.replace(loaded.runtime.runtime, name="engine-bf16", precision="bf16")
+        network = RuntimeNetwork(loaded.network, other, loaded.runtime.example)
+        found = get_record(dataclasses.replace(loaded, runtime=network), "val")
+        assert recorded == ["val"]
+        assert (found.info.runtime, found.info.precision) == ("engine-bf16", "bf16")
+        assert (copy / "records" / "val-engine-bf16").is_dir()
+        ours = get_record(loaded, "val").info  # reused
+        assert (ours.runtime, ours.precision) == ("torch", "off")
+        assert recorded == ["val"]
+
+    def test_one_of_integers_is_made_again_if_train_changed(self, copy, recorded):
+        """From its images the ranges of values come."""
+        loaded = load_run(copy, TASK, CPU)
+        network = RuntimeNetwork(loaded.network, Engine(), loaded.runtime.example)
+        loaded = dataclasses.replace(loaded, runtime=network)
+        found = get_record(loaded, "val").info.calibration
+        assert found == loaded.data.digest("train") and get_record(loaded, "test")
+        assert recorded == ["val", "test"]
+        assert get_record(loaded, "val").info.calibration == found  # reused
+        train = loaded.data.splits["train"].subset(np.arange(40))
+        data = dataclasses.replace(loaded.data, splits={**loaded.data.splits, "train": train})
+        loaded = dataclasses.replace(loaded, data=data)
+        assert get_record(loaded, "val").info.calibration == data.digest("train") != found
+        assert recorded == ["val", "test", "val"]
+
+    def test_one_of_before_there_were_runtimes_is_reused(self, copy, recorded):
+        """What is stored in a record's info has grown."""
+        for path in (copy / "records").glob("*/info.json"):
+            values = json.loads(path.read_text())
+            del values["runtime"], values["calibration"]
+            path.write_text(json.dumps(values))
+        splits_of(copy)
+        assert recorded == []
+
     def test_two_evaluations_at_once_record_once(self, copy, recorded):
         """The second waits for the first, and finds its record."""
         shutil.rmtree(copy / "records")
@@ -205,6 +261,40 @@ def test_a_directory_without_a_checkpoint_is_named(tmp_path):
         with pytest.raises(UserError) as caught:
             load_network(directory, TASK, {})
         assert_names(str(caught.value), directory)
+
+
+class TestRuntime:
+    """In which runtime a run is loaded, if none is named: torch, in the settings' precision."""
+
+    @pytest.mark.parametrize(
+        ("amp", "name", "precision"), [("off", "torch", "f32"), ("bf16", "torch-bf16", "bf16")]
+    )
+    def test_torch_is_the_default(self, run, amp, name, precision):
+        loaded = load_run(run, TASK, {"run": {**CPU["run"], "amp": amp}})
+        runtime = loaded.runtime.runtime
+        assert (runtime.name, runtime.precision) == (name, precision)
+        assert loaded.runtime.network is loaded.network
+
+    def test_integers_are_calibrated_on_images_of_several_classes(self, run, monkeypatch):
+        """Also where images are in order of their classes, as in class folders."""
+        loaded = load_run(run, TASK, CPU)
+        train = loaded.data.splits["train"]
+        train = train.subset(train.targets.numpy().argsort(kind="stable"))
+        data = dataclasses.replace(loaded.data, splits={**loaded.data.splits, "train": train})
+        monkeypatch.setattr(trained, "choose_runtime", lambda *_: Engine())
+        monkeypatch.setattr(trained, "CALIBRATION", 12)
+        example = trained.in_runtime(loaded, data).example
+        ((images, targets),) = data.eval_batches("train", len(train))
+        same = (example[:, None] == images).flatten(2).all(dim=2)
+        assert len(example) == 12 and same.any(dim=1).all()  # prepared as val is
+        assert len({int(targets[rows].max()) for rows in same}) > 3
+
+    def test_tracing_reads_no_image(self, run, monkeypatch):
+        monkeypatch.setattr(
+            type(few_digits(0)), "eval_batches", lambda *_: pytest.fail("an image was read")
+        )
+        example = load_run(run, TASK, CPU).runtime.example
+        assert example.shape == (2, 3, 16, 16)
 
 
 def test_the_reported_weights_are_loaded(copy):

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from run_records import CUTS, RunRecords, add_val_from
 
-from early_exit.choosing.goals import Goal, MaxDrop, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import Goal, MaxDrop
 from early_exit.choosing.outcome import apply_policy
 from early_exit.cli import flags
 from early_exit.metrics import mean_std

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from run_records import RunRecords
 
-from early_exit.choosing.goals import Risk, candidates, fit_and_certify
+from early_exit.choosing.choice import candidates, fit_and_certify
+from early_exit.choosing.goals import Risk
 from early_exit.choosing.guarantees import losses_of, on_average, with_confidence
 from early_exit.choosing.outcome import outcome_of
 from early_exit.choosing.record import score_record

@@ -30,7 +30,8 @@ import torch
 from run_records import RunRecords, run_parser
 from torch.nn.functional import cross_entropy
 
-from early_exit.choosing.goals import MaxDrop, candidates, choose
+from early_exit.choosing.choice import candidates, choose
+from early_exit.choosing.goals import MaxDrop
 from early_exit.choosing.outcome import Outcome, outcome_of
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.cli import flags

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 from run_records import CUTS, RunRecords, run_parser
 
+from early_exit.choosing.choice import calibrated
 from early_exit.choosing.curve import for_max_drop, shared_curve
-from early_exit.choosing.goals import MaxDrop, calibrated
+from early_exit.choosing.goals import MaxDrop
 from early_exit.choosing.outcome import Point, apply_policy
 from early_exit.choosing.overthinking import correct_answers
 from early_exit.choosing.record import ExitRecord, Scores, score_record

@@ -97,11 +97,15 @@ def _all_moves(scores: np.ndarray, enabled: Sequence[int]) -> _Moves:
     return _Moves(*(column[order] for column in columns))
 
 
-def for_max_drop(curve: Curve, drop: float) -> float:
+def for_max_drop(curve: Curve, drop: float, cost: np.ndarray | None = None) -> float:
     """The threshold of the cheapest outcome that is at most `drop` (a fraction) less accurate than
-    the final exit on its own; the first point of a curve is that exit."""
+    the final exit on its own; the first point of a curve is that exit.
+
+    cost: (P,), of each outcome, in any unit; default: its MACs.
+    """
+    cost = curve.macs if cost is None else cost
     allowed = np.flatnonzero(curve.accuracy >= curve.accuracy[0] - drop - SLACK)
-    return float(curve.thresholds[allowed[np.argmin(curve.macs[allowed])]])
+    return float(curve.thresholds[allowed[np.argmin(cost[allowed])]])
 
 
 def for_budget(curve: Curve, macs: float) -> float:

@@ -1,33 +1,15 @@
-"""Goals: what a policy is chosen for, and the choice, from the record of val alone."""
+"""Goals: what a policy is chosen for (`early_exit.choosing.choice` chooses it)."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from early_exit.choosing import cdl, guarantees
-from early_exit.choosing.calibration import fit_temperature
-from early_exit.choosing.curve import Curve, for_budget, for_latency, for_max_drop, shared_curve
-from early_exit.choosing.guarantees import Guarantee
-from early_exit.choosing.record import ExitRecord, Scores, score_record
-from early_exit.choosing.search import (
-    Objective,
-    Pricing,
-    cheapest,
-    exits_that_pay,
-    most_accurate,
-)
+from early_exit.choosing import guarantees
 from early_exit.errors import UserError
 from early_exit.inference.criteria import check_threshold, get_traits
-from early_exit.inference.latency import StageTimes
-from early_exit.inference.policy import NEVER, Policy
-from early_exit.model.cost import Cost
-
-CURVE_POINTS = 200  # of all outcomes on val, how many a report keeps and a guarantee looks at
-FIT_SHARE = 0.2  # of val, if a guarantee is wanted; the rest certifies
+from early_exit.inference.policy import Policy
+from early_exit.inference.segment_times import SegmentTimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +31,22 @@ class MaxDrop(Goal):
 
     drop: float
     """A fraction: 0.005 is half a point."""
+    minimise: str = "macs"
+    """What is cheap: `macs` or `seconds`."""
+    batch_size: int = 1
+    """For seconds: images per batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise UserError(f"--max-drop is {100 * self.drop:g} points; it must be in 0 to 100")
+        if self.minimise not in ("macs", "seconds"):
+            raise UserError(f"--minimise is macs or seconds, got {self.minimise!r}")
+        _check_batch_size(self.batch_size)
 
     def __str__(self) -> str:
-        return f"max drop {100 * self.drop:g} points"
+        words = f"max drop {100 * self.drop:g} points"
+        return words if self.minimise == "macs" else f"{words}, seconds at batch {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -88,10 +78,9 @@ class LatencyBudget(Goal):
         super().__post_init__()
         if not self.limit > 0:
             raise UserError(f"--latency-budget must be positive, got {self.limit:g}")
-        if self.batch_size < 1:
-            raise UserError(f"--latency-batch must be at least 1, got {self.batch_size}")
+        _check_batch_size(self.batch_size)
 
-    def seconds(self, times: StageTimes) -> float:
+    def seconds(self, times: SegmentTimes) -> float:
         """The seconds allowed per batch."""
         return self.limit * times.plain if self.of_plain else self.limit
 
@@ -100,6 +89,11 @@ class LatencyBudget(Goal):
         if self.of_plain:
             limit = f"{100 * self.limit:g} % of the seconds"
         return f"latency {limit} at batch {self.batch_size}"
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"--latency-batch must be at least 1, got {batch_size}")
 
 
 @dataclass(frozen=True)
@@ -203,61 +197,14 @@ def check_given(goal: Goal, num_classes: int, exit_names: Sequence[str]) -> None
             policy.check_thresholds(num_classes)
 
 
-def choose(val: ExitRecord, goal: Goal, cost: Cost, times: StageTimes | None = None) -> Policy:
-    """The policy that reaches the goal, from val alone.
-
-    times: for a latency budget. Raises UserError if the goal cannot be reached, or if the criterion
-    does not fit the exits.
-    """
-    check_given(goal, val.num_classes, val.info.exit_names)
+def timed_batch(goal: Goal) -> int | None:
+    """The batch size at which a goal counts seconds; None if it counts none."""
     match goal:
-        case Risk():
-            return _certified(val, goal, cost)
-        case FixedPolicy(policy=policy):
-            return dataclasses.replace(policy, guarantee=None)
-        case FixedThresholds(thresholds=given):
-            policy = calibrated(val, goal)
-            return dataclasses.replace(policy, thresholds=one_each(given, policy.num_exits))
-        case ConditionalDeepLearning():
-            policy = calibrated(val, goal)
-            stages = cdl.admit(score_record(val, policy), cost, goal.delta, goal.epsilon)
-            policy = dataclasses.replace(policy, enabled=cdl.enabled(stages))
-            return policy.with_threshold(goal.delta)
-        case MaxDrop():
-            scored, policy = _scored(val, goal)
-            needed = scored.correct[:, -1].mean() - goal.drop
-            enabled, curve = _select(scored, policy, cost, cost.mean_macs, cheapest(needed))
-            threshold = for_max_drop(curve, goal.drop)
-        case Budget():
-            scored, policy = _scored(val, goal)
-            limit = goal.share * cost.plain_macs
-            enabled, curve = _select(scored, policy, cost, cost.mean_macs, most_accurate(limit))
-            threshold = for_budget(curve, limit)
-        case LatencyBudget():
-            if times is None:
-                raise ValueError("a latency budget needs the times of the stages")
-            scored, policy = _scored(val, goal)
-            limit = goal.seconds(times)
-            enabled, curve = _select(scored, policy, cost, times.of, most_accurate(limit))
-            threshold = for_latency(curve, times.of(enabled, curve.shares), limit)
-        case _:
-            raise TypeError(f"choose one of Goal's subclasses, got {type(goal).__name__}")
-    return dataclasses.replace(policy, enabled=enabled).with_threshold(threshold)
-
-
-def calibrated(val: ExitRecord, goal: Goal) -> Policy:
-    """The goal's criterion with temperatures fitted on val; no row exits early yet."""
-    names, targets = val.info.exit_names, torch.from_numpy(val.targets)
-    temperatures = tuple(
-        fit_temperature(val.exit_logits(index), targets) if goal.calibrate else 1.0
-        for index in range(len(names))
-    )
-    return Policy(
-        exit_names=names,
-        thresholds=(NEVER,) * (len(names) - 1),
-        criterion=goal.criterion,
-        temperatures=temperatures,
-    )
+        case LatencyBudget(batch_size=batch_size):
+            return batch_size
+        case MaxDrop(minimise="seconds", batch_size=batch_size):
+            return batch_size
+    return None
 
 
 def one_each(thresholds: tuple[float, ...], num_exits: int) -> tuple[float, ...]:
@@ -270,85 +217,3 @@ def one_each(thresholds: tuple[float, ...], num_exits: int) -> tuple[float, ...]
             " each"
         )
     return tuple(map(float, thresholds))
-
-
-def _scored(val: ExitRecord, goal: Goal) -> tuple[Scores, Policy]:
-    policy = calibrated(val, goal)
-    return score_record(val, policy), policy
-
-
-def _select(
-    scored: Scores, policy: Policy, cost: Cost, pricing: Pricing, objective: Objective
-) -> tuple[tuple[bool, ...], Curve]:
-    """Which exits to enable, and the curve of a shared threshold for them."""
-    enabled = _enabled(scored, policy, pricing, objective)
-    return enabled, shared_curve(scored, enabled, cost.cumulative(enabled))
-
-
-def _enabled(
-    scored: Scores, policy: Policy, pricing: Pricing, objective: Objective
-) -> tuple[bool, ...]:
-    """The exits that pay; all of them if a score depends on the exits before, or if the criterion
-    needs several exits."""
-    traits = get_traits(policy.criterion)
-    if traits.keeps_state or traits.min_early_exits > 1:
-        return policy.enabled
-    return exits_that_pay(scored, pricing, objective)
-
-
-def _certified(val: ExitRecord, goal: Risk, cost: Cost) -> Policy:
-    """The cheapest policy whose risk is certified. The candidates are fitted on a random fifth of
-    val; the rest certifies."""
-    fit, certify = (val.subset(rows, "val", val.info.split_hash) for rows in fit_and_certify(val))
-    policies = candidates(fit, goal, cost)
-    scored = score_record(certify, policies[0])
-    lost = guarantees.losses_of(scored, policies, goal.loss)
-    if goal.confidence is None:
-        last = guarantees.on_average(lost, goal.risk)
-    else:
-        last = guarantees.with_confidence(lost, goal.risk, goal.confidence)
-    policy, losses = policies[last], int(lost[last].sum())
-    if last == 0 and get_traits(policy.criterion).min_early_exits <= 1:
-        # no image exits early: without the heads the same answers cost less
-        policy = dataclasses.replace(policy, enabled=(False,) * len(policy.enabled))
-    guarantee = Guarantee(
-        risk=goal.risk,
-        confidence=goal.confidence,
-        loss=goal.loss,
-        images=len(certify),
-        losses=losses,
-        data=f"drawn at random, seed 0, from val {val.info.split_hash}",
-    )
-    return dataclasses.replace(
-        policy, guarantee={**dataclasses.asdict(guarantee), "words": str(guarantee)}
-    )
-
-
-def fit_and_certify(val: ExitRecord) -> tuple[np.ndarray, np.ndarray]:
-    """The val images that the candidates of a guarantee are fitted on, and those that certify."""
-    order = np.random.default_rng(0).permutation(len(val))
-    cut = max(1, round(FIT_SHARE * len(val)))
-    return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def candidates(fit: ExitRecord, goal: Goal, cost: Cost) -> list[Policy]:
-    """Policies with one threshold for all exits, from no exit taken to all taken, evenly in MACs.
-
-    Temperatures, and for `Risk` the exits that pay at that loss, are fitted on `fit`.
-    """
-    scored, policy = _scored(fit, goal)
-    if isinstance(goal, Risk):
-        by_loss = guarantees.with_losses_as_errors(scored, goal.loss)  # the loss that is certified
-        enabled = _enabled(by_loss, policy, cost.mean_macs, cheapest(1 - goal.risk))
-        policy = dataclasses.replace(policy, enabled=enabled)
-    curve = shared_curve(scored, policy.enabled, cost.cumulative(policy.enabled))
-    return [policy.with_threshold(float(at)) for at in curve.thresholds[thinned(curve)]]
-
-
-def thinned(curve: Curve) -> list[int]:
-    """Indices of at most `CURVE_POINTS` points of a curve, evenly in its MACs."""
-    wanted = np.linspace(curve.macs[0], curve.macs[-1], CURVE_POINTS)
-    after = np.searchsorted(-curve.macs, -wanted).clip(max=len(curve.macs) - 1)
-    before = (after - 1).clip(0)
-    nearer = np.abs(curve.macs[before] - wanted) <= np.abs(curve.macs[after] - wanted)
-    return list(dict.fromkeys(np.where(nearer, before, after).tolist()))

@@ -9,7 +9,11 @@ from early_exit.inference.criteria import get_traits
 from early_exit.inference.policy import Policy
 from early_exit.model.cost import Cost
 
-ROUNDING = 1e-5  # live inference may exit or answer differently if a decision is closer than this
+ROUNDING = 1e-5  # of float32; live inference may decide otherwise if a decision is this close
+MOST_ROUNDING = {"off": 1e-3, "f32": 1e-3, "fp16": 1e-2, "bf16": 0.1, "int8": 0.1}
+"""By a record's precision: how far live inference may be off at most, as a share of the largest
+score or logit, to be called rounding. Otherwise a wrong temperature, or rows out of order, would
+explain itself: all images would be far off."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,85 @@ def outcome_of(scored: Scores, policy: Policy, cost: Cost) -> Outcome:
     return Outcome(scored, policy, cost, scored.exit_index(policy))
 
 
-def disagreements(
-    record: ExitRecord, policy: Policy, answers: np.ndarray, exit_index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Live:
+    """What inference with exits taken gave; each field: (images,).
+
+    answers: the classes; score: of the exit that was taken; best: the highest value of the answer
+    there, a logit divided by the temperature.
+    """
+
+    answers: np.ndarray
+    exit_index: np.ndarray
+    score: np.ndarray
+    best: np.ndarray
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """Live inference compared with the policy applied to the record.
+
+    differs, unexplained: (images,) masks of the images whose answer or exit differs, and of those
+    that rounding does not explain; rounding: how far scores may differ, which depends on the
+    precision.
+    """
+
+    differs: np.ndarray
+    unexplained: np.ndarray
+    rounding: float
+
+
+def disagreements(record: ExitRecord, policy: Policy, live: Live) -> Disagreements:
     """Compares live inference with the policy applied to the record.
 
-    answers, exit_index: (images,), of live inference. Returns two (images,) masks: the images whose
-    answer or exit differs, and those of them that rounding does not explain. Rounding explains a
-    difference if, at an exit that the image reached, the score is within `ROUNDING` of the
-    threshold, or the logits of the two best classes are within `ROUNDING` of each other.
+    Rounding explains a difference if, at an exit that the image reached, the score is as close to
+    the threshold, or the two best classes of the answer to each other, as live inference and the
+    record differ on the images on which they agree, or as `ROUNDING`; up to `MOST_ROUNDING`.
     """
     outcome = apply_policy(policy, record, record.cost)
-    differs = (outcome.answers != answers) | (outcome.exit_index != exit_index)
+    differs = (outcome.answers != live.answers) | (outcome.exit_index != live.exit_index)
+    best, ahead = _best_values(record, policy)
+    most = MOST_ROUNDING[record.info.precision]
+    score_rounding, answer_rounding = _rounding(outcome, best, live, ~differs, most)
     unexplained = np.zeros_like(differs)
     for image in np.flatnonzero(differs).tolist():
-        last = max(outcome.exit_index[image], exit_index[image])
+        last = max(outcome.exit_index[image], live.exit_index[image])
         reached = [index for index in range(last + 1) if policy.is_enabled(index)]
-        gaps = [
-            *_threshold_gaps(outcome.scored.scores[image], policy, reached),
-            *_class_gaps(record, image, reached),
+        near_threshold = [
+            gap <= score_rounding
+            for gap in _threshold_gaps(outcome.scored.scores[image], policy, reached)
         ]
-        unexplained[image] = min(gaps) > ROUNDING
-    return differs, unexplained
+        near_tie = ahead[image, reached] <= answer_rounding
+        unexplained[image] = not any([*near_threshold, *near_tie])
+    return Disagreements(differs, unexplained, score_rounding)
+
+
+def _rounding(
+    outcome: Outcome, best: np.ndarray, live: Live, same: np.ndarray, most: float
+) -> tuple[float, float]:
+    """How far scores, and differences of two values of an answer, of live inference and the record
+    may differ: twice as far as they do on the images (images,) on which both agree, and `ROUNDING`
+    at least.
+
+    best: (images, exits), of the answers; most: a value of `MOST_ROUNDING`.
+    """
+    images = np.flatnonzero(same)
+    exits = outcome.exit_index[images]
+    counts = get_traits(outcome.policy.criterion).counts  # exact, or changed by a tie of classes
+    scores = outcome.scored.scores[images, exits] * (not counts)
+    answers = best[images, exits]
+    return (
+        _tolerance(scores, live.score[images] * (not counts), 2, most),
+        _tolerance(answers, live.best[images], 4, most),
+    )
+
+
+def _tolerance(recorded: np.ndarray, live: np.ndarray, times: int, most: float) -> float:
+    """`times` the largest difference of two arrays, at least `ROUNDING`, and at most the share
+    `most` of the largest value, or of 1."""
+    difference = float(np.abs(recorded - live).max(initial=0.0))
+    limit = most * float(np.abs(recorded).max(initial=1.0))
+    return max(ROUNDING, min(times * difference, limit))
 
 
 def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> list[float]:
@@ -111,8 +172,16 @@ def _threshold_gaps(scores: np.ndarray, policy: Policy, reached: list[int]) -> l
     return [abs(scores[index] - policy.thresholds[index]) for index in early]
 
 
-def _class_gaps(record: ExitRecord, image: int, reached: list[int]) -> np.ndarray:
-    """How far the best logit of an image is above the second best, at each exit reached."""
-    row = image if record.rows is None else record.rows[image]
-    second, best = np.sort(record.logits[row, reached], axis=-1)[:, -2:].T
-    return best - second
+def _best_values(record: ExitRecord, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
+    """The highest value of each exit's answer, and how far it is above the second, (images, exits)
+    each; 0 at a disabled exit."""
+    best, ahead = np.zeros((2, len(record), policy.num_exits), np.float32)
+    for rows, logits in record.chunks():
+        state = None
+        for index in range(policy.num_exits):
+            if policy.is_enabled(index):
+                answer, _, state = policy.score(index, logits[:, index], state)
+                highest, second = answer.topk(2, dim=-1).values.unbind(dim=-1)
+                best[rows, index] = highest.numpy()
+                ahead[rows, index] = (highest - second).numpy()
+    return best, ahead

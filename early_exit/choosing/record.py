@@ -16,6 +16,7 @@ from torch import Tensor
 
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.model.cost import Cost
 from early_exit.model.network import MultiExitNetwork
@@ -40,6 +41,7 @@ class RecordInfo:
     stage_macs: tuple[int, ...]
     head_macs: tuple[int, ...]
     precision: str
+    """Of eager torch: bf16, fp16, or off for float32; in another runtime also f32 and int8."""
     weights: str
     """Hash of the network's weights, and which they are, such as those of the last epoch."""
     device: str
@@ -48,6 +50,10 @@ class RecordInfo:
     the others, in order."""
     left_out_names: tuple[str, ...] = ()
     """Their files."""
+    runtime: str = "torch"
+    """What ran the network (`early_exit.inference.runtimes`)."""
+    calibration: str = ""
+    """Of 8-bit integers, the hash of train, from whose images the ranges of values come."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ def _write_targets_and_info(partial: Path, targets: np.ndarray, info: RecordInfo
 
 
 def record(
-    network: MultiExitNetwork,
+    network: MultiExitNetwork | RuntimeNetwork,
     batches: Iterable[tuple[Tensor, Tensor]],
     count: int,
     info: RecordInfo,
@@ -197,13 +203,14 @@ def _load_array(path: Path, mapped: bool) -> np.ndarray:
 
 def _fill(
     blank: ExitRecord,
-    network: MultiExitNetwork,
+    network: MultiExitNetwork | RuntimeNetwork,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> int:
     """Writes the logits and targets of the batches into a blank record; returns how many."""
-    network.eval()
+    if isinstance(network, MultiExitNetwork):
+        network.eval()
     start, count = 0, len(blank)
     with torch.inference_mode(), autocast():
         for images, target in batches:
@@ -242,11 +249,13 @@ def _check_finite(logits: Tensor, info: RecordInfo) -> None:
     bad = ~logits.isfinite().all(dim=2)
     if bad.any():
         name = info.exit_names[int(bad.any(dim=0).nonzero()[0])]
-        advice = "" if info.precision == "off" else ", or the precision is too low; try --amp off"
+        exact = info.precision in ("off", "f32")
+        flag = "--amp off" if info.runtime == "torch" else "another --runtime"
+        advice = "" if exact else f", or the precision is too low; try {flag}"
         raise UserError(
             f"the logits of the exit {name} are not finite for {int(bad.any(dim=1).sum())} of"
-            f" {len(bad)} images of {info.split} (amp {info.precision}): the weights have"
-            f" diverged{advice}"
+            f" {len(bad)} images of {info.split} ({info.runtime}, precision {info.precision}): the"
+            f" weights have diverged{advice}"
         )
 
 

@@ -5,8 +5,11 @@ serves the goal better. Of exits with cheap heads some subset looks better on an
 those are switched only for more than 3 % of the cost, or 0.3 points of accuracy.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +25,8 @@ costs (P,)."""
 
 CHEAP = 0.005  # a head below this share of the whole cost is switched only for:
 MIN_GAIN_IN_COST, MIN_GAIN_IN_ACCURACY = 0.03, 0.003
+NOISE = 0.01  # of measured costs
+MAX_TRIALS = 200  # choices of exits, each of which takes a millisecond or so
 
 
 def most_accurate(budget: float) -> Objective:
@@ -55,10 +60,7 @@ def exits_that_pay(scored: Scores, pricing: Pricing, objective: Objective) -> tu
     """
     num_early = scored.scores.shape[1] - 1
     cheap = cheap_heads(pricing, num_early)
-
-    def evaluate(enabled: tuple[bool, ...]) -> Subset:
-        curve = shared_curve(scored, enabled, np.zeros(num_early + 1))
-        return Subset(minimum(objective(curve.accuracy, pricing(enabled, curve.shares))), enabled)
+    evaluate = partial(_valued, scored, pricing, objective)
 
     def follow(subset: Subset, switch_to: bool) -> Subset:
         while True:
@@ -79,6 +81,44 @@ def exits_that_pay(scored: Scores, pricing: Pricing, objective: Objective) -> tu
     return best.enabled
 
 
+def subset_that_pays(
+    scored: Scores, pricing: Pricing, objective: Objective, candidates: Sequence[bool]
+) -> tuple[bool, ...]:
+    """Which of a few candidate early exits to enable if all share a threshold and the price was
+    measured: every subset is tried, and of those whose cost is within `NOISE` of the best one's
+    that with the fewest exits is taken.
+
+    candidates: flags of the early exits that may be enabled; scored: as for `exits_that_pay`.
+    """
+    trials = [
+        _valued(scored, pricing, objective, enabled)
+        for enabled in itertools.product(
+            *((False, True) if flag else (False,) for flag in candidates)
+        )
+    ]
+    best = min(trials)
+    near = [trial for trial in trials if _is_near(trial.value, best.value)]
+    return min(near, key=lambda trial: (sum(trial.enabled), trial)).enabled
+
+
+def _is_near(value: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Whether the parts up to the cost are as good as the best ones, the cost but for `NOISE`."""
+    for index, (ours, theirs) in enumerate(zip(value, best, strict=True)):
+        if index and theirs > 0:  # the cost
+            return ours <= theirs * (1 + NOISE)
+        if ours > theirs + SLACK * max(1.0, abs(theirs)):
+            return False
+    return True
+
+
+def _valued(
+    scored: Scores, pricing: Pricing, objective: Objective, enabled: tuple[bool, ...]
+) -> Subset:
+    """The exits with the best value that a shared threshold gives them."""
+    curve = shared_curve(scored, enabled, np.zeros(len(enabled) + 1))
+    return Subset(minimum(objective(curve.accuracy, pricing(enabled, curve.shares))), enabled)
+
+
 def cheap_heads(pricing: Pricing, num_early: int) -> list[bool]:
     """Which early heads cost less than half a percent of the whole."""
     all_enabled, no_exit_taken = (True,) * num_early, np.eye(num_early + 1)[-1:]
@@ -91,6 +131,26 @@ def cheap_heads(pricing: Pricing, num_early: int) -> list[bool]:
         whole - cost(replaced(all_enabled, index, False)) < CHEAP * whole
         for index in range(num_early)
     ]
+
+
+def shortlist(
+    scored: Scores, pricing: Pricing, objective: Objective, most: int
+) -> tuple[bool, ...]:
+    """At most `most` early exits that are worth measuring, by a price that needs no measurement.
+
+    All of them, if they are that few. Otherwise the exit without which the objective is best is
+    removed, one at a time, until few enough are left to try every choice of `most` of them.
+    """
+    enabled = (True,) * (scored.scores.shape[1] - 1)
+    while sum(enabled) > most:
+        remaining = np.flatnonzero(enabled).tolist()
+        size = most if math.comb(len(remaining), most) <= MAX_TRIALS else len(remaining) - 1
+        trials = [
+            tuple(index in chosen for index in range(len(enabled)))
+            for chosen in itertools.combinations(remaining, size)
+        ]
+        enabled = min(_valued(scored, pricing, objective, trial) for trial in trials).enabled
+    return enabled
 
 
 def replaced(enabled: tuple[bool, ...], index: int, value: bool) -> tuple[bool, ...]:

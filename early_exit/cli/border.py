@@ -21,7 +21,11 @@ PYTHON = (3, 11)  # as in setup.cfg
 
 
 def run(
-    main: Callable[[Sequence[str] | None], None] | str, prog: str, *, log_on_stdout: bool = False
+    main: Callable[[Sequence[str] | None], None] | str,
+    prog: str,
+    *,
+    log_on_stdout: bool = False,
+    needs_torch: bool = True,
 ) -> NoReturn:
     """Runs a script's `main` and exits: 0 done, 2 bad usage or bad data, 143, 130 or 129 stopped by
     a signal (the last line states what was saved), 1 anything else.
@@ -29,11 +33,12 @@ def run(
     main: the function, or the name of its module, which is then imported here. prog: the name of
     the script, with which the last line begins. log_on_stdout: whether the log is what the script
     prints, as that of a training; otherwise it goes to standard error. Warnings always do.
+    needs_torch: whether the script always uses torch and torchvision, which are then checked first.
     """
     try:
         _open_closed_streams()
         with signals.ending_at_once(prog):
-            main = _import(main)
+            main = _import(main, needs_torch)
         signals.raise_on_signals(prog)
         streams.set_up(logging.WARNING if torchrun.rank() else logging.INFO, log_on_stdout)
         _call(main, prog)
@@ -48,7 +53,7 @@ def run(
     sys.exit(0)
 
 
-def _import(main: Callable | str) -> Callable:
+def _import(main: Callable | str, needs_torch: bool) -> Callable:
     """The function, after everything that has to be imported for it."""
     if sys.version_info < PYTHON:
         wanted = ".".join(map(str, PYTHON))
@@ -59,9 +64,10 @@ def _import(main: Callable | str) -> Callable:
         raise UserError("the working directory is gone; change to one that exists") from None
     import importlib
 
-    from early_exit.system.provenance import check_torchvision
+    if needs_torch:
+        from early_exit.system.provenance import check_torchvision
 
-    check_torchvision()
+        check_torchvision()
     return importlib.import_module(main).main if isinstance(main, str) else main
 
 

@@ -24,7 +24,7 @@ def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parse
     _add_choosing_flags(parser)
     _add_measuring_flags(parser)
     _add_output_flags(parser)
-    add_machine_flags(parser, "off")
+    _add_runtime_flag(add_machine_flags(parser, "off"))
     return parser
 
 
@@ -90,7 +90,7 @@ def _add_goal_flags(goal: Any) -> None:
         metavar="TIME",
         help="the most accurate policy whose predicted time per batch is at most this: milliseconds"
         " such as 3ms, or a percentage of the plain network's time such as 60%%; predicted from"
-        " stage times measured now and the fractions of val that reach each stage",
+        " times of segments measured now and the fractions of val that reach each of them",
     )
     goal.add_argument(
         "--thresholds",
@@ -126,10 +126,17 @@ def _add_goal_flags(goal: Any) -> None:
 
 def _add_goal_refinements(group: Any) -> None:
     group.add_argument(
+        "--minimise",
+        choices=("macs", "seconds"),
+        metavar="PRICE",
+        help="for --max-drop and the default goal: what the cheapest policy has fewest of: macs, or"
+        " seconds per batch, measured in the runtime (default: macs)",
+    )
+    group.add_argument(
         "--latency-batch",
         type=int,
         metavar="B",
-        help="for --latency-budget: images per batch (default: 1)",
+        help="for --latency-budget and --minimise seconds: images per batch (default: 1)",
     )
     group.add_argument(
         "--epsilon",
@@ -183,12 +190,27 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_runtime_flag(group: Any) -> None:
+    group.add_argument(
+        "--runtime",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="what runs the network, precision included: torch, torch-bf16, compile, onnxruntime,"
+        " openvino-bf16, ...; of several, each has its own record, thresholds and times, and the"
+        " report compares them; fastest: the one in which the plain network is fastest, without"
+        " 8-bit integers, which change the accuracy, and torch.compile, which takes minutes"
+        " (default: torch, as --amp and --compile say)",
+    )
+
+
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--name",
         metavar="NAME",
-        help="directory under RUN/eval, replaced if it exists (default: named after the goal)",
+        help="directory under RUN/eval, replaced if it exists; with several runtimes, theirs are"
+        " appended (default: named after the goal and the runtime)",
     )
     group.add_argument(
         "--out",

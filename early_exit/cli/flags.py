@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from early_exit.classifier import DEFAULT_EVALUATION
 from early_exit.errors import UserError
 
 
@@ -74,11 +73,42 @@ def absolute(path: str) -> str:
 
 
 def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
-    """Adds a flag for the setting of this dotted name. `early_exit.cli.settings.settings_of` gives
-    the settings of all flags."""
+    """Adds a flag for the setting of this dotted name. `settings_of` gives the settings of all
+    flags."""
     group.add_argument(
         *flags, dest=setting, default=argparse.SUPPRESS, action=StoreSetting, **options
     )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The nested settings that flags and --set gave."""
+    given = dict(args.settings)
+    for pair in getattr(args, "set", []):
+        key, equals, value = pair.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
+        given[key] = value.split(",") if "," in value else value
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        section, name = key.split(".", 1)
+        nested.setdefault(section, {})[name] = value
+    model = nested.get("model", {})
+    for name, kind in (("exits", "a place"), ("head", "a kind of head")):
+        _check_no_directory(name, kind, model.get(name))
+    exits = model.get("exits")
+    if exits is not None:  # no names: the default places, which the configuration writes as null
+        model["exits"] = exits or None
+    return nested
+
+
+def _check_no_directory(name: str, kind: str, values: Any) -> None:
+    """Raises UserError if a flag with several values took the data directory for one of them."""
+    for word in values if isinstance(values, list) else ():
+        if "/" in word or (Path(word) / "train").is_dir():
+            raise UserError(
+                f"--{name} got the directory {word} instead of {kind}; put the directory before the"
+                " flags, or -- between them"
+            )
 
 
 def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +122,8 @@ def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval",
         metavar="NAME",
-        help="evaluation whose policy is used (default: the only one; if there are several,"
-        f" {DEFAULT_EVALUATION})",
+        help="evaluation whose policy is used (default: the only one; if there are several, that of"
+        " --max-drop 0.5)",
     )
     parser.add_argument(
         "--task",

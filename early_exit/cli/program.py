@@ -12,17 +12,18 @@ from typing import Any
 import yaml
 
 from early_exit import config as configs
+from early_exit.cli.flags import settings_of
 from early_exit.cli.settings import (
     check_flags_have_effect,
     evaluation_options,
     goal_of,
     resolve_config,
-    settings_of,
 )
 from early_exit.config import Config
 from early_exit.errors import DataError, UserError
 from early_exit.evaluation import evaluate as evaluation
 from early_exit.evaluation.markdown import summary
+from early_exit.evaluation.seconds import runtime_table
 from early_exit.system import distributed, streams, torchrun
 from early_exit.system.device import choose_device
 from early_exit.task import Task
@@ -125,8 +126,11 @@ def score(config: Config, task: Task, split: str, path: Path | None, saved: dict
 
 
 def evaluate(args: argparse.Namespace, task: Task) -> None:
-    """What an evaluation's flags ask for; prints the table."""
+    """What an evaluation's flags ask for; prints the tables."""
     goal, options = goal_of(args), evaluation_options(args)
     with with_data_advice("if the data set has moved, name its directory with --data"):
-        report, directory = evaluation.evaluate(args.run, task, goal, **options)
-    print(summary(report, directory))
+        found = evaluation.evaluate_each(args.run, task, goal, **options)
+    parts = [summary(report, directory) for report, directory in found]
+    if runtimes := found[0][0].runtimes:
+        parts.append(runtime_table(runtimes))
+    print("\n\n".join(parts))

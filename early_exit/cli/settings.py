@@ -16,6 +16,7 @@ from early_exit.choosing.goals import (
     MaxDrop,
     Risk,
 )
+from early_exit.cli.flags import settings_of
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
@@ -23,37 +24,6 @@ from early_exit.system.names import is_hidden
 
 # The defaults of the regime cdl: linear heads, and an exit after every block.
 CDL = {"model": {"head": ["linear"], "exits": None}}
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The nested settings that flags and --set gave."""
-    given = dict(args.settings)
-    for pair in getattr(args, "set", []):
-        key, equals, value = pair.partition("=")
-        if not equals or "." not in key:
-            raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
-        given[key] = value.split(",") if "," in value else value
-    nested: dict[str, Any] = {}
-    for key, value in given.items():
-        section, name = key.split(".", 1)
-        nested.setdefault(section, {})[name] = value
-    model = nested.get("model", {})
-    for name, kind in (("exits", "a place"), ("head", "a kind of head")):
-        _check_no_directory(name, kind, model.get(name))
-    exits = model.get("exits")
-    if exits is not None:  # no names: the default places, which the configuration writes as null
-        model["exits"] = exits or None
-    return nested
-
-
-def _check_no_directory(name: str, kind: str, values: Any) -> None:
-    """Raises UserError if a flag with several values took the data directory for one of them."""
-    for word in values if isinstance(values, list) else ():
-        if "/" in word or (Path(word) / "train").is_dir():
-            raise UserError(
-                f"--{name} got the directory {word} instead of {kind}; put the directory before the"
-                " flags, or -- between them"
-            )
 
 
 def resolve_config(
@@ -120,16 +90,25 @@ def goal_of(args: argparse.Namespace) -> Goal:
         return ConditionalDeepLearning(
             args.delta, (args.epsilon or 0) / 100, criterion=common["criterion"]
         )
-    return MaxDrop(0.005 if args.max_drop is None else args.max_drop / 100, **common)
+    drop = 0.005 if args.max_drop is None else args.max_drop / 100
+    if args.minimise == "seconds":
+        batch = 1 if args.latency_batch is None else args.latency_batch
+        return MaxDrop(drop, "seconds", batch, **common)
+    return MaxDrop(drop, **common)
 
 
 def _check_companions(args: argparse.Namespace) -> None:
     """Raises UserError for a flag without the one that it refines."""
     refinements = {
         "risk": ("confidence", "on_average", "loss"),
-        "latency_budget": ("latency_batch",),
         "delta": ("epsilon",),
     }
+    others = ("budget", "latency_budget", "thresholds", "policy", "risk", "delta")
+    other = next((name for name in others if getattr(args, name) is not None), None)
+    if args.minimise and other:
+        raise UserError(f"--minimise is for --max-drop; remove --minimise or {_flag(other)}")
+    if args.latency_batch is not None and not (args.latency_budget or args.minimise == "seconds"):
+        raise UserError("--latency-batch needs --latency-budget or --minimise seconds")
     for goal, names in refinements.items():
         for name in names:
             value = getattr(args, name)
@@ -153,7 +132,7 @@ def _latency(text: str) -> tuple[float, bool]:
 
 
 def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate`."""
+    """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate_each`."""
     for flag, number in (
         ("--cuts", args.cuts),
         ("--timing-images", args.timing_images),
@@ -164,19 +143,19 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name
-    if name is None and args.policy:  # two files are two evaluations
-        name = f"policy-{args.policy.stem}"
     if name is not None and (not name or is_hidden(name) or Path(name).name != name):
         raise UserError(
             f"--name is {name!r}; give the name of one directory, without a path, that is not"
             " hidden: it must not begin with a dot"
         )
     return {
+        "runtimes": tuple(args.runtime or (None,)),
         "overrides": settings_of(args),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
         "name": name,
+        "base": f"policy-{args.policy.stem}" if args.policy else None,  # one for each file
         "out": args.out,
         "batch_sizes": tuple(args.batch_sizes),
         "timing_images": args.timing_images,

@@ -34,9 +34,9 @@ from early_exit.data.workers import (
     ImageKey,
     UnreadableFile,
     WorkerPool,
-    processors,
 )
 from early_exit.errors import UserError
+from early_exit.system.processors import processors
 from early_exit.system.text import in_a_line
 
 log = logging.getLogger(__name__)

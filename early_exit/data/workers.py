@@ -5,15 +5,12 @@ matter which worker decodes an image, and an epoch can be resumed at any step.
 """
 
 import atexit
-import math
 import multiprocessing.process
-import os
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,8 +22,6 @@ from early_exit.data.sources import Source, Transform
 from early_exit.data.splits import seed_of
 from early_exit.system.signals import STOPPING, held_back
 from early_exit.system.text import in_a_line
-
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds per period
 
 
 class ImageKey(NamedTuple):
@@ -185,17 +180,3 @@ def ignore_signals(_worker: int) -> None:
     process group, and the main process needs its workers until it has saved its state."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-
-
-def processors() -> int:
-    """The number of processors that this process may use. The CPU limit of a container counts,
-    which Python does not look at."""
-    try:
-        available = len(os.sched_getaffinity(0))
-    except AttributeError:  # not available on this system
-        available = os.cpu_count() or 1
-    try:
-        quota, period = map(float, CPU_LIMIT.read_text().split())
-    except (OSError, ValueError):  # no control groups, or no limit ("max")
-        return available
-    return max(1, min(available, math.ceil(quota / period)))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from early_exit.evaluation.markdown import shown_classes
 from early_exit.evaluation.plots import BLUE, GREEN, GREY, ORANGE, YELLOW
-from early_exit.evaluation.report import ClassRow, CurveSeconds, ExitRow, Report, StaticRow
+from early_exit.evaluation.report import ClassRow, ExitRow, Report, StaticRow
+from early_exit.evaluation.report_seconds import CurveSeconds
+from early_exit.evaluation.tables import shown_classes
 from early_exit.system.text import in_a_line, shortened
 
 HEIGHT = 430  # pixels, of the figures of accuracy
@@ -85,7 +86,7 @@ def _time_chart(report: Report, seconds: CurveSeconds) -> Chart:
             name: ms_per_image(seconds, share) for name, share in seconds.static_networks.items()
         },
     )
-    title = f"expected time per image, ms (batch size {size})"
+    title = f"expected time per image, ms<br>batch size {size}, {report.environment.ran_in}"
     return _accuracy_chart(report, f"ms{size}", costs, title)
 
 
@@ -360,7 +361,7 @@ def _figure(
             "hovermode": "closest",
             "font": {"family": "system-ui, sans-serif", "size": 13},
             "title": {"text": title, "font": {"size": 13}, "x": 0.02, "xanchor": "left"},
-            "margin": {"l": 55, "r": 15, "t": 34 if title else 8, "b": 45},
+            "margin": {"l": 55, "r": 15, "t": 34 if title else 8, "b": 62 if "<br>" in x else 45},
             "legend": {**legend, "traceorder": "normal"},
             "xaxis": {"title": {"text": x}, **axis, **(xaxis or {})},
             "yaxis": {"title": {"text": y}, **axis, **(yaxis or {})},

@@ -74,6 +74,8 @@ def exit_columns(groups: Sequence[Group]) -> list[Column]:
 def policy_columns(groups: Sequence[Group]) -> list[Column]:
     """Accuracy, MACs and speed-up of the chosen policies, beside the final exit."""
     batch_sizes = sorted({size for group in groups for size in group.batch_sizes})
+    runtimes = timed_in(groups)
+    runtime = runtimes[0] if len(runtimes) == 1 else "the row's runtime"
     decimals = 2 if min(group.first.plain_macs for group in groups) > 1e7 else 3
 
     def speedup(size: int, group: Group) -> Value | None:
@@ -90,7 +92,7 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
         ),
         *(
             Column(
-                f"speed-up, batch {size}",
+                f"speed-up in {runtime}, batch {size}",
                 f"speedup_batch_{size}",
                 functools.partial(speedup, size),
                 scale=1,
@@ -99,6 +101,12 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
             for size in batch_sizes
         ),
     ]
+
+
+def timed_in(groups: Sequence[Group]) -> list[str]:
+    """The runtimes in which anything was timed, with their precisions."""
+    members = [member for group in groups for member in group.members if member.speedups]
+    return sorted({f"{member.runtime} ({member.precision})" for member in members})
 
 
 def table(groups: Sequence[Group]) -> str:
@@ -130,7 +138,10 @@ def notes(groups: Sequence[Group]) -> list[str]:
     devices = {member.device for group in groups for member in group.members if member.speedups}
     if devices:
         names = " and ".join(sorted(devices))
-        found.append(f"Speed-ups are over the plain network, timed on {names}.")
+        found.append(
+            "Speed-ups are over the plain network in the same runtime:"
+            f" {' and '.join(timed_in(groups))}, timed on {names}."
+        )
     differing = [key for key in differing_settings(groups) if key != "run.seed"]
     if differing:
         found.append(f"The runs differ in {', '.join(differing)}.")
@@ -224,11 +235,12 @@ def to_csv(groups: Sequence[Group]) -> str:
     columns, text = [*exit_columns(groups), *policy_columns(groups)], io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{column.name}_{end}" for column in columns for end in ("mean", "std")]
-    writer.writerow(["group", "goal", "evaluation", "seeds", "cuts", *names, "cautions"])
+    head = ["group", "goal", "evaluation", "runtime", "seeds", "cuts"]
+    writer.writerow([*head, *names, "cautions"])
     for group in groups:
         first, seeds = group.first, len(group.members)
         numbers = [number for column in columns for number in column.mean_and_std(group)]
-        row = [group.name, group.goal, first.name, seeds, first.cuts, *numbers]
+        row = [group.name, group.goal, first.name, first.runtime, seeds, first.cuts, *numbers]
         writer.writerow([*row, "; ".join(cautions([group]))])
     return text.getvalue()
 
@@ -249,6 +261,8 @@ def _group_values(group: Group) -> dict[str, Any]:
         "group": group.name,
         "label": group.label,
         "goal": group.goal,
+        "runtime": first.runtime,
+        "precision": first.precision,
         "evaluations": [
             {
                 "run": str(member.run),

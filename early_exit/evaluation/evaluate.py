@@ -5,66 +5,55 @@ else.
 """
 
 import logging
-import shlex
-import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from early_exit import config as configs
-from early_exit.choosing import cdl, overthinking
+from early_exit.choosing.choice import choose, spans_to_time
 from early_exit.choosing.goals import (
     ConditionalDeepLearning,
     FixedPolicy,
-    FixedThresholds,
     Goal,
-    LatencyBudget,
     Risk,
     check_given,
-    choose,
+    timed_batch,
 )
 from early_exit.choosing.outcome import Outcome, apply_policy
-from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.errors import UserError
 from early_exit.evaluation import page, plots, rows
+from early_exit.evaluation.assembly import Evaluated, make_report
 from early_exit.evaluation.decoration import optional
-from early_exit.evaluation.live import Measurements, measure, time_stages
+from early_exit.evaluation.live import Measurements, measure, time_for_choice
 from early_exit.evaluation.markdown import to_markdown
-from early_exit.evaluation.report import (
-    Choice,
-    Cuts,
-    EnergyEstimate,
-    Environment,
-    MeanStd,
-    Report,
-    RunInfo,
-    to_json,
+from early_exit.evaluation.report import Cuts, MeanStd, Report, StaticRow, to_json
+from early_exit.evaluation.runtimes import (
+    check_names,
+    check_settings,
+    default_name,
+    evaluation_name,
+    resolved,
+    runtime_row,
 )
-from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import Policy
+from early_exit.inference.segment_times import SegmentTimes
 from early_exit.metrics import mean_std
-from early_exit.model import energy
-from early_exit.output import prepare_output, source_run
-from early_exit.system import provenance, torchrun
-from early_exit.system.device import PRECISIONS, describe_device
+from early_exit.output import prepare_output
+from early_exit.system import torchrun
 from early_exit.system.directories import atomic_directory
 from early_exit.system.disk_errors import is_writable
 from early_exit.system.files import write_text
 from early_exit.system.locks import locked
 from early_exit.task import Task
-from early_exit.trained import (
-    Splits,
-    Trained,
-    cut_record,
-    get_record,
-    get_splits,
-    load_run,
-    unfinished_of,
-)
+from early_exit.trained import Trained, cut_record, get_record, get_splits, in_runtime, load_run
 
 log = logging.getLogger(__name__)
+
+MANY_EXITS = 7  # early exits of which all segments between them are timed for a goal in seconds
+FEW_EXITS = 2  # where a segment takes a minute to build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,67 +82,134 @@ class Options:
             raise UserError("--cuts and --cut-seed cut the test set and need --val-from test")
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What the report is made of."""
-
-    trained: Trained
-    splits: Splits
-    goal: Goal
-    times: StageTimes | None
-    val: Outcome
-    test: Outcome
-
-
 def evaluate(
     run_dir: Path | str,
     task: Task,
     goal: Goal,
     *,
-    overrides: dict | None = None,
-    name: str | None = None,
-    out: Path | str | None = None,
+    runtime: str | None = None,
     **options: Any,
 ) -> tuple[Report, Path]:
     """Evaluates a run and writes `run_dir/eval/NAME/`; returns the report and that directory.
 
-    out: a directory to write into instead of the run, which is then only read.
+    runtime, options: as for `evaluate_each`.
+    """
+    return evaluate_each(run_dir, task, goal, runtimes=(runtime,), **options)[0]
 
+
+def evaluate_each(
+    run_dir: Path | str,
+    task: Task,
+    goal: Goal,
+    *,
+    runtimes: Sequence[str | None] = (None,),
+    overrides: dict | None = None,
+    name: str | None = None,
+    base: str | None = None,
+    out: Path | str | None = None,
+    **options: Any,
+) -> list[tuple[Report, Path]]:
+    """Evaluates a run in each of several runtimes: recorded, chosen, run and timed on its own.
+
+    Writes `run_dir/eval/NAME/` for each as soon as it is done, and all of them again at the end
+    with a table of all; returns the reports and the directories.
+
+    runtimes: names of `early_exit.inference.runtimes.table`, or `fastest`, the one in which the
+    plain network is fastest; None: torch, compiled and in reduced precision if the settings say so.
     overrides: settings of the run that are changed, nested as in a preset; precision, device and
     threads that they do not name are as `early_exit.trained.EVALUATION` says. name: of the
-    evaluation; default: made from the goal. options: the fields of `Options`.
+    evaluation; the name of the runtime is appended where there are several. base: without a name,
+    what the runtime is appended to; default: made from the goal. out: a directory to write into
+    instead of the run, which is then only read. options: the fields of `Options`.
     """
     if torchrun.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
-    chosen = Options(**options)
+    chosen, several = Options(**options), len(runtimes) > 1
+    check_names(runtimes)
+    check_settings(runtimes, overrides or {})
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
-    directory = output / "eval" / (name or default_name(goal))
-    if not is_writable(directory):
-        raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
+    unnamed = base or default_name(goal)
+
+    def directory_in(runtime: str | None) -> Path:
+        return output / "eval" / evaluation_name(unnamed, name, runtime, several)
+
+    for directory in map(directory_in, runtimes):
+        if not is_writable(directory):
+            raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     trained = load_run(output, task, overrides or {}, chosen.val_from)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
-    if trained.config.run.compile:
-        trained.network.compile_stages()
-        trained.network.backbone.compile(dynamic=True)
-    evaluated = choose_and_apply(trained, goal, chosen)
-    cuts = over_cuts(evaluated, chosen) if chosen.cuts > 1 else None
-
-    known = task.static_networks(trained.config, len(evaluated.splits.data.classes))
+    names = resolved(trained, runtimes, timed_batch(goal) or chosen.batch_sizes[0])
+    directories = list(map(directory_in, names))
+    parts = _in_runtimes(trained, names)
+    known = task.static_networks(trained.config, len(trained.classes))
     static = rows.static_networks(known, trained.network, trained.cost)
+    found: list[Evaluated] = []
+    reports: list[Report] = []
+    for part, directory in zip(parts, directories, strict=True):
+        evaluated, report = _evaluate_one(part, task, goal, chosen, static)
+        write(report, evaluated, directory, chosen.draw)
+        found.append(evaluated)
+        reports.append(report)
+    if len(reports) > 1:
+        table = tuple(map(runtime_row, reports, [directory.name for directory in directories]))
+        reports = [replace(report, runtimes=table) for report in reports]
+        for written in zip(reports, found, directories, strict=True):
+            write(*written, chosen.draw)
+    return list(zip(reports, directories, strict=True))
+
+
+def _in_runtimes(trained: Trained, names: Sequence[str | None]) -> list[Trained]:
+    """The run in each runtime. None: as it was loaded.
+
+    Each plain network is built at once, so that a missing package is found before hours of work.
+    """
+    parts = [
+        trained
+        if name is None
+        else replace(trained, runtime=in_runtime(trained, trained.data, name))
+        for name in names
+    ]
+    for part, name in zip(parts, names, strict=True):
+        if name is not None:
+            part.runtime.plain()
+    return parts
+
+
+def _evaluate_one(
+    trained: Trained,
+    task: Task,
+    goal: Goal,
+    options: Options,
+    static: Sequence[tuple[StaticRow, nn.Module]],
+) -> tuple[Evaluated, Report]:
+    """The evaluation in one runtime. static: networks to compare with."""
+    evaluated = choose_and_apply(trained, goal, options)
+    cuts = over_cuts(evaluated, options) if options.cuts > 1 else None
     networks = {row.name: network for row, network in static}
-    measured = take_exits(evaluated, chosen, networks) if chosen.live else Measurements()
-    report = make_report(
-        evaluated, task, measured, cuts, static_rows=tuple(row for row, _ in static)
-    )
-    write(report, evaluated, directory, chosen.draw)
-    return report, directory
+    measured = take_exits(evaluated, options, networks) if options.live else Measurements()
+    report = make_report(evaluated, task, measured, cuts, tuple(row for row, _ in static))
+    return evaluated, report
 
 
 def choose_and_apply(trained: Trained, goal: Goal, options: Options) -> Evaluated:
-    """Chooses a policy on val and applies it to val and test."""
+    """Chooses a policy on val and applies it to val and test.
+
+    Raises UserError if the exits to time would be chosen on val of the first of several cuts, which
+    has images of the others' tests.
+    """
     splits, times = get_splits(trained, options.val_from, options.cut_seed), None
-    if isinstance(goal, LatencyBudget):
-        times = time_stages(trained, splits.data, goal.criterion, goal.batch_size)
+    if batch_size := timed_batch(goal):
+        most = FEW_EXITS if trained.runtime.runtime.slow_to_build else MANY_EXITS
+        to_time = spans_to_time(splits.val, goal, trained.cost, most)
+        early = trained.network.num_exits - 1
+        timed_exits = {last for _, last in to_time} - {early}
+        if options.cuts > 1 and len(timed_exits) < early:
+            raise UserError(
+                f"a goal in seconds times {most} of the {early} early exits, chosen on one cut's"
+                " val, which has test images of the other cuts; remove --cuts, or train a network"
+                f" with at most {most} early exits"
+            )
+        times = time_for_choice(trained, splits.data, goal.criterion, batch_size, to_time)
     policy = choose(splits.val, goal, trained.cost, times)
     _log_policy(policy, goal)
     val, test = (apply_policy(policy, part, trained.cost) for part in (splits.val, splits.test))
@@ -176,90 +232,13 @@ def take_exits(
     )
 
 
-def make_report(
-    evaluated: Evaluated,
-    task: Task,
-    measured: Measurements,
-    cuts: Cuts | None,
-    static_rows: tuple,
-) -> Report:
-    """The report of an evaluation."""
-    trained, splits, goal = evaluated.trained, evaluated.splits, evaluated.goal
-    val, test, cost = evaluated.val, evaluated.test, evaluated.trained.cost
-    curve = rows.curve_points(val, test)
-    energies: tuple[EnergyEstimate, ...] = ()
-    with optional("the estimate of energy"):
-        energies = rows.energies(energy.estimate(trained.network, cost), test)
-    return Report(
-        run=RunInfo(
-            name=source_run(trained.run_dir).name,
-            task=task.name,
-            dataset=splits.data.name,
-            arch=trained.config.model.arch,
-            regime=trained.config.run.regime,
-            weights=trained.weights,
-            settings=configs.without_paths(configs.to_dict(trained.config)),
-            unfinished=unfinished_of(trained.weights),
-        ),
-        choice=Choice(
-            goal=str(goal),
-            criterion=goal.criterion,
-            calibrated=goal.calibrate,
-            thresholds_given=isinstance(
-                goal, FixedThresholds | FixedPolicy | ConditionalDeepLearning
-            ),
-            policy_given=isinstance(goal, FixedPolicy),
-            val_from=splits.origin,
-            val_images=len(splits.val),
-            test_images=len(splits.test),
-            left_out=splits.left_out,
-        ),
-        environment=Environment(
-            device=describe_device(trained.device),
-            precision=PRECISIONS[trained.precision],
-            versions=provenance.versions(),
-            command=shlex.join(["python", *sys.argv]),
-        ),
-        plain_macs=cost.plain_macs,
-        val=val.point,
-        test=test.point,
-        random_accuracy=test.random_exit_accuracy,
-        final_accuracy=test.final_accuracy,
-        top5=rows.top5_accuracy(test.scored.in_top5, test.exit_index),
-        exits=rows.exit_rows(splits, test),
-        classes=rows.class_rows(test, splits.data.classes),
-        energy=energies,
-        overthinking=overthinking.analyse(splits.test, splits.correct_test, splits.confusion),
-        curve=curve,
-        cdl=_candidates(splits.val, goal, val),
-        guarantee=rows.guarantee_result(evaluated.val, test, splits, goal),
-        latency=rows.latency_result(evaluated.times, goal, val, test),
-        cuts=cuts,
-        live=measured.live,
-        timing=tuple(found.timing for found in measured.timed),
-        static_networks=static_rows,
-        curve_seconds=tuple(
-            rows.curve_seconds(found.stages, found.timing, curve, val, test)
-            for found in measured.timed
-            if found.stages
-        ),
-    )
-
-
-def _candidates(val: ExitRecord, goal: Goal, outcome: Outcome) -> tuple[cdl.Candidate, ...] | None:
-    if not isinstance(goal, ConditionalDeepLearning):
-        return None
-    scored = score_record(val, outcome.policy.with_all_enabled())
-    return cdl.admit(scored, outcome.cost, goal.delta, goal.epsilon)
-
-
 def over_cuts(evaluated: Evaluated, options: Options) -> Cuts:
     """The same choice over cut seeds `cut_seed` .. `cut_seed + cuts - 1`."""
-    trained, outcomes = evaluated.trained, []
+    trained, times, outcomes = evaluated.trained, evaluated.times, []
     whole = get_record(trained, "test")
     for seed in range(options.cut_seed, options.cut_seed + options.cuts):
         val, test = cut_record(whole, trained.data, seed)
-        policy = choose(val, evaluated.goal, trained.cost, evaluated.times)
+        policy = choose(val, evaluated.goal, trained.cost, times)
         outcomes.append(apply_policy(policy, test, trained.cost))
     points = [outcome.point for outcome in outcomes]
     return Cuts(
@@ -267,7 +246,16 @@ def over_cuts(evaluated: Evaluated, options: Options) -> Cuts:
         MeanStd(*mean_std([point.accuracy for point in points])),
         MeanStd(*mean_std([point.macs_share for point in points])),
         MeanStd(*mean_std([outcome.final_accuracy for outcome in outcomes])),
+        None if times is None else MeanStd(*mean_std(speedups(outcomes, times))),
     )
+
+
+def speedups(outcomes: Sequence[Outcome], times: SegmentTimes) -> list[float]:
+    """How many times as fast as the plain network each outcome is expected to be."""
+    return [
+        times.plain / float(times.of(outcome.policy.enabled, np.array([outcome.exit_shares]))[0])
+        for outcome in outcomes
+    ]
 
 
 def _log_policy(policy: Policy, goal: Goal) -> None:
@@ -285,16 +273,6 @@ def _log_policy(policy: Policy, goal: Goal) -> None:
     for name, enabled in zip(policy.exit_names, policy.enabled, strict=False):
         if not enabled:
             log.info("exit %s is disabled: %s", name, reason)
-
-
-def default_name(goal: Goal) -> str:
-    """The name of an evaluation that was given none."""
-    words = f"{goal} {goal.criterion}"
-    if not goal.calibrate:
-        words += " uncalibrated"
-    for old, new in ((" % of MACs", ""), (" %", ""), (" points", ""), (" ", "-")):
-        words = words.replace(old, new)
-    return words
 
 
 def write(report: Report, evaluated: Evaluated, directory: Path, draw: bool) -> None:

@@ -1,7 +1,7 @@
 """Groups of runs that differ only in the seed.
 
 Two evaluations belong to one group if their runs have equal settings (except the seed, and settings
-that do not affect the result) and they have the same name, goal, splits and precision.
+that do not affect the result) and they have the same name, goal, splits, runtime and precision.
 """
 
 import json
@@ -126,6 +126,7 @@ def _group_key(evaluation: Evaluation) -> str:
         evaluation.calibrated,
         evaluation.val_from,
         evaluation.cuts,
+        evaluation.runtime,
         evaluation.precision,
     )
     return json.dumps(values, sort_keys=True, default=str)

@@ -48,9 +48,11 @@ def labelled(groups: Sequence[Group], labels: Sequence[str] | None = None) -> li
 
 
 def _goals(groups: Sequence[Group]) -> list[str]:
-    """Each group's goal; with the criterion, "no temperatures" and the precision if these differ.
+    """Each group's goal; with the criterion, "no temperatures", the runtime and the precision if
+    these differ.
 
-    If two rows would be equal, the evaluation's name instead. A plain network has no goal.
+    If two rows would be equal, the evaluation's name instead. A plain network has no goal, but a
+    runtime.
     """
     goals = [_goal(group, groups) for group in groups]
     rows = [(group.first.run, goal) for group, goal in zip(groups, goals, strict=True)]
@@ -61,19 +63,24 @@ def _goals(groups: Sequence[Group]) -> list[str]:
 
 
 def _goal(group: Group, groups: Sequence[Group]) -> str:
+    evaluation = group.first
+    runtimes_differ = len({other.first.runtime for other in groups}) > 1
     if group.plain:
-        return ""
+        return evaluation.runtime if runtimes_differ else ""
+    with_exits = [other.first for other in groups if not other.plain]
 
     def differ(field: str) -> bool:
-        return len({getattr(other.first, field) for other in groups if not other.plain}) > 1
+        return len({getattr(other, field) for other in with_exits}) > 1
 
-    evaluation = group.first
     parts = [evaluation.goal]
     if differ("criterion") and evaluation.criterion != Goal.criterion:
         parts.append(evaluation.criterion)
     if differ("calibrated") and not evaluation.calibrated:
         parts.append("no temperatures")
-    if differ("precision"):
+    if runtimes_differ:
+        parts.append(evaluation.runtime)
+    same_runtime = [other for other in with_exits if other.runtime == evaluation.runtime]
+    if len({other.precision for other in same_runtime}) > 1:  # a runtime's name says its own
         parts.append(evaluation.precision)
     return ", ".join(parts)
 

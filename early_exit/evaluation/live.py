@@ -5,17 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from early_exit.choosing.outcome import Outcome, disagreements
+from early_exit.choosing.outcome import Live, Outcome, disagreements
 from early_exit.choosing.record import ExitRecord
 from early_exit.data.base import Data, FileData
 from early_exit.errors import UserError
+from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.report import LiveResult
 from early_exit.inference import latency
-from early_exit.inference.infer import infer
-from early_exit.inference.latency import StageTimes, Timing
+from early_exit.inference.latency import Timing
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.network import to_numpy
+from early_exit.inference.segment_times import SegmentTimes, segment_times
+from early_exit.inference.segments import spans
 from early_exit.metrics import MANY_CLASSES, in_top5
 from early_exit.trained import Trained
 
@@ -29,8 +33,8 @@ class TimedBatch:
     """What was timed at one batch size."""
 
     timing: Timing
-    stages: StageTimes | None
-    """None if val is smaller than a batch."""
+    segments: SegmentTimes | None
+    """None if val has no batch of readable images."""
 
 
 @dataclass(frozen=True)
@@ -52,40 +56,59 @@ def measure(
 ) -> Measurements:
     """Runs test with exits taken and times it at each batch size that test fills.
 
-    max_images: of test, that are timed; static_networks: timed in turns with the plain one.
+    max_images: of test, that are timed; static_networks: timed in turns with the plain one, but for
+    those that the runtime cannot build.
     """
-    for network in static_networks.values():
-        network.to(trained.device).to(memory_format=trained.config.run.memory_format)
-        if trained.config.run.compile:
-            network.compile(dynamic=True)
+    built = build_networks(trained, static_networks)
     live = run_live(trained, data, test, outcome.policy)
     timed = [
-        time_batch(trained, data, outcome.policy, batch_size, max_images, static_networks)
+        time_batch(trained, data, outcome.policy, batch_size, max_images, built)
         for batch_size in sorted(set(batch_sizes))
     ]
     return Measurements(live, tuple(found for found in timed if found))
 
 
+def build_networks(trained: Trained, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks that the runtime can build, moved to the device and built there; the others are
+    left out with one line."""
+    built = {}
+    for name, network in networks.items():
+        network.to(trained.device).to(memory_format=trained.config.run.memory_format)
+        with optional(f"the static network {name}"):
+            trained.runtime.plain(network)
+            built[name] = network
+    return built
+
+
 def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> LiveResult:
     """Inference with exits taken on all of test, compared with the record."""
-    answers, exits, top5 = [], [], 0
+    parts: list[tuple[np.ndarray, ...]] = []
+    top5 = 0
     for images, target in data.eval_batches("test", LIVE_BATCH):
-        batch = infer(trained.network, images, policy, trained.autocast)
-        answers.append(batch.classes.cpu().numpy())
-        exits.append(batch.exit_index.cpu().numpy())
+        batch = trained.runtime.infer(images, policy)
+        logits = to_numpy(batch.logits)
+        parts.append(
+            (
+                logits.argmax(axis=-1),
+                to_numpy(batch.exit_index),
+                to_numpy(batch.score),
+                logits.max(axis=-1),
+            )
+        )
         if test.num_classes > MANY_CLASSES:
-            top5 += int(in_top5(batch.logits, target).sum())
+            top5 += int(in_top5(torch.from_numpy(logits), target.cpu()).sum())
     if isinstance(data, FileData) and (lost := data.unreadable("test")):  # since it was recorded
         kept = np.setdiff1d(np.arange(len(test)), list(lost))
         test = test.subset(kept, "test", test.info.split_hash)
-    classes, exit_index = np.concatenate(answers), np.concatenate(exits)
-    differs, unexplained = disagreements(test, policy, classes, exit_index)
+    live = Live(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    found = disagreements(test, policy, live)
     return LiveResult(
-        images=len(classes),
-        accuracy=float((classes == test.targets).mean()),
-        top5=top5 / len(classes) if test.num_classes > MANY_CLASSES else None,
-        differing=int(differs.sum()),
-        differing_beyond_rounding=int(unexplained.sum()),
+        images=len(live.answers),
+        accuracy=float((live.answers == test.targets).mean()),
+        top5=top5 / len(live.answers) if test.num_classes > MANY_CLASSES else None,
+        differing=int(found.differs.sum()),
+        differing_beyond_rounding=int(found.unexplained.sum()),
+        rounding=found.rounding,
         batch_size=LIVE_BATCH,
     )
 
@@ -98,7 +121,7 @@ def time_batch(
     max_images: int,
     static_networks: Mapping[str, nn.Module],
 ) -> TimedBatch | None:
-    """Times whole batches of at most `max_images` test images; None if they fill no batch."""
+    """Times whole batches of at most `max_images` test images; None if no batch is whole."""
     total = min(max_images, data.size("test"))
     if total < batch_size:
         log.info(
@@ -107,31 +130,54 @@ def time_batch(
             batch_size,
         )
         return None
-    log.info("timing at batch %d", batch_size)
+    log.info("timing %s at batch %d", trained.runtime.runtime.name, batch_size)
     batches: list[Tensor] = []
     for images, _ in data.eval_batches("test", batch_size):
         if (len(batches) + 1) * batch_size > total:
             break
         if len(images) == batch_size:  # fewer if a file is unreadable since it was recorded
             batches.append(images)
-    timing = latency.measure(trained.network, batches, policy, autocast=trained.autocast)
-    stages = None
+    if not batches:
+        log.warning("every batch of %d has an unreadable image; this size is not timed", batch_size)
+        return None
+    timing = latency.measure(trained.runtime, batches, policy, others=static_networks)
+    segments = None
     if batch_size <= data.size("val"):
-        stages = time_stages(trained, data, policy.criterion, batch_size, static_networks)
-    return TimedBatch(timing, stages)
+        try:
+            images = first_of_val(data, batch_size)
+        except UserError as error:  # a file is unreadable since it was recorded
+            log.warning("the segments are not timed at batch %d: %s", batch_size, error)
+        else:
+            to_time = spans(policy.enabled)
+            segments = segment_times(trained.runtime, images, policy.criterion, to_time)
+    return TimedBatch(timing, segments)
 
 
-def time_stages(
+def time_for_choice(
     trained: Trained,
     data: Data,
     criterion: str,
     batch_size: int,
-    static_networks: Mapping[str, nn.Module] | None = None,
-) -> StageTimes:
-    """The stages' times on the first images of val, beside the static networks'."""
-    images, _ = next(iter(data.eval_batches("val", batch_size)))
-    if len(images) < batch_size:
-        raise UserError(f"val has {len(images)} images, fewer than --latency-batch {batch_size}")
-    return latency.stage_times(
-        trained.network, images, criterion, autocast=trained.autocast, others=static_networks
+    spans_to_time: Sequence[tuple[int, int]],
+) -> SegmentTimes:
+    """The times of segments on the first images of val. spans_to_time: as `segment_times` takes
+    them."""
+    images = first_of_val(data, batch_size)
+    log.info(
+        "timing %d segments in %s at batch %d",
+        len(spans_to_time),
+        trained.runtime.runtime.name,
+        batch_size,
     )
+    return segment_times(trained.runtime, images, criterion, spans_to_time)
+
+
+def first_of_val(data: Data, batch_size: int) -> Tensor:
+    """The first batch of val. Raises UserError if fewer images can be read."""
+    images = next((images for images, _ in data.eval_batches("val", batch_size)), None)
+    if images is None or len(images) < batch_size:
+        raise UserError(
+            f"the first batch of val has {0 if images is None else len(images)} images that can be"
+            f" read, and {batch_size} are to be timed (--latency-batch)"
+        )
+    return images

@@ -166,13 +166,16 @@ def _legend(report: Report) -> str:
             for seconds in report.curve_seconds
         )
         items.append(
-            "<strong>expected time per image</strong>: the sum of the stages' times at the mean"
-            " numbers of rows that reach them, without decisions and the selection of rows. The"
-            f" plain network takes {plain}"
+            "<strong>expected time per image</strong>: the sum of the segments' times in"
+            f" {html.escape(report.environment.ran_in)} at the mean numbers of rows that reach"
+            " them, without comparing scores and the selection of rows. The plain network takes"
+            f" {plain}"
         )
     if report.static_networks:
         sources = " ".join(dict.fromkeys(row.source for row in report.static_networks))
-        timed = "; their times are measured here" if report.curve_seconds else ""
+        timed = (
+            "; their times are measured here, in the same runtime" if report.curve_seconds else ""
+        )
         items.append(
             "<strong>static networks</strong> (triangle): networks without exits that could be used"
             f" instead, with the accuracy stated by {html.escape(sources)}{timed}"
@@ -199,8 +202,12 @@ def _legend_of_exits(report: Report) -> list[str]:
 def _slider(report: Report) -> str:
     """The section with the slider and its table, which report.js fills."""
     rows = [("accuracy", "accuracy"), ("macs", "MACs, share of the plain network's")]
+    ran_in = html.escape(report.environment.ran_in)
     rows += [
-        (f"ms{seconds.batch_size}", f"expected time per image, batch size {seconds.batch_size}")
+        (
+            f"ms{seconds.batch_size}",
+            f"expected time per image, batch size {seconds.batch_size}, {ran_in}",
+        )
         for seconds in report.curve_seconds
     ]
     rows += [

@@ -14,6 +14,12 @@ import numpy as np
 from early_exit.choosing.cdl import Candidate
 from early_exit.choosing.outcome import Point
 from early_exit.choosing.overthinking import Overthinking
+from early_exit.evaluation.report_seconds import (
+    CurveSeconds,
+    LatencyResult,
+    RuntimeRow,
+    Verdict,
+)
 from early_exit.inference.latency import Timing
 from early_exit.metrics import Bin
 
@@ -66,6 +72,13 @@ class Environment:
     precision: str
     versions: dict[str, str]
     command: str
+    runtime: str = "torch"
+    """What ran the network: a name of `early_exit.inference.runtimes.table`."""
+
+    @property
+    def ran_in(self) -> str:
+        """Runtime and precision, which every number of seconds is shown with."""
+        return f"{self.runtime} ({self.precision})"
 
 
 @dataclass(frozen=True)
@@ -131,26 +144,6 @@ class StaticRow:
 
 
 @dataclass(frozen=True)
-class CurveSeconds:
-    """The time of the curve's points at one batch size, as shares of the plain network's time: the
-    sum of the stages' times at the mean numbers of rows that reach them
-    (`early_exit.inference.latency.StageTimes`)."""
-
-    batch_size: int
-    plain: float
-    """Seconds per batch of the plain network, measured beside inference with exits taken."""
-    val: tuple[float, ...]
-    """One for each point of the curve."""
-    test: tuple[float, ...]
-    at_exit: tuple[float, ...]
-    """If every image exited at one exit."""
-    chosen_val: float
-    chosen_test: float
-    static_networks: dict[str, float]
-    """Measured in turns with the plain network."""
-
-
-@dataclass(frozen=True)
 class MeanStd:
     """A number over several cuts or seeds."""
 
@@ -171,18 +164,6 @@ class GuaranteeResult:
 
 
 @dataclass(frozen=True)
-class LatencyResult:
-    """A budget of seconds per batch: the budget, the plain network's time, and the time expected
-    on val and test, in one measurement."""
-
-    batch_size: int
-    budget: float
-    plain: float
-    val: float
-    test: float
-
-
-@dataclass(frozen=True)
 class Cuts:
     """The same choice repeated over several cuts of the test set into val and test."""
 
@@ -190,6 +171,8 @@ class Cuts:
     accuracy: MeanStd
     macs_share: MeanStd
     final_accuracy: MeanStd
+    speedup: MeanStd | None = None
+    """Over the plain network, expected from the segments' times, if the goal counts seconds."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +185,10 @@ class LiveResult:
     differing: int
     """Images with another exit or answer than on the record."""
     differing_beyond_rounding: int
-    """Those of them whose score on the record is more than 1e-5 away from a threshold it met."""
+    """Those of them that rounding does not explain (`early_exit.choosing.outcome`)."""
     batch_size: int
+    rounding: float
+    """How far scores may differ from the record by rounding; it depends on the precision."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +258,10 @@ class Report:
     timing: tuple[Timing, ...]
     static_networks: tuple[StaticRow, ...]
     curve_seconds: tuple[CurveSeconds, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    """One for each timed batch size."""
+    runtimes: tuple[RuntimeRow, ...] = ()
+    """If it was evaluated in several runtimes: all of them, this one included."""
 
     @property
     def early_exits(self) -> tuple[ExitRow, ...]:
@@ -291,7 +280,7 @@ def to_json(report: Report) -> str:
                 "fraction_of_ideal",
                 "speedup_without_heads",
                 "overhead",
-                "stage_shares",
+                "segment_shares",
             )
         }
     for row, stage in zip(values["cdl"] or (), report.cdl or (), strict=True):

@@ -8,24 +8,25 @@ import torch
 from torch import nn
 
 from early_exit.choosing import guarantees
+from early_exit.choosing.choice import choose, thinned
 from early_exit.choosing.curve import shared_curve
-from early_exit.choosing.goals import Goal, LatencyBudget, MaxDrop, Risk, choose, thinned
+from early_exit.choosing.goals import Goal, LatencyBudget, MaxDrop, Risk
 from early_exit.choosing.outcome import Outcome, Point, apply_policy, outcome_of
 from early_exit.choosing.record import ExitRecord
 from early_exit.evaluation.report import (
     ClassRow,
     CurvePoint,
-    CurveSeconds,
     EnergyEstimate,
     ExitRow,
     GuaranteeResult,
-    LatencyResult,
     Picture,
     StaticRow,
     finite,
 )
-from early_exit.inference.latency import StageTimes, Timing
+from early_exit.evaluation.report_seconds import CurveSeconds, LatencyResult
+from early_exit.inference.latency import Timing
 from early_exit.inference.policy import Policy
+from early_exit.inference.segment_times import SegmentTimes
 from early_exit.metrics import auroc, expected_calibration_error, reliability
 from early_exit.model.cost import Cost, count_macs, meta_copy
 from early_exit.model.energy import Energy
@@ -183,13 +184,14 @@ def guarantee_result(
 
 
 def latency_result(
-    times: StageTimes | None, goal: Goal, val: Outcome, test: Outcome
+    times: SegmentTimes | None, goal: Goal, val: Outcome, test: Outcome
 ) -> LatencyResult | None:
-    """What a latency budget allowed, and the time expected on val and test."""
-    if times is None or not isinstance(goal, LatencyBudget):
+    """What a goal in seconds allowed, and the time expected on val and test."""
+    if times is None:
         return None
     expected = times.of(val.policy.enabled, np.array([val.exit_shares, test.exit_shares]))
-    return LatencyResult(times.batch_size, goal.seconds(times), times.plain, *expected.tolist())
+    budget = goal.seconds(times) if isinstance(goal, LatencyBudget) else None
+    return LatencyResult(times.batch_size, budget, times.plain, *expected.tolist())
 
 
 def static_networks(
@@ -208,28 +210,30 @@ def static_networks(
 
 
 def curve_seconds(
-    stages: StageTimes,
+    segments: SegmentTimes,
     timing: Timing,
     curve: Sequence[CurvePoint],
     val: Outcome,
     test: Outcome,
 ) -> CurveSeconds:
-    """The time of the curve's points. stages, timing: at one batch size; the former measures stages
-    alone, the latter whole inference."""
+    """The time of the curve's points. segments, timing: at one batch size; the former measures
+    segments alone, the latter whole inference."""
 
     def relative(shares: Any) -> tuple[float, ...]:
-        seconds = stages.of(val.policy.enabled, np.atleast_2d(shares))
-        return tuple((seconds / stages.plain).tolist())
+        seconds = segments.of(val.policy.enabled, np.atleast_2d(shares))
+        return tuple((seconds / segments.plain).tolist())
 
     return CurveSeconds(
-        batch_size=stages.batch_size,
+        batch_size=segments.batch_size,
         plain=timing.plain.total / timing.batches,
         val=relative([point.val_shares for point in curve]),
         test=relative([point.test_shares for point in curve]),
         at_exit=relative(np.eye(val.policy.num_exits)),
         chosen_val=relative([val.exit_shares])[0],
         chosen_test=relative([test.exit_shares])[0],
-        static_networks={name: took / stages.plain for name, took in stages.others.items()},
+        static_networks={
+            name: took.total / timing.plain.total for name, took in timing.networks.items()
+        },
     )
 
 

@@ -13,6 +13,7 @@ from early_exit.choosing.goals import Goal
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
+from early_exit.manifest import refuse_deployed
 from early_exit.model.losses import resolve_weights
 from early_exit.output import source_run
 from early_exit.system.directories import restore_all
@@ -77,6 +78,8 @@ class Evaluation:
     """Over the plain network, by batch size."""
     precision: str
     device: str
+    runtime: str = "torch"
+    """What ran the network."""
     unfinished: str | None = None
     """How far the run was trained; None: to its end."""
     left_out: int = 0
@@ -112,6 +115,7 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    refuse_deployed(path)
     if path.parent.name == "eval":
         restore_all(path.parent)
     if (path / "report.json").is_file():
@@ -188,6 +192,7 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         },
         precision=environment.get("precision", "unknown"),
         device=environment.get("device", "unknown"),
+        runtime=environment.get("runtime", "torch"),
         unfinished=report["run"].get("unfinished"),
         left_out=len(choice.get("left_out", ())),
         weights=str(report["run"].get("weights", "")),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from early_exit.choosing.outcome import ROUNDING
 from early_exit.errors import UserError
 from early_exit.evaluation.report import FORMAT
 from early_exit.trained import unfinished_of
@@ -49,6 +50,27 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         run.setdefault("unfinished", unfinished_of(str(run["weights"])))
     if isinstance(choice, dict):
         choice.setdefault("left_out", [])
+    return of_a_runtime(report)
+
+
+TORCH = {"bfloat16": "torch-bf16", "float16": "torch-fp16"}
+"""The runtime of a precision in eager torch; that of float32 is `torch`."""
+
+
+def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with what format 2 has got since of runtimes. Before, there was torch alone."""
+    report = dict(report)
+    precision = str((report.get("environment") or {}).get("precision"))
+    added: dict[str, dict[str, Any]] = {
+        "environment": {"runtime": TORCH.get(precision, "torch")},
+        "live": {"rounding": ROUNDING},
+        "cuts": {"speedup": None},
+    }
+    for name, since in added.items():
+        if isinstance(report.get(name), dict):
+            report[name] = since | report[name]
+    if "timing" in report:
+        report = {"verdicts": [], "runtimes": [], **report}
     return report
 
 

@@ -42,18 +42,16 @@ class Rows:
     state: Array | None = None
 
     def select(self, rows: Array) -> Rows:
-        """Some of the rows, by their indices."""
+        """Some of the rows, by their indices or a slice."""
         state = None if self.state is None else self.state[rows]
         return Rows(self.index[rows], select_rows(self.features, rows), state)
 
 
-@dataclass
-class Exited:
-    """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
-
-    index: Array
-    answer: Array
-    score: Array
+def all_rows(images: Array, begin: int = 0) -> Rows:
+    """The rows of a batch (B, C, H, W) before its first segment, numbered from `begin`."""
+    array = namespace(images)
+    placed = {} if array is np else {"device": images.device}
+    return Rows(array.arange(begin, begin + len(images), **placed), images)
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,36 @@ class Answers:
         """The class answered, (B,)."""
         return self.logits.argmax(-1)
 
+    def select(self, rows: Any) -> Answers:
+        """Some of the answers: indices or a slice."""
+        return Answers(self.logits[rows], self.exit_index[rows], self.score[rows])
+
+
+@dataclass
+class Exited:
+    """Rows that exited together: their numbers in the batch (R,), answer (R, K), score (R,)."""
+
+    index: Array
+    answer: Array
+    score: Array
+
+    def answers(self, exit_index: int) -> Answers:
+        """What they were answered at the exit `exit_index`."""
+        array = namespace(self.index)
+        return Answers(self.answer, array.full_like(self.index, exit_index), self.score)
+
+
+def join(groups: Sequence[tuple[Array, Answers]]) -> tuple[Array, Answers]:
+    """The rows of several groups, each group with their numbers (R,), one after the other."""
+    if len(groups) == 1:
+        return groups[0]
+    join_arrays = namespace(groups[0][0]).concatenate
+    return join_arrays([index for index, _ in groups]), Answers(
+        join_arrays([answers.logits for _, answers in groups]),
+        join_arrays([answers.exit_index for _, answers in groups]),
+        join_arrays([answers.score for _, answers in groups]),
+    )
+
 
 def advance(
     segment: RunSegment, rows: Rows, policy: Policy, exit_index: int
@@ -87,8 +115,10 @@ def advance(
     if exit_index == policy.num_exits - 1:
         return None, Exited(rows.index, answer, score)
     exits = policy.exits(exit_index, score)
-    remaining = indices(~exits)  # waits for the device: the next shapes depend on it
     onward = Rows(rows.index, features, state)
+    if len(exits) == 1:  # one row: its exit is known without indices
+        return (None, Exited(rows.index, answer, score)) if exits else (onward, None)
+    remaining = indices(~exits)  # waits for the device: the next shapes depend on it
     if len(remaining) == len(exits):
         return onward, None
     if len(remaining) == 0:
@@ -105,29 +135,22 @@ def run_segments(
     (B, C, H, W), B at least 1.
     """
     array = namespace(images)
-    count = len(images)
-    placed = {} if array is np else {"device": images.device}
-    rows = Rows(array.arange(count, **placed), images)
-    groups: list[tuple[int, Exited]] = []
+    rows = all_rows(images)
+    everything = rows.index
+    groups: list[tuple[Array, Answers]] = []
     for exit_index, segment in segments:
         remaining, exited = advance(segment, rows, policy, exit_index)
         if exited is not None:
-            groups.append((exit_index, exited))
+            groups.append((exited.index, exited.answers(exit_index)))
         if remaining is None:
             break
         rows = remaining
+    index, answers = join(groups)
     if len(groups) == 1:  # all at one exit, and so in order
-        ((exit_index, group),) = groups
-        return Answers(group.answer, array.full_like(group.index, exit_index), group.score)
-    index = array.concatenate([group.index for _, group in groups])
+        return answers
     order = array.empty_like(index)
-    order[index] = array.arange(count, **placed)
-    exits = [array.full_like(group.index, number) for number, group in groups]
-    return Answers(
-        array.concatenate([group.answer for _, group in groups])[order],
-        array.concatenate(exits)[order],
-        array.concatenate([group.score for _, group in groups])[order],
-    )
+    order[index] = everything
+    return answers.select(order)
 
 
 def infer(
@@ -144,11 +167,21 @@ def infer(
     """
     import torch
 
-    if network.training:
-        raise UserError("the network is in training mode; call network.eval() before inference")
-    policy.check_exits(network.exit_names, "the network")
+    check_network(network, policy)
     with torch.inference_mode(), autocast():
         return run_segments(segments_of(network, policy), images, policy)
+
+
+def check_network(network: MultiExitNetwork, policy: Policy) -> None:
+    """Raises UserError for a network in training mode and for a policy of other exits."""
+    check_eval_mode(network)
+    policy.check_exits(network.exit_names, "the network")
+
+
+def check_eval_mode(network: MultiExitNetwork) -> None:
+    """Raises UserError for a network in training mode."""
+    if network.training:
+        raise UserError("the network is in training mode; call network.eval() before inference")
 
 
 def indices(mask: Array) -> Array:

@@ -1,30 +1,28 @@
-"""Latency: inference with exits beside the plain network, measured in one run.
+"""Latency: inference with exits beside the plain network and static ones, measured in one run.
 
 The measurements are interleaved, so that a machine that slows down slows all of them; medians over
-repeats; after a warm-up; with the device synchronised before the clock is read. Heads, decisions
-and the selection of rows lie inside the timed region.
+repeats; each call after one that is not timed; with the device synchronised before the clock is
+read. Heads, decisions and the selection of rows lie inside the timed region.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from early_exit.inference.infer import Rows, advance, infer
+from early_exit.inference.infer import Array, Rows, RunSegment, advance, all_rows, run_segments
 from early_exit.inference.policy import NEVER, Policy
-from early_exit.inference.segments import Segment, segments_of
-from early_exit.model.features import Features, select_rows
-from early_exit.model.network import MultiExitNetwork, Stage
-from early_exit.system.device import synchronize
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.segments import Segment
+from early_exit.model.features import Features
+from early_exit.model.network import Stage
 
-Autocast = Callable[[], AbstractContextManager]
-Timer = Callable[[Callable[[], object]], float]
-"""Calls a function and returns the seconds it took, the device synchronised."""
+Timer = Callable[..., float]
+"""Makes calls, one after the other, and returns the seconds they took, the device synchronised."""
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,21 @@ class Timing:
     live: BatchSeconds
     """With exits taken."""
     ideal: BatchSeconds
-    """The sum of the segments' own times, heads and criterion included, each at the number of rows
-    that reached it."""
+    """The sum of the segments' own times, called one after the other, heads and criterion included,
+    each at the number of rows that reached it."""
     no_exit_taken: BatchSeconds
     """With all enabled exits computed and none taken."""
-    without_heads: BatchSeconds
+    without_heads: BatchSeconds | None
     """The stages' bodies alone at the number of rows that reached them, without heads, decisions
-    and the selection of rows. BranchyNet's public code adds up these times
-    (`branchynet/net.py` of github.com/kunglab/branchynet)."""
-    stage_seconds: tuple[float, ...]
-    """Each stage's own time with all rows, its head included: medians over batches."""
+    and the selection of rows, in eager torch; None in other runtimes. BranchyNet's public code adds
+    up these times (`branchynet/net.py` of github.com/kunglab/branchynet)."""
+    segment_seconds: tuple[float, ...]
+    """By exit: the time of the segment that ends there with all rows, its head included; 0 for a
+    disabled exit. Medians over batches."""
+    speedup_range: tuple[float, float]
+    """The lowest and the highest speed-up over repeats, of all batches together."""
+    networks: dict[str, BatchSeconds] = field(default_factory=dict)
+    """Static networks, by name."""
 
     @property
     def batches(self) -> float:
@@ -70,9 +73,9 @@ class Timing:
         return self.plain.total / self.live.total
 
     @property
-    def speedup_without_heads(self) -> float:
+    def speedup_without_heads(self) -> float | None:
         """How many times faster than the plain network if heads and decisions were free."""
-        return self.plain.total / self.without_heads.total
+        return self.plain.total / self.without_heads.total if self.without_heads else None
 
     @property
     def fraction_of_ideal(self) -> float:
@@ -86,140 +89,34 @@ class Timing:
         return self.no_exit_taken.total / self.plain.total - 1
 
     @property
-    def stage_shares(self) -> tuple[float, ...]:
-        """Each stage's share of the seconds of all stages."""
-        total = sum(self.stage_seconds)
-        return tuple(seconds / total for seconds in self.stage_seconds)
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds of each stage by the number of rows, and of the plain network."""
-
-    batch_size: int
-    sizes: tuple[int, ...]
-    """Numbers of rows, up to the batch size."""
-    seconds: tuple[tuple[float, ...], ...]
-    """(stages, sizes), head and decision included."""
-    without_head: tuple[tuple[float, ...], ...]
-    """(stages, sizes), with the exit disabled."""
-    plain: float
-    """Of a whole batch."""
-    others: dict[str, float] = field(default_factory=dict)
-    """Of a whole batch by other networks, measured in turns with the plain one."""
-
-    def of(self, enabled: Sequence[bool], shares: np.ndarray) -> np.ndarray:
-        """Seconds (P,) of a batch: the sum of every stage's time at the mean number of rows that
-        reach it.
-
-        enabled: of the early exits; shares: (P, exits) of the batch that exit at each exit.
-        """
-        exited_before = np.cumsum(shares, axis=1) - shares
-        total = np.zeros(len(shares))
-        times = zip((*enabled, True), self.seconds, self.without_head, strict=True)
-        for reach, (is_enabled, with_head, without) in zip(
-            (1 - exited_before).T, times, strict=True
-        ):
-            seconds = with_head if is_enabled else without
-            rows = (self.batch_size * reach).clip(0)
-            total += np.interp(rows, (0, *self.sizes), (0.0, *seconds))
-        return total
-
-
-@torch.inference_mode()
-def stage_times(
-    network: MultiExitNetwork,
-    images: Tensor,
-    criterion: str,
-    *,
-    autocast: Autocast,
-    others: Mapping[str, nn.Module] | None = None,
-    repeats: int = 21,
-    seconds: float = 15.0,
-) -> StageTimes:
-    """Measures each stage, with its exit enabled and disabled, on 1, 2, 4, ... rows of a batch, and
-    the plain network and the `others` on the whole batch.
-
-    images: the batch (B, C, H, W). Medians of `repeats`, or of as many as about `seconds` allow and
-    at least three.
-    """
-    network.eval()
-    others = others or {}
-    batch_size = len(images)
-    sizes = sorted({*(2**power for power in range(batch_size.bit_length())), batch_size})
-    policy = Policy(
-        exit_names=network.exit_names,
-        thresholds=(NEVER,) * (network.num_exits - 1),
-        criterion=criterion,
-    )
-    timer = _timer(images.device)
-
-    def measure_enabled(index: int, features: Features) -> float:
-        segment = Segment((network.stages[index],), criterion)
-        rows = Rows(torch.arange(_count(features), device=images.device), features)
-        return timer(lambda: advance(segment, rows, policy, index))
-
-    def measure_disabled(index: int, features: Features) -> float:
-        if index == network.num_exits - 1:  # the final exit cannot be disabled
-            return measure_enabled(index, features)
-        return timer(lambda: network.stages[index](features, with_logits=False))
-
-    wholes: list[list[float]] = []
-    enabled: list[list[list[float]]] = []
-    disabled: list[list[list[float]]] = []
-    with autocast():
-        inputs = all_stage_inputs(network, images)
-        began = time.perf_counter()
-        for turn in range(2 + repeats):  # the first two are the warm-up
-            if turn >= 5 and time.perf_counter() - began > seconds:
-                break
-            networks = (network.backbone, *others.values())
-            wholes.append([timer(partial(net, images)) for net in networks])
-            for measure_stage, samples in (
-                (measure_enabled, enabled),
-                (measure_disabled, disabled),
-            ):
-                samples.append(
-                    [
-                        [measure_stage(index, select_rows(rows, slice(size))) for size in sizes]
-                        for index, rows in enumerate(inputs)
-                    ]
-                )
-    plain, *rest = np.median(wholes[2:], axis=0).tolist()
-    return StageTimes(
-        batch_size,
-        tuple(sizes),
-        tuple(map(tuple, np.median(enabled[2:], axis=0).tolist())),
-        tuple(map(tuple, np.median(disabled[2:], axis=0).tolist())),
-        plain,
-        dict(zip(others, rest, strict=True)),
-    )
-
-
-def all_stage_inputs(network: MultiExitNetwork, images: Tensor) -> list[Features]:
-    """The features that each stage takes if no row exits."""
-    inputs: list[Features] = [images]
-    for stage in network.stages[:-1]:
-        features, _ = stage(inputs[-1], with_logits=False)
-        inputs.append(features)
-    return inputs
+    def segment_shares(self) -> tuple[float, ...]:
+        """Each segment's share of the seconds of all segments."""
+        total = sum(self.segment_seconds)
+        return tuple(seconds / total for seconds in self.segment_seconds)
 
 
 @dataclass(frozen=True)
 class SegmentInput:
-    """What one segment takes in live inference."""
+    """What one segment takes in inference with exits."""
 
-    segment: Segment
+    exit_index: int
+    segment: RunSegment
     rows: Rows
     temperature: float
 
+    def run(self) -> object:
+        """Calls the segment."""
+        return self.segment(self.rows.features, self.temperature, self.rows.state)
 
-def segment_inputs(network: MultiExitNetwork, images: Tensor, policy: Policy) -> list[SegmentInput]:
+
+def segment_inputs(
+    segments: Sequence[tuple[int, RunSegment]], images: Array, policy: Policy
+) -> list[SegmentInput]:
     """What each segment takes under `policy`, up to the last one that any row reaches."""
-    rows = Rows(torch.arange(len(images), device=images.device), images)
+    rows = all_rows(images)
     inputs = []
-    for exit_index, segment in segments_of(network, policy):
-        inputs.append(SegmentInput(segment, rows, policy.temperatures[exit_index]))
+    for exit_index, segment in segments:
+        inputs.append(SegmentInput(exit_index, segment, rows, policy.temperatures[exit_index]))
         remaining, _ = advance(segment, rows, policy, exit_index)
         if remaining is None:
             break
@@ -228,9 +125,12 @@ def segment_inputs(network: MultiExitNetwork, images: Tensor, policy: Policy) ->
 
 
 def stage_inputs(segments: Sequence[SegmentInput]) -> list[tuple[Stage, Features]]:
-    """The stages of the segments, each with the features it takes."""
-    inputs = []
+    """The stages of the segments, each with the features it takes; none in a runtime other than
+    eager torch, whose segments have no stages."""
+    inputs: list[tuple[Stage, Features]] = []
     for item in segments:
+        if not isinstance(item.segment, Segment):
+            return []
         features = item.rows.features
         for stage in item.segment.stages:
             inputs.append((stage, features))
@@ -238,111 +138,114 @@ def stage_inputs(segments: Sequence[SegmentInput]) -> list[tuple[Stage, Features
     return inputs
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one batch, measured once."""
-
-    plain: float
-    live: float
-    ideal: float
-    no_exit_taken: float
-    without_heads: float
-    stages: tuple[float, ...]
+Sample = dict[str, float]
+"""Seconds of one batch, measured once, by what was measured."""
 
 
-@torch.inference_mode()
 def measure(
-    network: MultiExitNetwork,
-    batches: list[Tensor],
+    network: RuntimeNetwork,
+    batches: Sequence[Tensor],
     policy: Policy,
     *,
-    autocast: Autocast,
+    others: Mapping[str, nn.Module] | None = None,
     repeats: int = 5,
     seconds: float = 15.0,
 ) -> Timing:
     """Times the batches, as many of them as about `seconds` allow and at least one.
 
-    batches: tensors (B, 3, H, W), normalised, all of the same size, on the network's device.
+    batches: tensors (B, 3, H, W), normalised, all of the same size, on the network's device;
+    others: static networks, timed in turns with the plain one.
     """
-    network.eval()
-    medians: list[Sample] = []
-    with autocast():
-        measure_batch(network, batches[0], policy, repeats)  # the warm-up
+    samples: list[list[Sample]] = []  # (batches, repeats)
+    network.segments(policy)  # building takes seconds
+    for module in (None, *(others or {}).values()):
+        network.plain(module)
+    with network.runtime.context():
         began = time.perf_counter()
         for images in batches:
-            medians.append(median(measure_batch(network, images, policy, repeats)))
+            samples.append(measure_batch(network, images, policy, others or {}, repeats))
             if time.perf_counter() - began > seconds:
                 break
-    return Timing(
-        batch_size=len(batches[0]),
-        images=len(medians) * len(batches[0]),
-        repeats=repeats,
-        stage_seconds=tuple(np.median([sample.stages for sample in medians], axis=0).tolist()),
-        **{
-            name: batch_seconds([getattr(sample, name) for sample in medians])
-            for name in ("plain", "live", "ideal", "no_exit_taken", "without_heads")
-        },
-    )
+    return summary(samples, len(batches[0]), policy, list(others or ()))
 
 
 def measure_batch(
-    network: MultiExitNetwork, images: Tensor, policy: Policy, repeats: int
+    network: RuntimeNetwork,
+    images: Tensor,
+    policy: Policy,
+    others: Mapping[str, nn.Module],
+    repeats: int,
 ) -> list[Sample]:
     """Times one batch `repeats` times, all quantities in turns."""
-    never = policy.with_threshold(NEVER)
-    segments = segment_inputs(network, images, policy)
-    bodies = stage_inputs(segments)
-    stages = list(zip(network.stages, all_stage_inputs(network, images), strict=True))
-    enabled = [policy.is_enabled(exit_index) for exit_index in range(policy.num_exits)]
-    timer = _timer(images.device)
-    return [
-        Sample(
-            plain=timer(lambda: network.backbone(images)),
-            live=timer(lambda: infer(network, images, policy)),
-            no_exit_taken=timer(lambda: infer(network, images, never)),
-            ideal=sum(timer(partial(_run, item)) for item in segments),
-            without_heads=sum(timer(partial(stage, features, False)) for stage, features in bodies),
-            stages=tuple(
-                timer(partial(stage, features, with_logits))
-                for (stage, features), with_logits in zip(stages, enabled, strict=True)
-            ),
-        )
-        for _ in range(repeats)
-    ]
+    array, never = network.runtime.array(images), policy.with_threshold(NEVER)
+    segments = network.segments(policy)
+    taken = segment_inputs(segments, array, policy)
+    calls: dict[str, Sequence[Callable[[], object]]] = {
+        PLAIN: [partial(network.plain(), array)],
+        "live": [partial(run_segments, segments, array, policy)],
+        "no_exit_taken": [partial(run_segments, segments, array, never)],
+        "ideal": [item.run for item in taken],
+    }
+    if bodies := stage_inputs(taken):
+        calls["without_heads"] = [partial(stage, features, False) for stage, features in bodies]
+    for item in segment_inputs(segments, array, never):
+        calls[f"segment {item.exit_index}"] = [item.run]
+    for name, module in others.items():
+        calls[f"network {name}"] = [partial(network.plain(module), array)]
+    timer = make_timer(network)
+    return [{name: timer(*parts) for name, parts in calls.items()} for _ in range(repeats)]
 
 
-def median(samples: Sequence[Sample]) -> Sample:
-    """The median of each quantity."""
-    return Sample(
-        **{
-            item.name: np.median(
-                [getattr(sample, item.name) for sample in samples], axis=0
-            ).tolist()
-            for item in fields(Sample)
-        }
+def summary(
+    samples: Sequence[Sequence[Sample]], batch_size: int, policy: Policy, others: Sequence[str]
+) -> Timing:
+    """The timing that samples (batches, repeats) give."""
+
+    def values(name: str) -> np.ndarray:
+        return np.array([[sample[name] for sample in turns] for turns in samples])
+
+    def seconds(name: str) -> BatchSeconds:
+        medians = np.median(values(name), axis=1)
+        p50, p95 = np.percentile(medians, [50, 95]).tolist()
+        return BatchSeconds(p50, p95, float(medians.sum()))
+
+    first = samples[0][0]
+    ratios = values(PLAIN).sum(axis=0) / values("live").sum(axis=0)  # of each repeat
+    return Timing(
+        batch_size=batch_size,
+        images=len(samples) * batch_size,
+        repeats=len(samples[0]),
+        plain=seconds(PLAIN),
+        live=seconds("live"),
+        ideal=seconds("ideal"),
+        no_exit_taken=seconds("no_exit_taken"),
+        without_heads=seconds("without_heads") if "without_heads" in first else None,
+        segment_seconds=tuple(
+            float(np.median(np.median(values(f"segment {index}"), axis=1)))
+            if f"segment {index}" in first
+            else 0.0
+            for index in range(policy.num_exits)
+        ),
+        speedup_range=(float(ratios.min()), float(ratios.max())),
+        networks={name: seconds(f"network {name}") for name in others},
     )
 
 
-def batch_seconds(values: Sequence[float]) -> BatchSeconds:
-    """The quantiles and the sum of the seconds of several batches."""
-    p50, p95 = np.percentile(values, [50, 95]).tolist()
-    return BatchSeconds(p50, p95, float(sum(values)))
+def make_timer(network: RuntimeNetwork) -> Timer:
+    """The timer of a runtime. It makes all calls once before it times them one by one: what was
+    timed in between has filled the caches, and the threads of another network's pool were asleep.
+    That alone made a ResNet-56 with exits a quarter slower at batch 1."""
 
-
-def _run(item: SegmentInput) -> object:
-    return item.segment(item.rows.features, item.temperature, item.rows.state)
-
-
-def _count(features: Features) -> int:
-    return len(features[0]) if isinstance(features, tuple) else len(features)
-
-
-def _timer(device: torch.device) -> Timer:
-    def timed(call: Callable[[], object]) -> float:
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        return time.perf_counter() - began
+    def timed(*calls: Callable[[], object]) -> float:
+        for call in calls:
+            call()
+        network.runtime.synchronize()
+        seconds = 0.0
+        for call in calls:
+            began = time.perf_counter()
+            call()
+            network.runtime.synchronize()
+            seconds += time.perf_counter() - began
+        return seconds
 
     return timed

@@ -6,6 +6,7 @@ the criterion, so a disabled exit costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,13 @@ class Segment:
     """At least one; the last has the head that is computed, or is the final stage."""
     criterion: str
     """Name of the criterion."""
+    is_first: bool = False
+    """Whether it takes images."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends at the final exit, where the features are the logits."""
+        return self.stages[-1].head is None
 
     def __call__(
         self, features: Features, temperature: float, state: Tensor | None = None
@@ -43,13 +51,22 @@ class Segment:
         return features, logits, answer, score, state
 
 
+def spans(enabled: Sequence[bool]) -> list[tuple[int, int]]:
+    """The segments under these enabled early exits, each as the indices of its first and its last
+    stage; the latter is the index of the exit it ends at."""
+    ends = [index for index, flag in enumerate((*enabled, True)) if flag]
+    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+
+
+def segment_of(network: MultiExitNetwork, first: int, last: int, criterion: str) -> Segment:
+    """The segment from stage `first` to stage `last`."""
+    return Segment(tuple(network.stages[first : last + 1]), criterion, is_first=first == 0)
+
+
 def segments_of(network: MultiExitNetwork, policy: Policy) -> list[tuple[int, Segment]]:
     """The segments of a network under a policy's enabled exits, each with the index of the exit it
     ends at."""
-    segments, stages = [], []
-    for exit_index, stage in enumerate(network.stages):
-        stages.append(stage)
-        if policy.is_enabled(exit_index):
-            segments.append((exit_index, Segment(tuple(stages), policy.criterion)))
-            stages = []
-    return segments
+    return [
+        (last, segment_of(network, first, last, policy.criterion))
+        for first, last in spans(policy.enabled)
+    ]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from early_exit.model.cost import Cost, count_params, cumulative_cost, stages_on_meta
+from early_exit.model.cost import count_params, stages_on_meta
 from early_exit.model.features import Features
+from early_exit.model.macs import Cost, cumulative_cost
 from early_exit.model.network import MultiExitNetwork
 
 # Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9.

@@ -5,6 +5,7 @@ Needs no torch: it works on torch and numpy arrays alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -22,6 +23,21 @@ def select_rows(features: Any, rows: Any) -> Any:
     if isinstance(features, tuple):
         return tuple(part[rows] for part in features)
     return features[rows]  # indexing keeps channels_last, index_select does not
+
+
+def num_rows(features: Any) -> int:
+    """The number of rows."""
+    return len(features[0] if isinstance(features, tuple) else features)
+
+
+def concatenate(parts: Sequence[Any], join: Callable[[list[Any]], Any]) -> Any:
+    """The rows of several features one after the other; of tuples, in every tensor.
+
+    join: concatenates tensors along the rows. In torch the memory format is kept.
+    """
+    if isinstance(parts[0], tuple):
+        return tuple(join(list(tensors)) for tensors in zip(*parts, strict=True))
+    return join(list(parts))
 
 
 def shape_of(features: Any) -> Any:

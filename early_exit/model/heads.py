@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from early_exit.errors import UserError
+from early_exit.model.pooling import AdaptiveMaxPool, average_pool, has_equal_cells, max_pool
 
 MAX_WEIGHTS = 100_000  # of a linear layer on pooled features, unless the grid is 1x1
 
@@ -44,20 +45,45 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
+        # a difference of squares loses precision
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         fine, middle, coarse = self.grids
-        average = nn.functional.adaptive_avg_pool2d(features, fine)
-        largest = nn.functional.adaptive_max_pool2d(features, middle)
-        pooled = [average, largest, deviation(features, coarse)]  # (B, C, grid, grid) each
+        averages = average_pool(features, fine)
+        nested = has_equal_cells(features, fine)  # then coarse averages are averages of fine ones
+        deviations = deviation(features, coarse, averages if nested else None)
+        pooled = [averages, max_pool(features, middle), deviations]  # (B, C, grid, grid) each
         return self.linear(self.norm(torch.cat([part.flatten(1) for part in pooled], dim=1)))
 
 
-def deviation(features: Tensor, grid: int) -> Tensor:
-    """The standard deviation in each cell of a grid: (B, C, H, W) to (B, C, grid, grid)."""
-    features = features.float()  # a difference of squares loses precision
-    average = nn.functional.adaptive_avg_pool2d(features, grid)
-    squares = nn.functional.adaptive_avg_pool2d(features.square(), grid)
+def deviation(features: Tensor, grid: int, averages: Tensor | None = None) -> Tensor:
+    """The standard deviation in each cell of a grid: (B, C, H, W) to (B, C, grid, grid).
+
+    averages: the features pooled to a finer grid whose cells are parts, of equal size, of these;
+    default: the features.
+    """
+    average = average_pool(features if averages is None else averages, grid)
+    squares = average_pool(features * features, grid)
     # the small constant keeps the gradient finite in a cell of equal values
-    return ((squares - average.square()).clamp_min(0) + 1e-5).sqrt()
+    return ((squares - average * average).clamp_min(0) + 1e-5).sqrt()
+
+
+class PooledHead(nn.Module):
+    """A linear classifier on averages and maxima of every channel on a grid of at most 4x4.
+
+    Cheaper than `LinearHead`: it reads the features twice instead of four times, writes no copy of
+    them, and exports to a third of the operations.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.grid = finest_grid(2 * channels, num_classes, finest=4)
+        width = 2 * channels * self.grid**2
+        self.norm = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        pooled = [average_pool(features, self.grid), max_pool(features, self.grid)]
+        return self.linear(self.norm(torch.cat(pooled, dim=1).flatten(1)))  # (B, 2 C, grid, grid)
 
 
 class ConvHead(nn.Sequential):
@@ -113,8 +139,8 @@ class MixedPoolHead(nn.Module):
         self.linear = nn.Linear(channels * self.grid**2, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        largest = nn.functional.adaptive_max_pool2d(features, self.grid)
-        average = nn.functional.adaptive_avg_pool2d(features, self.grid)
+        largest = max_pool(features, self.grid)
+        average = average_pool(features, self.grid)
         pooled = self.mix * largest + (1 - self.mix) * average  # (B, C, grid, grid)
         return self.linear(pooled.flatten(1))
 
@@ -136,7 +162,7 @@ class BranchHead(nn.Sequential):
             layers += [nn.Conv2d(width if number else channels, width, 3, padding=1), nn.ReLU()]
         super().__init__(
             *layers,
-            nn.AdaptiveMaxPool2d(grid),
+            AdaptiveMaxPool(grid),
             nn.Flatten(),
             nn.Linear(width * grid**2, num_classes),
         )
@@ -169,6 +195,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvHead,
     "separable": SeparableHead,
     "linear": LinearHead,
+    "pooled": PooledHead,
     "mixed_pool": MixedPoolHead,
     "branch1": partial(BranchHead, convs=1),
     "branch2": partial(BranchHead, convs=2),
@@ -179,7 +206,7 @@ the side of the maps. Add yours to the dictionary under a new key.
 
 If the features are a tuple of tensors, a head reads the last, by convention the coarsest, unless
 its class has an attribute `reads` with another index."""
-POOLED = ("linear", "mixed_pool", "branch1", "branch2", "branch3")
+POOLED = ("linear", "pooled", "mixed_pool", "branch1", "branch2", "branch3")
 """The heads that pool to a grid."""
 
 HeadKind = str | Callable[[Any, int], nn.Module]

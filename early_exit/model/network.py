@@ -113,15 +113,6 @@ class MultiExitNetwork(nn.Module):
             logits.append(exit_logits)
         return logits
 
-    def compile_stages(self) -> None:
-        """Compiles every stage on its own, for any number of rows; no parameter is renamed."""
-        # All stages share one code object and so one limit on graphs. Each needs about three (one
-        # row, a few, many); past the limit they would silently run uncompiled.
-        limit = max(torch.compiler.config.recompile_limit, 8 * len(self.stages))
-        torch.compiler.config.recompile_limit = limit
-        for stage in self.stages:
-            stage.compile(dynamic=True)
-
 
 def run_units(units: Mapping[str, nn.Module], images: Features) -> list[Features]:
     """The features after each unit. Raises UserError for a unit that cannot take its input."""

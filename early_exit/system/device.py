@@ -17,7 +17,13 @@ from early_exit.errors import UserError
 from early_exit.system.torchrun import local_rank, world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}  # as reports name them
+PRECISIONS = {  # as reports name them
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "off": "float32",
+    "f32": "float32",
+    "int8": "8-bit integers",
+}
 
 
 class MachineSettings(Protocol):

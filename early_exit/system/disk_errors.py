@@ -59,8 +59,9 @@ def written_by_library(error: BaseException) -> OSError | None:
 def is_writable(path: Path) -> bool:
     """Whether a directory can be made or written at `path`, found out without trying to."""
     path = path.absolute()
+    above = next(place for place in path.parents if os.path.exists(place))
     try:
-        os.lstat(path.parent / f".{path.name}.partial.{'0' * 8}")  # as it is while it is written
+        os.lstat(above / f".{path.name}.partial.{'0' * 8}")  # as it is while it is written
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ):
             return False

@@ -120,9 +120,48 @@ def load_backbone(path: Path, own: Mapping[str, Tensor]) -> tuple[Weights, dict[
     return find_weights(content, own, path), {}
 
 
-def load_backbone_into(network: MultiExitNetwork, path: Path) -> dict[str, Any]:
-    """Loads a plain network's weights into the backbone; returns the rest of the checkpoint."""
-    weights, meta = load_backbone(path, network.backbone.state_dict())
+def classifier_of_other_classes(
+    network: MultiExitNetwork, weights: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of the classifier's weights if they are of another number of classes than the
+    network's and otherwise of the same shape; else none."""
+    *_, classifier = network.units.values()
+    ours = {id(parameter) for parameter in classifier.parameters()}
+    found = []
+    for name, parameter in network.backbone.named_parameters():
+        theirs = weights.get(name)
+        if id(parameter) not in ours or theirs is None or theirs.shape == parameter.shape:
+            continue
+        if len(parameter) != network.num_classes or theirs.shape[1:] != parameter.shape[1:]:
+            return []
+        found.append(name)
+    return found
+
+
+def load_backbone_into(
+    network: MultiExitNetwork, path: Path, new_classifier: bool = False, advice: str = ""
+) -> dict[str, Any]:
+    """Loads a plain network's weights into the backbone; returns the rest of the checkpoint.
+
+    new_classifier: whether a classifier for another number of classes is left out, so that the
+    network keeps its own, untrained one. Otherwise it raises UserError; advice: what to do then.
+    """
+    own = network.backbone.state_dict()
+    weights, meta = load_backbone(path, own)
+    if other := classifier_of_other_classes(network, weights):
+        count = len(weights[other[0]])
+        if not new_classifier:
+            raise UserError(
+                f"{path} has a classifier of {count} classes, the data have {network.num_classes}"
+                f"{advice}"
+            )
+        log.info(
+            "%s: its classifier of %d classes is replaced by an untrained one of %d classes",
+            path,
+            count,
+            network.num_classes,
+        )
+        weights = {**weights, **{name: own[name] for name in other}}
     owner = f"the plain network of {network.num_classes} classes"
     load_into(network.backbone, weights, path, owner)
     check_finite(network.backbone, path)

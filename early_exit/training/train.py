@@ -187,7 +187,10 @@ def to_device(run: Run, saved: dict[str, Any] | None) -> None:
     """
     config, meta = run.config, saved or {}
     if not saved and config.model.backbone:
-        meta = checkpoint.load_backbone_into(run.network, Path(config.model.backbone))
+        trains_backbone = not run.phases[-1].backbone_frozen
+        path = Path(config.model.backbone)
+        advice = "; --regime mixed trains a new one, the other regimes keep the file's"
+        meta = checkpoint.load_backbone_into(run.network, path, trains_backbone, advice)
         if meta.get("unseen_val") != run.data.val_hash:
             run.unseen_val = None
     normalised = run.data.normalised_by(meta.get("normalisation"))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.choosing import cdl
-from early_exit.choosing.goals import ConditionalDeepLearning, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import ConditionalDeepLearning
 from early_exit.choosing.record import Scores
 from early_exit.config import Config, build
 from early_exit.inference.policy import Policy

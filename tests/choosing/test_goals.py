@@ -1,15 +1,15 @@
-"""Goals: what they refuse, what they are called, and that the choice is what the curve says."""
+"""Goals: what they refuse, and what they are called."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 from helpers import assert_names, refusal
 
-from early_exit.choosing.curve import for_budget, for_latency, for_max_drop, shared_curve
+from early_exit.choosing.choice import (
+    choose,
+)
 from early_exit.choosing.goals import (
-    CURVE_POINTS,
     Budget,
     ConditionalDeepLearning,
     FixedPolicy,
@@ -18,31 +18,15 @@ from early_exit.choosing.goals import (
     LatencyBudget,
     MaxDrop,
     Risk,
-    calibrated,
     check_given,
-    choose,
-    fit_and_certify,
-    thinned,
+    timed_batch,
 )
-from early_exit.choosing.outcome import apply_policy
-from early_exit.choosing.record import score_record
-from early_exit.choosing.search import cheapest, exits_that_pay
 from early_exit.errors import UserError
-from early_exit.inference.criteria import CRITERIA, declare, max_prob
-from early_exit.inference.latency import StageTimes
+from early_exit.inference.criteria import CRITERIA
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost
 
 COST = Cost(("stem", "layer1", "layer2", "final"), (10, 30, 30, 30), (1, 12, 1, 0), 0, (0,) * 4)
-TIMES = StageTimes(
-    batch_size=1,
-    sizes=(1,),
-    seconds=((0.2,), (0.3,), (0.3,), (0.2,)),
-    without_head=((0.1,), (0.2,), (0.2,), (0.2,)),
-    plain=0.7,
-)
-
-
 NAMES = ("a", "b", "c", "final")
 
 
@@ -59,6 +43,8 @@ class TestRefusals:
             (MaxDrop, {"drop": -0.01}, ["--max-drop", "-1"]),
             (MaxDrop, {"drop": 1.5}, ["--max-drop", "150"]),
             (MaxDrop, {"drop": math.nan}, ["--max-drop", "nan"]),
+            (MaxDrop, {"drop": 0.1, "minimise": "joules"}, ["--minimise", "'joules'", "seconds"]),
+            (MaxDrop, {"drop": 0.1, "batch_size": 0}, ["--latency-batch", "0"]),
             (Budget, {"share": 0.0}, ["--budget", "0"]),
             (Budget, {"share": -0.5}, ["--budget", "-50"]),
             (Budget, {"share": math.nan}, ["--budget", "nan"]),
@@ -195,15 +181,18 @@ class TestRefusals:
         with pytest.raises(TypeError, match="Goal"):
             choose(val, Goal(), COST)
 
-    def test_a_latency_budget_without_times_is_a_mistake_of_the_caller(self, val):
+    @pytest.mark.parametrize("goal", [LatencyBudget(0.5), MaxDrop(0.01, minimise="seconds")])
+    def test_seconds_without_times_are_a_mistake_of_the_caller(self, val, goal):
         with pytest.raises(ValueError, match="times"):
-            choose(val, LatencyBudget(0.5), COST)
+            choose(val, goal, COST)
 
 
 @pytest.mark.parametrize(
     ("goal", "name"),
     [
         (MaxDrop(0.005), "max drop 0.5 points"),
+        (MaxDrop(0.005, minimise="seconds"), "max drop 0.5 points, seconds at batch 1"),
+        (MaxDrop(0.01, batch_size=64), "max drop 1 points"),
         (Budget(0.6), "budget 60 % of MACs"),
         (LatencyBudget(0.003), "latency 3 ms at batch 1"),
         (
@@ -220,98 +209,17 @@ def test_names_of_goals_stay(goal, name):
     assert str(goal) == name
 
 
-class TestChoice:
-    def scored(self, val, goal):
-        return score_record(val, calibrated(val, goal))
-
-    @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "patience"])
-    @pytest.mark.parametrize("drop", [0.0, 0.02])
-    def test_max_drop(self, val, criterion, drop):
-        goal = MaxDrop(drop, criterion=criterion)
-        policy = choose(val, goal, COST)
-        scored, enabled = self.scored(val, goal), (True,) * 3
-        if criterion != "patience":
-            needed = scored.correct[:, -1].mean() - drop
-            enabled = exits_that_pay(scored, COST.mean_macs, cheapest(needed))
-        assert policy.enabled == enabled
-        threshold = for_max_drop(shared_curve(scored, enabled, COST.cumulative(enabled)), drop)
-        assert policy.thresholds == (threshold,) * 3
-        assert policy.temperatures == calibrated(val, goal).temperatures
-        outcome = apply_policy(policy, val, COST)
-        assert outcome.point.accuracy >= outcome.final_accuracy - drop - 1e-9
-
-    def test_budget(self, val):
-        policy = choose(val, Budget(0.7), COST)
-        scored = self.scored(val, Budget(0.7))
-        curve = shared_curve(scored, policy.enabled, COST.cumulative(policy.enabled))
-        assert policy.thresholds == (for_budget(curve, 70),) * 3
-        assert apply_policy(policy, val, COST).point.macs_share <= 0.7 + 1e-9
-
-    @pytest.mark.parametrize("goal", [LatencyBudget(0.5), LatencyBudget(0.8, of_plain=True)])
-    def test_latency_budget(self, val, goal):
-        policy = choose(val, goal, COST, TIMES)
-        curve = shared_curve(
-            self.scored(val, goal), policy.enabled, COST.cumulative(policy.enabled)
-        )
-        limit = 0.5 if not goal.of_plain else 0.8 * 0.7
-        seconds = TIMES.of(policy.enabled, curve.shares)
-        assert policy.thresholds == (for_latency(curve, seconds, limit),) * 3
-        shares = np.array([apply_policy(policy, val, COST).exit_shares])
-        assert TIMES.of(policy.enabled, shares)[0] <= limit + 1e-9
-
-    def test_thresholds_are_taken_as_given(self, val):
-        assert choose(val, FixedThresholds((0.7,)), COST).thresholds == (0.7,) * 3
-        given = (0.7, 0.8, 0.9)
-        policy = choose(val, FixedThresholds(given), COST)
-        assert policy.thresholds == given and policy.enabled == (True,) * 3
-
-    def test_without_calibration_temperatures_are_one(self, val):
-        assert choose(val, Budget(0.7, calibrate=False), COST).temperatures == (1.0,) * 4
-        assert 1.0 not in choose(val, Budget(0.7), COST).temperatures
-
-    def test_a_policy_is_taken_whole_without_its_guarantee(self, val):
-        policy = Policy(
-            exit_names=val.info.exit_names,
-            thresholds=(-0.4, -1.5, NEVER),
-            criterion="entropy",
-            temperatures=(2.0, 1.5, 1.0, 1.0),
-            enabled=(True, False, True),
-            guarantee={"risk": 0.1},
-        )
-        assert choose(val, FixedPolicy(policy), COST) == dataclasses.replace(policy, guarantee=None)
-
-    @pytest.mark.parametrize("confidence", [0.9, None])
-    def test_a_risk_is_certified_on_other_images_than_the_fitted(self, val, confidence):
-        fit, certify = fit_and_certify(val)
-        assert len(fit) == 200 and sorted([*fit, *certify]) == list(range(1000))
-        policy = choose(val, Risk(0.05, confidence=confidence), COST)
-        assert (
-            policy.temperatures == calibrated(val.subset(fit, "val", ""), Risk(0.05)).temperatures
-        )
-        guarantee = policy.guarantee
-        assert (guarantee["images"], guarantee["risk"]) == (800, 0.05)
-        outcome = apply_policy(policy, val.subset(certify, "val", ""), COST)
-        lost = outcome.scored.correct[:, -1] & ~outcome.correct
-        assert guarantee["losses"] == lost.sum() <= 0.05 * 800
-        assert val.info.split_hash in guarantee["data"]
-
-
-def test_a_thinned_curve_is_even_in_macs_and_has_both_ends(val):
-    scored = score_record(val, calibrated(val, MaxDrop(0.0)))
-    curve = shared_curve(scored, (True,) * 3, COST.cumulative())
-    points = thinned(curve)
-    assert len(points) <= CURVE_POINTS < len(curve.macs)
-    assert (points[0], points[-1]) == (0, len(curve.macs) - 1)
-    step = (curve.macs[0] - curve.macs[-1]) / (CURVE_POINTS - 1)
-    # a point is at most half a step and half the gap between two outcomes from where it should be
-    widest = np.diff(-curve.macs).max()
-    assert np.diff(-curve.macs[points]).max() <= step + widest + 1e-9
-
-
-def test_no_exit_is_disabled_under_a_criterion_that_needs_several(val, monkeypatch):
-    needs_three = declare(min_early_exits=3)(lambda logits, state: max_prob(logits))
-    monkeypatch.setitem(CRITERIA, "needs_three", needs_three)
-    head_macs = (10**6, 10**6, 10**6, 0)  # no head pays
-    expensive = dataclasses.replace(COST, head_macs=head_macs)
-    assert not all(choose(val, MaxDrop(0.0), expensive).enabled)
-    assert all(choose(val, MaxDrop(0.0, criterion="needs_three"), expensive).enabled)
+@pytest.mark.parametrize(
+    ("goal", "batch_size"),
+    [
+        (MaxDrop(0.01), None),
+        (MaxDrop(0.01, batch_size=64), None),
+        (MaxDrop(0.01, minimise="seconds"), 1),
+        (MaxDrop(0.01, minimise="seconds", batch_size=64), 64),
+        (LatencyBudget(0.01, batch_size=8), 8),
+        (Budget(0.5), None),
+        (FixedThresholds((0.5,)), None),
+    ],
+)
+def test_which_goals_count_seconds(goal, batch_size):
+    assert timed_batch(goal) == batch_size

@@ -10,7 +10,8 @@ from helpers import refusal, replay
 from hypothesis import given
 from hypothesis import strategies as st
 
-from early_exit.choosing.goals import Risk, candidates, choose, fit_and_certify
+from early_exit.choosing.choice import candidates, choose, fit_and_certify
+from early_exit.choosing.goals import Risk
 from early_exit.choosing.guarantees import (
     LOSSES,
     Guarantee,

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, refusal, replay
+from helpers import assert_close, in_torch, refusal, replay, replayed_live
 
 from early_exit.choosing import record as records
-from early_exit.choosing.goals import MaxDrop, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import MaxDrop
 from early_exit.choosing.outcome import disagreements
 from early_exit.choosing.record import ExitRecord, record, score_record
 from early_exit.errors import Unavailable
@@ -328,12 +329,12 @@ def test_a_subset_of_a_mapped_record_is_not_copied(stored, tmp_path, monkeypatch
     assert torch.equal(some.exit_logits(1), expected.exit_logits(1))
     fewer = some.subset(np.array([5, 600, 7]), "test", "three")
     assert torch.equal(fewer.exit_logits(0), torch.from_numpy(stored.logits[again, 0]))
-    wrong = (replay(some, policy).answers + 1) % 4
-    exit_index = replay(some, policy).exit_index
+    right = replayed_live(some, policy)
+    wrong = dataclasses.replace(right, answers=(right.answers + 1) % 4)
     for either in (some, expected):
-        differs, unexplained = disagreements(either, policy, wrong, exit_index)
-        assert differs.all()
-        assert unexplained.sum() == disagreements(expected, policy, wrong, exit_index)[1].sum()
+        found = disagreements(either, policy, wrong)
+        assert found.differs.all()
+        assert found.unexplained.sum() == disagreements(expected, policy, wrong).unexplained.sum()
 
 
 def anonymous_memory() -> int:
@@ -388,76 +389,62 @@ def test_more_images_than_announced_are_refused(tiny_net, images, targets, hand)
         record(tiny_net, batches_of(images[:8], targets[:8], 4), 7, hand.info, CPU, torch.no_grad)
 
 
-def test_replay_disagrees_with_itself_nowhere(hand):
-    policy = policy_for(hand)
-    replayed = replay(hand, policy)
-    differs, unexplained = disagreements(hand, policy, replayed.answers, replayed.exit_index)
-    assert not differs.any()
-    assert not unexplained.any()
-
-
-@pytest.mark.parametrize("kind", ["answers", "exit_index"])
-def test_planted_mistakes_are_found_and_not_explained(hand, kind):
-    policy = policy_for(hand)
-    found = replay(hand, policy)
-    live = {"answers": found.answers.copy(), "exit_index": found.exit_index.copy()}
-    live[kind][[0, 2]] = [1, 1]
-    differs, unexplained = disagreements(hand, policy, **live)
-    assert differs.tolist() == [True, False, True, False]
-    assert unexplained.tolist() == [True, False, True, False]
-
-
-def test_an_image_at_the_threshold_may_exit_or_remain(make_record):
-    stored = make_record([[odds(0.8), odds(0.9)], [odds(0.8001), odds(0.9)]], [0, 0])
-    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.8 - 1e-6,))
-    assert replay(stored, policy).exit_index.tolist() == [0, 0]
-    differs, unexplained = disagreements(stored, policy, np.array([0, 0]), np.array([1, 1]))
-    assert differs.tolist() == [True, True]
-    assert unexplained.tolist() == [False, True]  # 1e-6 is rounding, 1e-4 is not
-
-
-def test_a_tie_may_be_answered_either_way(make_record):
-    tie, clear = [0.5, 0.5 - 1e-6], [0.5, 0.5 - 1e-3]
-    stored = make_record([[tie, tie], [clear, clear]], [0, 0])
-    policy = Policy(exit_names=stored.info.exit_names, thresholds=(NEVER,))
-    differs, unexplained = disagreements(stored, policy, np.array([1, 1]), np.array([1, 1]))
-    assert differs.tolist() == [True, True]
-    assert unexplained.tolist() == [False, True]
-
-
-def test_a_disabled_exit_explains_nothing(make_record):
-    tie = [0.0, 0.0]
-    stored = make_record([[tie, odds(0.9), odds(0.9)]], [0])
-    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.5, 0.5), enabled=(False, True))
-    _, unexplained = disagreements(stored, policy, np.array([1]), np.array([1]))
-    assert unexplained.tolist() == [True]
-
-
-def test_an_exit_that_was_not_reached_explains_nothing(make_record):
-    stored = make_record([[odds(0.9), [0.0, 0.0], odds(0.9)]], [0])
-    policy = Policy(exit_names=stored.info.exit_names, thresholds=(0.7, 0.5))
-    _, unexplained = disagreements(stored, policy, np.array([1]), np.array([0]))
-    assert unexplained.tolist() == [True]
-
-
-def test_a_count_is_exact_so_rounding_explains_no_exit_of_patience(make_record):
-    # every exit clearly answers class 0: the count is 1 at the second exit, where it exits
-    stored = make_record([[odds(0.9)] * 4], [0])
-    policy = Policy(
-        exit_names=stored.info.exit_names, thresholds=(1.0, 1.0, 1.0), criterion="patience"
-    )
-    assert replay(stored, policy).exit_index.tolist() == [1]
-    differs, unexplained = disagreements(stored, policy, np.array([0]), np.array([3]))
-    assert differs.tolist() == [True]
-    assert unexplained.tolist() == [True]
-
-
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_logits_that_are_not_finite_are_refused(tiny_net, images, targets, hand, bad):
     with torch.no_grad():
         list(tiny_net.heads["layer1"].parameters())[-1].fill_(bad)
     batches = batches_of(images[:60], targets[:60], 20)
-    info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
+    info = dataclasses.replace(hand.info, exit_names=tiny_net.exit_names, precision="bf16")
     message = refusal(record, tiny_net, batches, 60, info, torch.device("cpu"), nullcontext)
-    for part in ("layer1", "not finite", "20 of 20", "val", "float32", "--amp off"):
+    for part in ("layer1", "not finite", "20 of 20", "val", "torch", "bf16", "--amp off"):
         assert part in message
+
+
+class TestRuntimes:
+    """A record of a network in a runtime."""
+
+    def recorded(self, network, images, targets, info, batch=100):
+        batches = batches_of(images, targets, batch)
+        return record(network, batches, len(images), info, CPU, nullcontext)
+
+    @pytest.fixture
+    def info(self, hand, tiny_net):
+        return dataclasses.replace(hand.info, exit_names=tiny_net.exit_names)
+
+    def test_in_eager_torch_it_is_that_of_the_network_to_the_last_bit(
+        self, tiny_net, images, targets, info
+    ):
+        some, their = images[:300], targets[:300]
+        expected = self.recorded(tiny_net, some, their, info)
+        found = self.recorded(in_torch(tiny_net, some[:2]), some, their, info)
+        assert np.array_equal(found.logits, expected.logits)
+        assert np.array_equal(found.targets, expected.targets)
+        assert found.info == expected.info
+
+    def test_temperatures_and_criteria_of_no_policy_are_in_it(self, tiny_net, images):
+        with torch.no_grad():
+            expected = tiny_net(images[:5])
+        for ours, theirs in zip(in_torch(tiny_net, images[:2])(images[:5]), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_precision_and_runtime_are_named_if_logits_are_not_finite(
+        self, tiny_net, images, targets, info
+    ):
+        with torch.no_grad():
+            list(tiny_net.heads["layer1"].parameters())[-1].fill_(float("nan"))
+        other = dataclasses.replace(info, runtime="openvino-bf16", precision="bf16")
+        network = in_torch(tiny_net, images[:2])
+        message = refusal(self.recorded, network, images[:20], targets[:20], other)
+        for part in ("openvino-bf16", "precision bf16", "--runtime"):
+            assert part in message
+        exact = dataclasses.replace(info, runtime="onnxruntime", precision="f32")
+        assert "too low" not in refusal(self.recorded, network, images[:20], targets[:20], exact)
+
+    def test_one_of_before_there_were_runtimes_is_of_torch(self, hand, tmp_path):
+        hand.save(tmp_path / "old")
+        path = tmp_path / "old" / "info.json"
+        values = json.loads(path.read_text())
+        del values["runtime"]
+        path.write_text(json.dumps(values))
+        assert ExitRecord.load(tmp_path / "old").info == hand.info
+        assert hand.info.runtime == "torch"

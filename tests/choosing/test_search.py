@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from early_exit.choosing.curve import for_latency, shared_curve
 from early_exit.choosing.record import Scores
-from early_exit.choosing.search import cheap_heads, cheapest, exits_that_pay, most_accurate
+from early_exit.choosing.search import (
+    NOISE,
+    cheap_heads,
+    cheapest,
+    exits_that_pay,
+    most_accurate,
+    shortlist,
+    subset_that_pays,
+)
 
 EARLY = 3
 ALL, NONE = (True,) * EARLY, (False,) * EARLY
@@ -224,3 +232,104 @@ class TestCheapHeads:
         heads = (0.1, 0.1, 0.1, 0)
         # without the first exit, an image costs at least 45.1; with its head at least 20.1
         assert exits_that_pay(scored, partial(pricing, heads=heads), most_accurate(20.1))[0]
+
+
+class TestSubsets:
+    """Every subset of the candidates is tried."""
+
+    def test_it_is_the_best_of_all_but_for_noise(self):
+        for seed in range(20):
+            scored = sample(seed)
+            needed = scored.correct[:, -1].mean() - 0.05
+            for candidates in SUBSETS:
+                allowed = [
+                    enabled
+                    for enabled in SUBSETS
+                    if all(flag or not used for used, flag in zip(enabled, candidates))
+                ]
+                costs = {enabled: lowest_cost(scored, enabled, needed) for enabled in allowed}
+                found = subset_that_pays(scored, pricing, cheapest(needed), candidates)
+                near = [one for one in allowed if costs[one] <= min(costs.values()) * (1 + NOISE)]
+                assert found in near
+                assert sum(found) == min(map(sum, near))
+
+    def test_the_price_is_asked_for_subsets_of_the_candidates_alone(self):
+        """Segments that end at other exits were not measured."""
+        asked = set()
+
+        def noting(enabled, shares):
+            asked.add(tuple(enabled))
+            return pricing(enabled, shares)
+
+        subset_that_pays(sample(0), noting, cheapest(0.9), (True, False, True))
+        assert asked == {(a, False, b) for a in (True, False) for b in (True, False)}
+
+    def test_a_gain_within_noise_enables_no_exit(self):
+        """An exit that all images take at once, and that saves less than the clock can tell."""
+        scored = sample(0)
+
+        def price(saved):
+            return lambda enabled, shares: np.full(len(shares), 100.0 - saved * sum(enabled))
+
+        for saved, expected in ((0.3, NONE), (2.0, ALL)):
+            assert subset_that_pays(scored, price(saved), cheapest(0.0), ALL) == expected
+
+    def test_accuracy_has_no_tolerance(self):
+        for seed in range(20):
+            scored = sample(seed)
+            found = subset_that_pays(scored, pricing, most_accurate(60), ALL)
+            accuracies = {one: best_accuracy(scored, one, 60) for one in SUBSETS}
+            assert accuracies[found] == max(accuracies.values())
+
+
+class TestShortlist:
+    def costs(self, scored, needed, most):
+        """The lowest cost with every subset of `most` exits."""
+        count = scored.scores.shape[1] - 1
+        return {
+            enabled: lowest_of(scored, enabled, needed)
+            for enabled in itertools.product([True, False], repeat=count)
+            if sum(enabled) == most
+        }
+
+    @pytest.mark.parametrize("most", [3, 4, 100])
+    def test_few_exits_are_all_listed(self, most):
+        assert shortlist(sample(0), pricing, cheapest(0.9), most) == ALL
+
+    def test_no_exit(self):
+        assert shortlist(sample(0), pricing, cheapest(0.9), 0) == NONE
+
+    def test_without_one_exit_it_is_the_best(self):
+        for seed in range(30):
+            scored = sample(seed)
+            needed = scored.correct[:, -1].mean() - 0.05
+            costs = self.costs(scored, needed, 2)
+            found = shortlist(scored, pricing, cheapest(needed), 2)
+            assert costs[found] == min(costs.values())
+
+    @pytest.mark.parametrize("most", [1, 2, 3])
+    def test_of_five_the_best_are_found(self, most):
+        rng = np.random.default_rng(most)
+        for _ in range(30):
+            scored, _ = many_exits(rng, 5)
+            needed = scored.correct[:, -1].mean() - 0.05
+            costs = self.costs(scored, needed, most)
+            found = shortlist(scored, even_price, cheapest(needed), most)
+            assert sum(found) == most
+            assert costs[found] <= min(costs.values()) + 1e-9
+
+
+def even_costs(enabled):
+    """Stages that cost 10 each and heads that cost 2."""
+    return np.cumsum(10 + 2 * np.array((*enabled, False)))
+
+
+def even_price(enabled, shares):
+    return shares @ even_costs(enabled)
+
+
+def lowest_of(scored, enabled, needed):
+    """The lowest cost of these exits that is as accurate as needed."""
+    costs = even_costs(enabled) if len(enabled) > EARLY else cost_of(enabled)
+    curve = shared_curve(scored, enabled, costs)
+    return curve.macs[curve.accuracy >= needed - 1e-12].min()

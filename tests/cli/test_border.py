@@ -221,7 +221,7 @@ class TestLastLine:
 )
 def test_streams_that_cannot_be_used_are_one_line(code, redirection, named):
     program = (
-        "import sys; from early_exit.cli import border; border._import = lambda main: main;"
+        "import sys; from early_exit.cli import border; border._import = lambda main, _: main;"
         f" border.run(lambda _: {code}, 'x.py')"
     )
     done = subprocess.run(

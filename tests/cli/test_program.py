@@ -34,7 +34,7 @@ def test_moved_data_is_told_with_the_scripts_own_flags(
     script, arguments, words, monkeypatch, capsys
 ):
     monkeypatch.setattr(program.training, "train", missing)
-    monkeypatch.setattr(program.evaluation, "evaluate", missing)
+    monkeypatch.setattr(program.evaluation, "evaluate_each", missing)
     code, _, err = run_main(script.main, "script", monkeypatch, capsys, *arguments)
     assert code == 2 and err.count("\n") == 1 and "/moved" in err
     named = set(re.findall(r"--[\w-]+", err))
@@ -64,7 +64,8 @@ def test_every_flag_that_a_message_names_is_one_of_a_script():
     parsers = [module.parser() for module in modules]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     known |= {flag for parser in parsers for flag in parser.instead}  # other programs' names
-    known |= {"--nproc-per-node", "--force-reinstall", "--shm-size"}  # torchrun, pip and docker
+    known |= {"--nproc-per-node", "--shm-size"}  # torchrun's and docker's
+    known |= {"--force-reinstall", "--no-deps"}  # pip's
     paths = [
         path
         for name in ("early_exit", "cifar10", "imagenet")

@@ -156,6 +156,12 @@ class TestGoalOf:
             (("--budget", 50), Budget(0.5)),
             (("--budget", 50, "--criterion", "margin"), Budget(0.5, criterion="margin")),
             (("--budget", 50, "--no-calibration"), Budget(0.5, calibrate=False)),
+            (("--minimise", "macs"), MaxDrop(0.005)),
+            (("--minimise", "seconds"), MaxDrop(0.005, "seconds")),
+            (
+                ("--max-drop", 1, "--minimise", "seconds", "--latency-batch", 64),
+                MaxDrop(0.01, "seconds", 64),
+            ),
             (("--latency-budget", "3ms"), LatencyBudget(0.003)),
             (
                 ("--latency-budget", "60%", "--latency-batch", 8),
@@ -193,7 +199,11 @@ class TestGoalOf:
             (("--on-average",), ("--on-average", "--risk")),
             (("--loss", "wrong"), ("--loss", "--risk")),
             (("--budget", 50, "--loss", "wrong"), ("--loss", "--risk")),
-            (("--latency-batch", 4), ("--latency-batch", "--latency-budget")),
+            (("--latency-batch", 4), ("--latency-batch", "--latency-budget", "--minimise")),
+            (("--minimise", "macs", "--latency-batch", 4), ("--latency-batch", "seconds")),
+            (("--minimise", "seconds", "--latency-batch", 0), ("--latency-batch", 0)),
+            (("--budget", 50, "--minimise", "seconds"), ("--minimise", "--budget")),
+            (("--risk", 1, "--minimise", "macs"), ("--minimise", "--risk")),
             (("--epsilon", 0), ("--epsilon", "--delta")),
             (("--risk", 2, "--on-average", "--confidence", 90), ("--on-average", "--confidence")),
             (("--risk", 2, "--confidence", 0), ("--confidence", 0)),
@@ -215,17 +225,24 @@ class TestGoalOf:
 class TestEvaluationOptions:
     def test_defaults(self):
         assert settings.evaluation_options(parsed()) == {
+            "runtimes": (None,),
             "overrides": {},
             "val_from": "train",
             "cut_seed": 0,
             "cuts": 1,
             "name": None,
+            "base": None,
             "out": None,
             "batch_sizes": (1, 256),
             "timing_images": 2000,
             "live": True,
             "draw": True,
         }
+
+    def test_several_runtimes_are_named_after_one_flag_or_several(self):
+        flags = ("--runtime", "torch", "onnxruntime", "--runtime", "openvino-bf16")
+        found = settings.evaluation_options(parsed(*flags))
+        assert found["runtimes"] == ("torch", "onnxruntime", "openvino-bf16")
 
     def test_settings_of_the_machine_override_the_runs(self):
         found = settings.evaluation_options(parsed("--threads", 2, "--no-live", "--no-plots"))
@@ -234,7 +251,7 @@ class TestEvaluationOptions:
 
     def test_a_policy_files_evaluation_is_named_after_it(self):
         found = settings.evaluation_options(parsed("--policy", "here/mine.yaml"))
-        assert found["name"] == "policy-mine"
+        assert (found["name"], found["base"]) == (None, "policy-mine")
         named = settings.evaluation_options(parsed("--policy", "here/mine.yaml", "--name", "x"))
         assert named["name"] == "x"
 

@@ -21,7 +21,6 @@ from helpers import (
     wait_for_file,
 )
 
-from early_exit.data import workers
 from early_exit.errors import UserError
 from early_exit.system.signals import STOPPING
 
@@ -37,17 +36,6 @@ def ignores(pid, signum):
     status = Path(f"/proc/{pid}/status").read_text()
     (mask,) = re.findall(r"^SigIgn:\s*(\w+)$", status, re.MULTILINE)
     return int(mask, 16) >> (signum - 1) & 1 == 1
-
-
-@pytest.mark.parametrize(
-    ("limit", "count"),
-    [("max 100000", 64), ("100000 100000", 1), ("50000 100000", 1), ("250000 100000", 3), ("", 64)],
-)
-def test_processors_are_those_of_the_container(tmp_path, monkeypatch, limit, count):
-    (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(workers, "CPU_LIMIT", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert workers.processors() == count
 
 
 class TestWorkers:

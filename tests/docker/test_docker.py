@@ -74,8 +74,9 @@ class TestTools:
         done = tool("yamllint", "--strict", "-c", ROOT / ".yamllint", tmp_path)
         assert done.returncode and f"({rule})" in done.stdout
 
-    def test_hadolint(self):
-        done = tool("hadolint", DOCKER / "Dockerfile")
+    @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.deploy"])
+    def test_hadolint(self, name):
+        done = tool("hadolint", DOCKER / name)
         assert (done.returncode, done.stdout) == (0, "")
 
     def test_hadolint_finds_a_planted_mistake(self, tmp_path):

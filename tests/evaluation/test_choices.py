@@ -25,6 +25,7 @@ from by_hand import (
 from helpers import CPU, assert_names
 
 from early_exit.choosing import guarantees
+from early_exit.choosing.choice import choose
 from early_exit.choosing.goals import (
     Budget,
     ConditionalDeepLearning,
@@ -32,15 +33,15 @@ from early_exit.choosing.goals import (
     LatencyBudget,
     MaxDrop,
     Risk,
-    choose,
 )
 from early_exit.choosing.record import ExitRecord, score_record
+from early_exit.choosing.search import NOISE
 from early_exit.errors import UserError
 from early_exit.evaluation import live
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.markdown import summary
-from early_exit.inference.latency import StageTimes
 from early_exit.inference.policy import Policy
+from early_exit.inference.segment_times import SegmentTimes
 from early_exit.model.cost import Cost
 
 
@@ -111,14 +112,25 @@ class TestChoice:
 
 
 class TestLatency:
-    TIMES = StageTimes(
-        1, (1,), ((2e-3,), (3e-3,), (5e-3,)), ((1.9e-3,), (2.9e-3,), (5e-3,)), plain=9e-3
+    # 2, 3 and 5 ms a stage; without its head the first takes 0.1 ms less, and the second too
+    TIMES = SegmentTimes(
+        1,
+        (1,),
+        {
+            (0, 0): (2e-3,),
+            (0, 1): (4.9e-3,),
+            (0, 2): (9.8e-3,),
+            (1, 1): (3e-3,),
+            (1, 2): (7.9e-3,),
+            (2, 2): (5e-3,),
+        },
+        plain=9e-3,
     )
 
     @pytest.fixture
     def timed(self, copy, monkeypatch):
         """A copy of the run with stages that take 2, 3 and 5 ms."""
-        monkeypatch.setattr(live.latency, "stage_times", lambda *_, **__: self.TIMES)
+        monkeypatch.setattr(live, "segment_times", lambda *_, **__: self.TIMES)
         return copy
 
     def expected(self, directory, split, policy) -> float:
@@ -140,14 +152,13 @@ class TestLatency:
         assert found["val"] <= seconds
 
     def test_an_exit_that_costs_more_than_it_saves_is_disabled(self, copy, monkeypatch):
-        """The first head takes 90 ms, and 1 without it."""
-        expensive = StageTimes(
-            1, (1,), ((90e-3,), (3e-3,), (5e-3,)), ((1e-3,), (2e-3,), (5e-3,)), 8e-3
-        )
-        monkeypatch.setattr(live.latency, "stage_times", lambda *_, **__: expensive)
+        """The first stage takes 90 ms with its head."""
+        seconds = {(0, 0): (90e-3,), (1, 1): (3e-3,), (1, 2): (7e-3,)}
+        times = dataclasses.replace(self.TIMES, seconds=self.TIMES.seconds | seconds, plain=9.9e-3)
+        monkeypatch.setattr(live, "segment_times", lambda *_, **__: times)
         report, policy = quickly(copy, LatencyBudget(1.0, of_plain=True))
         assert policy["enabled"][0] is False
-        assert report["latency"]["val"] <= 8e-3
+        assert report["latency"]["val"] <= 9.9e-3
 
     def test_the_page_and_the_screen_name_what_was_measured(self, timed):
         report, _ = evaluate(
@@ -167,6 +178,45 @@ class TestLatency:
             measured = report.timing[0]
             assert_names(text, f"{1000 * measured.live.total / measured.batches:.2f} ms")
         assert [timing.batch_size for timing in report.timing] == [1, 4]
+
+    def test_the_fewest_seconds_within_a_drop(self, timed):
+        goal = MaxDrop(0.03, minimise="seconds")
+        report, policy = quickly(timed, goal)
+        found = report["latency"]
+        assert (found["batch_size"], found["budget"], found["plain"]) == (1, None, 9e-3)
+        for split in ("val", "test"):
+            assert found[split] == pytest.approx(self.expected(timed, split, policy))
+        assert report["val"]["accuracy"] >= report["exits"][-1]["accuracy_val"] - 0.03 - 1e-9
+        other, other_policy = quickly(timed, MaxDrop(0.03), name="macs")
+        assert other["latency"] is None
+        assert found["val"] <= (1 + NOISE) * self.expected(timed, "val", other_policy)
+
+    def test_where_exits_cost_more_than_they_save_none_is_enabled(self, copy, monkeypatch):
+        # every segment takes as long as the whole, as small ones do where a call is what costs
+        seconds = dict.fromkeys(self.TIMES.seconds, (9e-3,))
+        times = dataclasses.replace(self.TIMES, seconds=seconds)
+        monkeypatch.setattr(live, "segment_times", lambda *_, **__: times)
+        report, policy = quickly(copy, MaxDrop(0.0, minimise="seconds"))
+        assert policy["enabled"] == [False, False]
+        assert report["latency"]["val"] == report["latency"]["test"] == 9e-3
+
+    def test_over_cuts_the_expected_speedup_is_reported(self, timed):
+        goal = MaxDrop(0.03, minimise="seconds")
+        cuts = quickly(timed, goal, val_from="test", cuts=3)[0]["cuts"]
+        each = [
+            quickly(timed, goal, val_from="test", cut_seed=seed, name=f"{seed}")[0]["latency"]
+            for seed in range(3)
+        ]
+        found = [9e-3 / latency["test"] for latency in each]
+        assert cuts["speedup"]["mean"] == pytest.approx(np.mean(found))
+        assert cuts["speedup"]["std"] == pytest.approx(np.std(found, ddof=1))
+        macs = quickly(timed, MaxDrop(0.03), val_from="test", cuts=2, name="macs")[0]
+        assert macs["cuts"]["speedup"] is None
+
+    def test_the_page_says_that_the_fewest_seconds_were_wanted(self, timed):
+        quickly(timed, MaxDrop(0.03, minimise="seconds"), name="mine")
+        page = (timed / "eval" / "mine" / "report.md").read_text()
+        assert_names(page, "fewest seconds", "9.00 ms")
 
     def test_a_budget_below_the_least_is_refused(self, timed):
         with pytest.raises(UserError) as caught:

@@ -1,5 +1,6 @@
 """The table of a comparison and the notes below it."""
 
+import csv
 import dataclasses
 
 import pytest
@@ -107,3 +108,23 @@ def test_the_notes_tell_deviations_and_splits(made_run):
     (split,) = [note for note in mixed if "half of test" in note]
     assert_names(split, 0.3, "held out from train")
     assert any("optim.lr" in note for note in mixed)
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "heading"),
+    [
+        (("openvino", "openvino"), "speed-up in openvino (float32), batch 8"),
+        (("openvino", "torch"), "speed-up in the row's runtime, batch 8"),
+    ],
+)
+def test_a_speedup_stands_with_its_runtime(made_run, runtimes, heading):
+    timed = [timing(8, 3.0, 2.0)]
+    groups = rows(
+        made_run("a", runtime=runtimes[0], timing=timed),
+        made_run("b", runtime=runtimes[1], timing=timed, settings={"optim": {"epochs": 3}}),
+    )
+    assert cells(groups)[0][-1] == heading
+    (note,) = [note for note in comparison.notes(groups) if note.startswith("Speed-ups")]
+    assert_names(note, "same runtime", *(f"{name} (float32)" for name in runtimes))
+    written = csv.DictReader(comparison.to_csv(groups).splitlines())
+    assert [row["runtime"] for row in written] == [*runtimes]

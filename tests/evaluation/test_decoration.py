@@ -101,7 +101,7 @@ class TestDecoration:
         }
 
     def test_a_network_whose_energy_cannot_be_estimated(self, copy, caplog, monkeypatch):
-        monkeypatch.setattr(evaluation.energy, "estimate", lambda *_: 1 / 0)
+        monkeypatch.setattr("early_exit.model.energy.estimate", lambda *_: 1 / 0)
         report, _ = quickly(copy, MaxDrop(0.0), name="mine")
         assert report["energy"] == []
         assert (copy / "eval" / "mine" / "report.md").exists()

@@ -174,7 +174,7 @@ class TestFiles:
             assert 0 < one["images"] <= 20
             assert one["images"] % one["batch_size"] == 0
             assert one["live"]["total"] > 0
-            assert sum(one["stage_shares"]) == pytest.approx(1)
+            assert sum(one["segment_shares"]) == pytest.approx(1)
 
     def test_without_live_and_plots_there_are_none(self, copy):
         report, _ = quickly(copy, MaxDrop(0.02))
@@ -188,6 +188,10 @@ class TestFiles:
             (Budget(0.9), "budget-90-max_prob"),
             (FixedThresholds((0.5, 0.25), criterion="margin"), "thresholds-0.5-0.25-margin"),
             (MaxDrop(0.0, calibrate=False), "max-drop-0-max_prob-uncalibrated"),
+            (
+                MaxDrop(0.02, minimise="seconds", batch_size=4),
+                "max-drop-2-seconds-batch-4-max_prob",
+            ),
         ],
     )
     def test_other_goals_have_other_names(self, copy, goal, name):

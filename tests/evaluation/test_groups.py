@@ -99,3 +99,21 @@ def test_curves_are_interpolated_linearly_at_common_macs(made_run):
 def test_curves_that_share_no_macs_have_no_mean(made_run):
     [row] = rows(made_run("a-0", 0, curve=[(0.3, 0.5)]), made_run("a-1", 1, curve=[(0.4, 0.5)]))
     assert [len(part) for part in row.curve()] == [0, 0, 0]
+
+
+def test_runtimes_are_groups_of_their_own(made_run):
+    found = rows(*(made_run(f"net-{n}", n, runtime=r) for n, r in enumerate(("torch", "openvino"))))
+    assert [[member.runtime for member in row.members] for row in found] == [
+        ["torch"],
+        ["openvino"],
+    ]
+
+
+def test_a_report_without_a_runtime_is_of_torch(made_run):
+    old = made_run("a", 0)
+    path = old / "eval" / "budget-50" / "report.json"
+    report = json.loads(path.read_text())
+    del report["environment"]["runtime"]
+    path.write_text(json.dumps(report))
+    [row] = rows(old, made_run("b", 1))
+    assert [member.runtime for member in row.members] == ["torch", "torch"]

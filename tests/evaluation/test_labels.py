@@ -49,3 +49,41 @@ def test_the_label_has_the_goal_and_the_criterion_if_they_differ(made_run):
     assert "max_prob" not in found[0].label and "temperature" not in found[0].label
     assert_names(found[1].label, "net", "max drop 1 points", "entropy")
     assert "temperature" in found[1].label
+
+
+class TestRuntimes:
+    """A label names the runtime only where the compared ones differ."""
+
+    GOAL = "budget 50 % of MACs"
+
+    def test_of_one_runtime_it_is_not_named(self, made_run):
+        found = rows(
+            made_run("a", runtime="onnxruntime"),
+            made_run("b", runtime="onnxruntime", settings={"optim": {"epochs": 3}}),
+        )
+        assert [row.goal for row in found] == [self.GOAL] * 2
+        assert not any("onnxruntime" in row.label for row in found)
+
+    def test_of_several_each_is_named_and_says_its_precision(self, made_run):
+        found = rows(
+            made_run("a"),
+            made_run("b", runtime="openvino-bf16", precision="bfloat16"),
+            made_run("c", runtime="onnxruntime", exits=()),
+        )
+        assert [row.goal for row in found] == [
+            f"{self.GOAL}, torch",
+            f"{self.GOAL}, openvino-bf16",
+            "onnxruntime",
+        ]
+
+    def test_two_precisions_of_one_runtime_are_told_apart(self, made_run):
+        found = rows(
+            made_run("a"),
+            made_run("b", precision="bfloat16"),
+            made_run("c", runtime="openvino"),
+        )
+        assert [row.goal.removeprefix(self.GOAL) for row in found] == [
+            ", torch, float32",
+            ", torch, bfloat16",
+            ", openvino",
+        ]

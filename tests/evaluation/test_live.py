@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import yaml
 from by_hand import NAMES, ROUNDING, TASK, quickly, slow_outcome, slow_scores, some_digits, stored
-from helpers import CPU, tiny_network
+from helpers import CPU, assert_names, tiny_network
 
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.config import Config, DataConfig, ModelConfig
-from early_exit.evaluation.live import time_batch
+from early_exit.errors import UserError
+from early_exit.evaluation.live import build_networks, time_batch, time_for_choice
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.trained import load_run
 from early_exit.training import checkpoint
 
@@ -76,6 +78,24 @@ class TestLive:
         )
         differing = live["differing"] / 120
         assert abs(live["accuracy"] - report["test"]["accuracy"]) <= differing + 1e-9
+        assert 1e-5 <= live["rounding"] <= 4 * ROUNDING  # float32
+        assert report["environment"]["runtime"] == "torch"
+
+
+def test_a_static_network_that_the_runtime_cannot_build_is_left_out(finished, monkeypatch, caplog):
+    loaded = load_run(finished, TASK, CPU)
+    good, bad = (tiny_network(Config(model=ModelConfig(exits=())), 10).eval() for _ in range(2))
+    build = EagerRuntime.network
+
+    def network(self, module, example):
+        if module is bad:
+            raise RuntimeError("an operation is not supported")
+        return build(self, module, example)
+
+    monkeypatch.setattr(EagerRuntime, "network", network)
+    assert build_networks(loaded, {"good": good, "bad": bad}) == {"good": good}
+    (message,) = caplog.messages
+    assert_names(message, "bad", "not supported")
 
 
 def test_without_a_whole_batch_nothing_is_timed(finished):
@@ -85,9 +105,66 @@ def test_without_a_whole_batch_nothing_is_timed(finished):
     assert time_batch(loaded, loaded.data, policy, 121, 1000, {}) is None  # images of test
 
 
-def test_a_batch_larger_than_val_is_timed_without_its_stages(finished):
+def test_a_batch_larger_than_val_is_timed_without_its_segments(finished):
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
     found = time_batch(loaded, loaded.data, policy, 110, 1000, {})
-    assert found.stages is None
+    assert found.segments is None
     assert (found.timing.batch_size, found.timing.images) == (110, 110)
+
+
+def test_the_segments_of_the_policy_are_timed_beside_it(finished):
+    loaded = load_run(finished, TASK, CPU)
+    policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5), enabled=(False, True))
+    static = tiny_network(Config(model=ModelConfig(exits=())), 10).eval()
+    found = time_batch(loaded, loaded.data, policy, 2, 2, {"static": static})
+    assert set(found.segments.seconds) == {(0, 1), (2, 2)}
+    assert (found.segments.batch_size, found.segments.sizes) == (2, (1, 2))
+    assert found.timing.networks["static"].total > 0
+
+
+def test_for_a_choice_the_given_segments_are_timed(finished):
+    loaded = load_run(finished, TASK, CPU)
+    spans = [(0, 1), (0, 2), (2, 2)]
+    times = time_for_choice(loaded, loaded.data, "entropy", 2, spans)
+    assert list(times.seconds) == spans
+    with pytest.raises(UserError) as caught:
+        time_for_choice(loaded, loaded.data, "entropy", 101, spans)
+    assert_names(str(caught.value), "val", 100, 101, "--latency-batch")
+
+
+class TestUnreadableSinceRecorded:
+    """Batches that lack an image."""
+
+    POLICY = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
+
+    @pytest.fixture
+    def short_of(self, finished, monkeypatch):
+        """A function that loads the run with batches of a split one image short."""
+
+        def load(short):
+            loaded = load_run(finished, TASK, CPU)
+            whole = type(loaded.data).eval_batches
+
+            def batches(self, split, *rest):
+                for images, targets in whole(self, split, *rest):
+                    count = len(images) - (split == short)
+                    yield images[:count], targets[:count]
+
+            monkeypatch.setattr(type(loaded.data), "eval_batches", batches)
+            return loaded
+
+        return load
+
+    def test_without_a_whole_batch_of_test_nothing_is_timed(self, short_of, caplog):
+        loaded = short_of("test")
+        assert time_batch(loaded, loaded.data, self.POLICY, 4, 8, {}) is None
+        assert_names(caplog.text, 4, "unreadable")
+
+    def test_without_a_whole_batch_of_val_segments_are_not_timed(self, short_of, caplog):
+        loaded = short_of("val")
+        found = time_batch(loaded, loaded.data, self.POLICY, 4, 8, {})
+        assert found.segments is None and found.timing.images == 8
+        assert_names(caplog.text, "segments", 3, 4, "val")
+        with pytest.raises(UserError, match="val"):
+            time_for_choice(loaded, loaded.data, "max_prob", 4, [(0, 2)])

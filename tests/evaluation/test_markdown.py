@@ -13,19 +13,23 @@ from early_exit.choosing.goals import MaxDrop
 from early_exit.evaluation import page
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.markdown import (
-    MAX_CLASSES,
-    class_table,
-    escaped,
-    exit_table,
     headline,
     provenance,
     sections,
-    shown_classes,
     summary,
     title,
     to_markdown,
 )
 from early_exit.evaluation.report import Choice, ClassRow, Report
+from early_exit.evaluation.seconds import segment_table, timing_table
+from early_exit.evaluation.tables import (
+    MAX_CLASSES,
+    class_table,
+    escaped,
+    exit_table,
+    shown_classes,
+)
+from early_exit.inference.latency import BatchSeconds, Timing
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,9 @@ def test_report_md_has_the_title_the_sections_and_the_plots_before_the_last_one(
 
 def test_the_title_names_network_data_regime_and_goal(report):
     assert_names(title(report), "resnet20", "digits", "joint", report.choice.goal)
+    assert title(report).endswith(report.choice.goal)
+    environment = dataclasses.replace(report.environment, runtime="openvino-bf16")
+    assert "in openvino-bf16" in title(dataclasses.replace(report, environment=environment))
 
 
 def test_the_headline_names_accuracies_and_macs(report):
@@ -82,6 +89,41 @@ def test_a_disabled_exit_has_no_macs_and_is_called_so(report):
     line = exit_table(changed).splitlines()[2]
     assert_names(line, "layer1", "disabled")
     assert line.split(" | ")[1] == "-"
+
+
+def timing_of(**changes) -> Timing:
+    """Two segments of 1 and 3 ms, the second exit disabled, in a runtime that is not torch."""
+    second = BatchSeconds(1.0, 1.0, 1.0)
+    values = dict.fromkeys(("plain", "live", "ideal", "no_exit_taken"), second)
+    return Timing(
+        batch_size=8,
+        images=8,
+        repeats=1,
+        **values,
+        without_heads=None,
+        segment_seconds=(1e-3, 0.0, 3e-3),
+        speedup_range=(1.0, 1.0),
+        **changes,
+    )
+
+
+def test_a_disabled_exit_ends_no_segment(report):
+    """MACs and seconds are of the same segments."""
+    exits = tuple(
+        dataclasses.replace(row, enabled=enabled, macs=macs)
+        for row, enabled, macs in zip(report.exits, (True, False, True), (20, 50, 80), strict=True)
+    )
+    changed = dataclasses.replace(report, exits=exits, timing=(timing_of(),))
+    heading, _, macs, seconds = segment_table(changed).splitlines()
+    assert_names(heading, "layer1", "final")
+    assert "layer2" not in heading
+    assert_names(macs, "25.0 %", "75.0 %")
+    assert_names(seconds, 8, "25.0 %", "75.0 %")
+
+
+def test_without_heads_nothing_is_measured_but_in_torch(report):
+    changed = dataclasses.replace(report, timing=(timing_of(),))
+    assert "without heads" not in timing_table(changed)
 
 
 def test_top5_has_a_column_if_there_are_many_classes(report):

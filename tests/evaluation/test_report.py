@@ -7,15 +7,21 @@ import pytest
 from helpers import ROOT
 
 from early_exit.errors import UserError
+from early_exit.evaluation.comparison import table
+from early_exit.evaluation.groups import group_runs
+from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.report import (
     FORMAT,
     Choice,
     ClassRow,
+    CurveSeconds,
     Environment,
     ExitRow,
+    LiveResult,
     Report,
     RunInfo,
 )
+from early_exit.evaluation.stored import read_evaluation
 from early_exit.evaluation.upgrade import read_report, upgraded
 
 OLD = {
@@ -42,6 +48,8 @@ OLD = {
     "timing": [
         {"promise": 1, "full": 2, "trunk": 3, "kept": 0.9, "trunk_speedup": 1.5, "plain": 4}
     ],
+    "live": {"images": 360, "differing": 0},
+    "cuts": {"count": 3},
     "statics": [{"name": "resnet32"}],
     "pace": [{"batch_size": 1, "alone": [1.0], "statics": {"resnet32": 1.2}}],
     "guarantee": {"words": "", "lost": 0.1, "plain": {"accuracy": 0.9}, "plain_lost": 0.2},
@@ -83,6 +91,9 @@ def test_a_report_of_version_0_1_is_upgraded():
         "speedup_without_heads": 1.5,
         "plain": 4,
     }
+    assert new["environment"]["runtime"] == "torch"
+    assert new["live"] == {"images": 360, "differing": 0, "rounding": 1e-5}
+    assert new["cuts"] == {"count": 3, "speedup": None}
     assert new["static_networks"] == OLD["statics"]
     assert new["curve_seconds"][0]["at_exit"] == [1.0]
     assert new["guarantee"]["unguaranteed_lost"] == 0.2
@@ -106,6 +117,45 @@ def test_upgrading_changes_nothing_that_was_given():
 
 def test_a_report_of_today_is_read_as_it_is():
     values = {"format": FORMAT, "run": {}}
+    assert upgraded(values) == values
+
+
+@pytest.mark.parametrize(
+    ("precision", "runtime"),
+    [("float32", "torch"), ("bfloat16", "torch-bf16"), ("float16", "torch-fp16")],
+)
+def test_before_there_were_runtimes_it_was_torch_in_the_reports_precision(precision, runtime):
+    old = {
+        "format": FORMAT,
+        "environment": {"device": "CPU", "precision": precision},
+        "timing": [{"batch_size": 1}],
+        "cuts": None,
+        "live": None,
+    }
+    before = json.dumps(old)
+    new = upgraded(old)
+    assert new["environment"] == {"device": "CPU", "precision": precision, "runtime": runtime}
+    assert new["cuts"] is new["live"] is None
+    assert new["timing"] == old["timing"] and new["verdicts"] == new["runtimes"] == []
+    assert json.dumps(old) == before
+
+
+def test_what_a_report_of_today_says_of_its_runtime_is_kept():
+    values = {
+        "format": FORMAT,
+        "environment": {"runtime": "openvino-bf16", "precision": "bfloat16"},
+        "timing": [
+            {
+                "segment_seconds": [1.0, 0.0, 6.0, 1.0],
+                "speedup_range": [1.1, 1.2],
+                "networks": {"a": 1},
+            }
+        ],
+        "cuts": {"speedup": {"mean": 1.1, "std": 0.1}},
+        "live": {"rounding": 0.01},
+        "verdicts": [{"kind": "exits"}],
+        "runtimes": [{"runtime": "torch"}],
+    }
     assert upgraded(values) == values
 
 
@@ -140,6 +190,28 @@ def test_what_is_not_a_report_is_one_line(text, tmp_path):
 def test_a_missing_report_is_named(tmp_path):
     with pytest.raises(UserError, match=r"report\.json"):
         read_report(tmp_path / "report.json")
+
+
+OLD_PATHS = sorted((ROOT / "cifar10" / "pretrained").glob("*/eval/*/report.json"))
+
+
+@pytest.mark.parametrize("path", OLD_PATHS, ids=lambda path: path.parent.parent.parent.name)
+def test_an_old_report_has_the_sections_of_today(path):
+    """And all that today's classes have, of those that runtimes changed, but for the timing."""
+    report = read_report(path)
+    assert set(report["environment"]) == {field.name for field in fields(Environment)}
+    assert set(report["live"]) == {field.name for field in fields(LiveResult)}
+    assert set(report) <= {field.name for field in fields(Report)}
+    for row in report["curve_seconds"]:
+        assert set(row) == {field.name for field in fields(CurveSeconds)}
+
+
+@pytest.mark.parametrize("path", OLD_PATHS, ids=lambda path: path.parent.parent.parent.name)
+def test_an_old_report_is_compared(path):
+    found = read_evaluation(path)
+    groups = labelled(group_runs([found], False), None)
+    assert found.speedups and found.accuracy.mean > 0.8
+    assert f"{100 * found.accuracy.mean:.2f}" in table(groups)
 
 
 def test_the_reports_in_the_repository_are_read():

@@ -25,7 +25,8 @@ from by_hand import (
 from helpers import CPU, assert_names, tiny_network
 
 from cifar10.resnet import ResNet
-from early_exit.choosing.goals import FixedThresholds, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import FixedThresholds
 from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.config import Config, ModelConfig
 from early_exit.evaluation import rows

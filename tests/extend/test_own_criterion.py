@@ -10,7 +10,8 @@ import torch
 from helpers import TASK, quick_report, refusal, replay
 from torch import Tensor
 
-from early_exit.choosing.goals import Budget, MaxDrop, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import Budget, MaxDrop
 from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import score_record
 from early_exit.classifier import load

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from helpers import CPU, TASK, quick_report, refusal, replay
 
-from early_exit.choosing.goals import FixedPolicy, choose
+from early_exit.choosing.choice import choose
+from early_exit.choosing.goals import FixedPolicy
 from early_exit.choosing.record import ExitRecord, score_record
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.inference.policy import Policy

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, bound, refusal, replay, skip_without
+from helpers import assert_close, bound, live_of, refusal, replay, skip_without
 from torch import nn
 
-from early_exit.choosing.outcome import disagreements
+from early_exit.choosing.outcome import ROUNDING, disagreements
 from early_exit.choosing.record import score_record
 from early_exit.errors import UserError
 from early_exit.inference.criteria import CRITERIA
@@ -56,17 +56,16 @@ def away_from_scores(policy, record):
 
 
 def run_live(net, images, policy, batch_size):
-    """The classes answered and the exits, (images,) each, one batch after the other."""
-    answers = [infer(net, some, policy) for some in images.split(batch_size)]
-    classes = torch.cat([answer.classes for answer in answers]).numpy()
-    return classes, torch.cat([answer.exit_index for answer in answers]).numpy()
+    """What inference gave, (images,) each, one batch after the other."""
+    return live_of(infer(net, some, policy) for some in images.split(batch_size))
 
 
-def assert_agree(record, policy, classes, exits, rounded=ROUNDED):
+def assert_agree(record, policy, live, rounded=ROUNDED):
     """Live inference did what the record says, but for a few images at a threshold."""
-    differs, unexplained = disagreements(record, policy, classes, exits)
-    assert unexplained.sum() == 0
-    assert differs.sum() <= rounded
+    found = disagreements(record, policy, live)
+    assert found.rounding == ROUNDING  # float64, rounded to float32 once
+    assert found.unexplained.sum() == 0
+    assert found.differs.sum() <= rounded
 
 
 # In float64: what live inference makes of a batch of another size or layout, and of fewer rows
@@ -79,11 +78,11 @@ def test_live_inference_agrees_with_stored_logits(
     exact_net, exact_images, exact_stored, criterion, level
 ):
     policy = make_policy(exact_stored, criterion, level)
-    classes, exits = run_live(exact_net, exact_images, policy, 256)
-    assert_agree(exact_stored, policy, classes, exits)
+    live = run_live(exact_net, exact_images, policy, 256)
+    assert_agree(exact_stored, policy, live)
     # the claim is not empty: images exit wherever they can
     counted = {0.3: {2, 3}, 0.6: {1, 2, 3}, 0.9: {2, 3}}
-    assert set(exits) == (counted[level] if criterion == "patience" else {0, 1, 2, 3})
+    assert set(live.exit_index) == (counted[level] if criterion == "patience" else {0, 1, 2, 3})
 
 
 @pytest.mark.parametrize("enabled", [(False, True, True), (True, False, True), (True, True, False)])
@@ -92,10 +91,10 @@ def test_live_inference_agrees_with_disabled_exits(
     exact_net, exact_images, exact_stored, criterion, enabled
 ):
     policy = make_policy(exact_stored, criterion, enabled=enabled)
-    classes, exits = run_live(exact_net, exact_images, policy, 256)
-    assert_agree(exact_stored, policy, classes, exits)
-    assert len(set(exits)) > 1
-    assert enabled.index(False) not in exits
+    live = run_live(exact_net, exact_images, policy, 256)
+    assert_agree(exact_stored, policy, live)
+    assert len(set(live.exit_index)) > 1
+    assert enabled.index(False) not in live.exit_index
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -104,9 +103,9 @@ def test_live_inference_agrees_in_any_order_and_batch(
 ):
     policy = make_policy(exact_stored, criterion)
     order = torch.randperm(len(exact_images), generator=torch.Generator().manual_seed(3))
-    classes, exits = run_live(exact_net, exact_images[order], policy, 100)
+    live = run_live(exact_net, exact_images[order], policy, 100)
     shuffled = exact_stored.subset(order.numpy(), "test", "shuffled")
-    assert_agree(shuffled, policy, classes, exits)
+    assert_agree(shuffled, policy, live)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -114,8 +113,8 @@ def test_live_inference_agrees_in_channels_last(tiny_net, exact_images, exact_st
     policy = make_policy(exact_stored, criterion)
     net = tiny_net.double().to(memory_format=torch.channels_last)
     laid_out = exact_images.to(memory_format=torch.channels_last)
-    classes, exits = run_live(net, laid_out, policy, 256)
-    assert_agree(exact_stored, policy, classes, exits)
+    live = run_live(net, laid_out, policy, 256)
+    assert_agree(exact_stored, policy, live)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -124,8 +123,8 @@ def test_live_inference_agrees_one_image_at_a_time(
     exact_net, exact_images, exact_stored, criterion, count
 ):
     policy = make_policy(exact_stored, criterion)
-    classes, exits = run_live(exact_net, exact_images[:count], policy, 1)
-    assert_agree(exact_stored.subset(np.arange(count), "test", "some"), policy, classes, exits)
+    live = run_live(exact_net, exact_images[:count], policy, 1)
+    assert_agree(exact_stored.subset(np.arange(count), "test", "some"), policy, live)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -145,9 +144,9 @@ def test_live_inference_agrees_in_float32_away_from_thresholds(
     size = (abs(exact_stored.logits).max(axis=(0, 2)) / policy.temperatures)[:-1].max()
     assert gaps.max(axis=0).min() / 2 > bound(torch.float32, terms) * size / 2
     net = tiny_net.to(memory_format=layout)
-    _, exits = run_live(net, images[:512].to(memory_format=layout), policy, 256)
-    assert np.array_equal(exits, replay(exact_stored, policy).exit_index)
-    assert set(exits) == {0, 1, 2, 3}
+    live = run_live(net, images[:512].to(memory_format=layout), policy, 256)
+    assert np.array_equal(live.exit_index, replay(exact_stored, policy).exit_index)
+    assert set(live.exit_index) == {0, 1, 2, 3}
 
 
 def test_answers_are_the_logits_of_the_exit_of_each_image(exact_net, exact_images, exact_stored):
@@ -365,8 +364,8 @@ def test_a_trained_nets_stages_compute_as_many_rows_as_remain(tiny_net, images, 
             rows[index] += len(inputs[0])
 
         stage.register_forward_pre_hook(count)
-    _, exits = run_live(tiny_net, images, policy, 256)
-    assert rows == [(exits >= index).sum() for index in range(4)]
+    live = run_live(tiny_net, images, policy, 256)
+    assert rows == [(live.exit_index >= index).sum() for index in range(4)]
     # about a share of 0.4 exits at the first exit, and it is in the record's own order
     assert rows[0] == 2048 and 0 < rows[3] < rows[2] < rows[1] < 2048
 

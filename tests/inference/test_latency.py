@@ -1,24 +1,25 @@
 """Latency: what is timed, never how fast it is."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, replay
+from helpers import assert_close, in_torch, replay
 
 from early_exit.choosing.record import score_record
 from early_exit.inference.latency import (
     BatchSeconds,
-    StageTimes,
     Timing,
     measure,
     segment_inputs,
     stage_inputs,
-    stage_times,
+    summary,
 )
 from early_exit.inference.policy import NEVER, Policy
+from early_exit.inference.runtimes.base import Example
+from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.segments import segments_of
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ HAND = Timing(
     ideal=spread(6.0),
     no_exit_taken=spread(15.0),
     without_heads=spread(4.0),
-    stage_seconds=(1.0, 2.0, 5.0),
+    segment_seconds=(1.0, 2.0, 5.0),
+    speedup_range=(1.4, 1.6),
 )
 
 
@@ -64,14 +66,18 @@ def test_overhead_is_what_exits_cost_when_none_is_taken():
     assert HAND.overhead == 0.25
 
 
-def test_stage_shares_are_of_all_stages():
-    assert HAND.stage_shares == (0.125, 0.25, 0.625)
+def test_where_it_is_not_measured_there_is_none_without_heads():
+    assert dataclasses.replace(HAND, without_heads=None).speedup_without_heads is None
+
+
+def test_segment_shares_are_of_all_segments():
+    assert HAND.segment_shares == (0.125, 0.25, 0.625)
 
 
 def test_segments_take_the_features_of_the_remaining_rows(tiny_net, images, stored, policy):
     net, some = tiny_net.double(), images[:256].double()
     with torch.inference_mode():
-        inputs = segment_inputs(net, some, policy)
+        inputs = segment_inputs(segments_of(net, policy), some, policy)
         features, of_all = some, []
         for stage in net.stages:
             of_all.append(features)
@@ -89,7 +95,7 @@ def test_segments_take_the_features_of_the_remaining_rows(tiny_net, images, stor
 def test_a_segment_that_no_row_reaches_is_not_timed(tiny_net, images):
     at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
     with torch.inference_mode():
-        (item,) = segment_inputs(tiny_net, images[:4], at_once)
+        (item,) = segment_inputs(segments_of(tiny_net, at_once), images[:4], at_once)
     assert item.segment.stages == (tiny_net.stages[0],)
     assert item.rows.features.shape == (4, 3, 16, 16)
 
@@ -99,7 +105,7 @@ def test_the_stages_of_a_segment_take_its_rows(tiny_net, images, policy):
     policy = dataclasses.replace(policy, enabled=(False, True, True))
     net, some = tiny_net.double(), images[:64].double()
     with torch.inference_mode():
-        inputs = segment_inputs(net, some, policy)
+        inputs = segment_inputs(segments_of(net, policy), some, policy)
         stages = stage_inputs(inputs)
         features, _ = net.stages[0](some)
     assert [len(item.segment.stages) for item in inputs] == [2, 1, 1]
@@ -110,8 +116,8 @@ def test_the_stages_of_a_segment_take_its_rows(tiny_net, images, policy):
 
 
 def timed(net, batches, policy, **options):
-    """A measurement in float32."""
-    return measure(net, batches, policy, autocast=contextlib.nullcontext, **options)
+    """A measurement in eager torch, in float32."""
+    return measure(in_torch(net, batches[0]), batches, policy, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -122,9 +128,11 @@ def test_a_measurement_has_positive_times(tiny_net, images, policy, batch_size):
     for name in ("plain", "live", "ideal", "no_exit_taken", "without_heads"):
         seconds = getattr(timing, name)
         assert 0 < seconds.p50 <= seconds.p95 <= seconds.total
-    assert len(timing.stage_seconds) == 4
-    assert min(timing.stage_seconds) > 0
-    assert sum(timing.stage_shares) == pytest.approx(1)
+    assert len(timing.segment_seconds) == 4
+    assert min(timing.segment_seconds) > 0
+    assert sum(timing.segment_shares) == pytest.approx(1)
+    assert 0 < timing.speedup_range[0] <= timing.speedup_range[1]
+    assert timing.networks == {}
 
 
 def test_a_measurement_out_of_time_has_one_batch(tiny_net, images, policy):
@@ -136,7 +144,7 @@ def test_all_exiting_at_once_can_be_measured(tiny_net, images):
     at_once = Policy(exit_names=tiny_net.exit_names, thresholds=(0.0, 0.0, 0.0))
     timing = timed(tiny_net, [images[:4]], at_once, repeats=1)
     assert timing.ideal.total > 0
-    assert len(timing.stage_seconds) == 4  # with all rows, whichever exit
+    assert min(timing.segment_seconds) > 0  # with all rows, whichever exit
 
 
 def test_patience_can_be_measured(tiny_net, images):
@@ -186,7 +194,8 @@ def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
     assert timing.ideal == timing.live
     assert timing.without_heads == timing.live  # heads take no time here
     assert (timing.no_exit_taken.p50, timing.no_exit_taken.total) == (7.5, 15)
-    assert timing.stage_seconds == (0.5, 1, 2, 4)
+    assert timing.segment_seconds == (0.5, 1, 2, 4)
+    assert timing.speedup_range == (10 / 7, 10 / 7)
     assert timing.speedup == 10 / 7
     assert timing.overhead == 0.5
     assert timing.fraction_of_ideal == 1
@@ -213,61 +222,91 @@ def test_heads_are_inside_every_time_but_the_one_without_heads(tiny_net, images,
     assert timing.without_heads.total == 4 * 3 * 10
     assert timing.live.total == timing.ideal.total == 4 * (3 * 10 + 2)
     assert timing.no_exit_taken.total == 4 * (4 * 10 + 2)
-    assert timing.stage_seconds == (44, 40, 44, 40)
+    # the second stage runs in the segment of the third; a disabled exit has none
+    assert timing.segment_seconds == (44, 0, 84, 40)
 
 
-class TestStageTimes:
-    def test_a_batch_takes_what_its_remaining_rows_take(self):
-        # two stages; of a batch of 4 the first always sees 4 rows
-        seconds, without = (
-            ((1.0, 1.5, 2.0), (10.0, 12.0, 20.0)),
-            ((0.8, 1.2, 1.6), (10.0, 12.0, 20.0)),
-        )
-        times = StageTimes(4, (1, 2, 4), seconds, without, plain=21.0)
-        shares = np.array([[0, 1], [0.5, 0.5], [0.25, 0.75], [1, 0]])
-        # 4, 2 and 3 rows in the second stage (between 12 and 20), and none
-        assert times.of((True,), shares) == pytest.approx([22, 14, 18, 2])
+def test_static_networks_are_timed_on_every_batch(tiny_net, images, policy, monkeypatch):
+    class Ticking(Clock):
+        """One that is a second later at every look."""
 
-    def test_one_image_takes_each_stage_as_often_as_it_is_reached(self):
-        times = StageTimes(1, (1,), ((1.0,), (10.0,)), ((0.5,), (10.0,)), plain=10.5)
-        assert times.of((True,), np.array([[0.7, 0.3]])) == pytest.approx([1 + 0.3 * 10])
-        assert times.of((False,), np.array([[0.0, 1.0]])) == pytest.approx([0.5 + 10])
+        def perf_counter(self):
+            self.now += 1
+            return self.now
 
-    def test_every_stage_is_timed_on_every_number_of_rows(self, tiny_net, images, monkeypatch):
-        """With its head, and without: the final stage has none to leave out."""
-        seen = []
-        for index, stage in enumerate(tiny_net.stages):
+    clock, rows = Ticking(), []
+    monkeypatch.setattr("early_exit.inference.latency.time", clock)
 
-            def forward(features, with_logits=True, index=index, original=stage.forward):
-                seen.append((index, len(features), with_logits))
-                return original(features, with_logits)
+    class Slow(torch.nn.Flatten):
+        def forward(self, images):
+            clock.now += 3
+            rows.append(len(images))
+            return super().forward(images)
 
-            monkeypatch.setattr(stage, "forward", forward)
-        times = stage_times(
-            tiny_net, images[:6], "entropy", autocast=contextlib.nullcontext, repeats=1
-        )
-        assert times.sizes == (1, 2, 4, 6)
-        early = {
-            (index, size, flag)
-            for index in range(3)
-            for size in times.sizes
-            for flag in (True, False)
-        }
-        assert set(seen) >= early | {(3, size, True) for size in times.sizes}
-        assert np.array(times.seconds).shape == np.array(times.without_head).shape == (4, 4)
-        assert times.plain > 0 and times.others == {}
+    batches = list(images[:12].split(6))
+    timing = timed(tiny_net, batches, policy, others={"slow": Slow()}, repeats=2, seconds=1e9)
+    assert timing.networks == {"slow": BatchSeconds(p50=4, p95=4, total=8)}
+    assert rows == [6] * 2 * 2 * 2  # two batches, two repeats, each after a call that is not timed
+    assert timing.plain == timing.live == BatchSeconds(p50=1, p95=1, total=2)
 
-    def test_other_networks_are_timed_on_the_whole_batch(self, tiny_net, images):
-        shapes = []
-        other = torch.nn.Flatten()
-        other.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
-        times = stage_times(
-            tiny_net,
-            images[:6],
-            "max_prob",
-            autocast=contextlib.nullcontext,
-            others={"flat": other},
-            repeats=1,
-        )
-        assert set(shapes) == {(6, 768)}
-        assert times.others["flat"] > 0
+
+def test_the_medians_and_the_range_over_repeats_by_hand():
+    """Two batches, three repeats each."""
+    plain, live = ((9, 10, 50), (10, 11, 9)), ((5, 4, 10), (5, 6, 90))
+
+    def sample(plain, live):
+        ideal = dict.fromkeys(("ideal", "no_exit_taken", "segment 1", "network a"), 1.0)
+        return {"plain": plain, "live": live, **ideal}
+
+    samples = [list(map(sample, *turns)) for turns in zip(plain, live, strict=True)]
+    policy = Policy(exit_names=("a", "final"), thresholds=(0.5,), enabled=(False,))
+    timing = summary(samples, 4, policy, ["a"])
+    assert (timing.batch_size, timing.images, timing.repeats) == (4, 8, 3)
+    assert timing.plain == BatchSeconds(p50=10, p95=10, total=20)  # the medians are 10 and 10
+    assert (timing.live.p50, timing.live.total) == (5.5, 11)  # 5 and 6
+    assert timing.live.p95 == pytest.approx(5.95)
+    assert timing.speedup == 20 / 11
+    # of all batches together, by repeat: 19 / 10, 21 / 10, 59 / 100
+    assert timing.speedup_range == (0.59, 2.1)
+    assert timing.segment_seconds == (0, 1)
+    assert timing.networks == {"a": BatchSeconds(p50=1, p95=1, total=2)}
+    assert timing.without_heads is None
+
+
+class Numpy:
+    """A runtime that is not eager torch: it hands numpy arrays on."""
+
+    name, precision, slow_to_build = "numpy", "f32", False
+
+    def array(self, images):
+        return images.numpy()
+
+    def segment(self, segment, example: Example):
+        def run(features, temperature, state=None):
+            found = segment(
+                torch.from_numpy(features),
+                temperature,
+                None if state is None else torch.from_numpy(state),
+            )
+            return tuple(None if part is None else part.detach().numpy() for part in found)
+
+        return run
+
+    def network(self, network, example):
+        return lambda images: network(torch.from_numpy(images)).detach().numpy()
+
+    def context(self):
+        return torch.inference_mode()
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "patience"])
+def test_another_runtime_is_measured_without_the_time_without_heads(tiny_net, images, criterion):
+    """BranchyNet's way to time is of the stages' bodies, which only eager torch can call."""
+    policy = Policy(exit_names=tiny_net.exit_names, thresholds=(1.0,) * 3, criterion=criterion)
+    network = RuntimeNetwork(tiny_net, Numpy(), images[:2])
+    timing = measure(network, [images[:4]], policy, repeats=1)
+    assert timing.without_heads is timing.speedup_without_heads is None
+    assert min(timing.segment_seconds) > 0 and timing.live.total > 0

@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, replay
+from helpers import assert_close, in_torch, replay
 from torch import nn
 
 from early_exit.inference.infer import infer
-from early_exit.inference.latency import measure, stage_times
+from early_exit.inference.latency import measure
 from early_exit.inference.policy import NEVER, Policy
+from early_exit.inference.segment_times import all_spans, segment_times
 from early_exit.model.checks import check_network
 from early_exit.model.cost import network_cost
 from early_exit.model.energy import estimate
 from early_exit.model.features import describe_shape, select_rows, shape_of
 from early_exit.model.heads import HEADS, build_head
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.device import autocast_context
 
 CLASSES, SIDE = 4, 8
 
@@ -157,11 +157,12 @@ def test_energy_and_latency_are_measured(network, images):
     network.float()
     assert all(part > 0 for part in estimate(network, network_cost(network))["SRAM"].stages)
     policy = Policy(exit_names=network.exit_names, thresholds=(0.3, 0.3))
-    context = lambda: autocast_context("off", torch.device("cpu"))  # noqa: E731
-    timing = measure(network, [images.float()], policy, autocast=context, repeats=1)
-    assert timing.images == 40 and len(timing.stage_seconds) == 3
-    times = stage_times(network, images[:4].float(), "max_prob", autocast=context, repeats=3)
-    assert times.sizes == (1, 2, 4) and len(times.seconds) == 3
+    running = in_torch(network, images[:2].float())
+    timing = measure(running, [images.float()], policy, repeats=1)
+    assert timing.images == 40 and len(timing.segment_seconds) == 3
+    pairs = all_spans((0, 1), 3)
+    times = segment_times(running, images[:4].float(), "max_prob", pairs, repeats=3)
+    assert times.sizes == (1, 2, 4) and len(times.seconds) == 6
 
 
 def test_a_shape_may_be_a_plain_tuple():

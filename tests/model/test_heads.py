@@ -10,6 +10,7 @@ from early_exit.model.heads import (
     ConvHead,
     LinearHead,
     MixedPoolHead,
+    PooledHead,
     SeparableHead,
     TokenMap,
     build_head,
@@ -42,6 +43,22 @@ def test_linear_head_by_hand():
     features[0, 1, 8:, 8:12] = 6.0  # half of a cell 6, half 0: a deviation of 3
     expected = 3 * (2 - 1) / 2 + 0.5 * 8 / 2 + 7 * 3 / 2 + 1
     assert head(features).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pooled_head_by_hand():
+    head = PooledHead(channels=2, num_classes=1).double().eval()
+    assert head.grid == 4
+    with torch.no_grad():
+        head.linear.weight.zero_()
+        head.linear.weight[0, 1] = 3.0  # the first channel's average in the second cell
+        head.linear.weight[0, 2 * 16 + 16 + 5] = 0.5  # the second's maximum, second row and column
+        head.linear.bias.fill_(1.0)
+        head.norm.running_var.fill_(4.0 - head.norm.eps)  # features are halved
+        head.norm.running_mean[1] = 1.0  # and that average lowered by 1 before
+    features = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    features[0, 0, :2, 2:4] = torch.tensor([[1.0, 2.0], [2.0, 3.0]])  # mean 2
+    features[0, 1, 3, 3] = 8.0  # a maximum of 8
+    assert head(features).item() == pytest.approx(3 * (2 - 1) / 2 + 0.5 * 8 / 2 + 1)
 
 
 def test_deviation_equals_the_slow_one():

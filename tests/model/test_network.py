@@ -273,57 +273,6 @@ def test_loaded_weights_reach_the_stages(tiny_net, make_net, images):
             assert_close(found, expected, RESNET8)
 
 
-def test_compiling_changes_no_name(tiny_net):
-    names = list(tiny_net.state_dict())
-    tiny_net.compile_stages()
-    assert list(tiny_net.state_dict()) == names
-
-
-@pytest.fixture
-def compiled_net(tiny_net, monkeypatch):
-    """`tiny_net` with its stages compiled, traced and guarded as usual but run by eager kernels:
-    what is tested is when torch compiles again, and real compilation takes minutes."""
-    compile_for_real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *args, **kwargs: compile_for_real(*args, **kwargs, backend="eager")
-    )
-    torch.compiler.reset()
-    tiny_net.compile_stages()
-    yield tiny_net
-    torch.compiler.reset()
-
-
-def in_all_sizes(net, images, counts):
-    """The logits of the first `count` images, for each count, as `infer` runs the network."""
-    with torch.inference_mode():
-        return [net(images[:count]) for count in counts]
-
-
-@pytest.mark.slow
-def test_every_stage_stays_compiled(compiled_net, images):
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        in_all_sizes(compiled_net, images, [1, 5, 100, 256])
-
-
-@pytest.mark.slow
-def test_the_number_of_remaining_rows_causes_no_recompilation(compiled_net, images):
-    with torch._dynamo.config.patch(recompile_limit=64):
-        in_all_sizes(compiled_net, images, [1, 5, 100])  # one, few, many
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            in_all_sizes(compiled_net, images, range(1, 120, 3))
-
-
-@pytest.mark.slow
-def test_compiled_stages_give_the_same_logits(compiled_net, exact_net, images):
-    counts = [1, 5, 100]
-    plain = in_all_sizes(exact_net, images.double(), counts)
-    with torch._dynamo.config.patch(recompile_limit=64):
-        compiled = in_all_sizes(compiled_net.double(), images.double(), counts)
-    for exits, expected in zip(compiled, plain, strict=True):
-        for found, wanted in zip(exits, expected, strict=True):
-            assert_close(found, wanted, RESNET8)
-
-
 def test_synchronised_norms_share_every_tensor_with_the_backbone(make_net):
     net = make_net().double()
     before = {name: value.clone() for name, value in net.state_dict().items()}

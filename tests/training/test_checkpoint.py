@@ -275,3 +275,42 @@ class TestForeignFiles:
         path = tmp_path_factory.mktemp("bytes") / "file.pt"
         path.write_bytes(start + content)
         assert str(path) in refusal(checkpoint.load, path)
+
+
+class TestOtherClasses:
+    """A backbone that was trained on another number of classes."""
+
+    @pytest.fixture
+    def public(self, make_net, tmp_path):
+        """Weights of five more classes than the tests' network has, in a file."""
+        other = make_net(num_classes=15, seed=1).backbone.state_dict()
+        torch.save(other, tmp_path / "public.pt")
+        return tmp_path / "public.pt", other
+
+    def test_a_new_classifier_keeps_its_own_weights(self, make_net, public, caplog):
+        caplog.set_level(logging.INFO)
+        path, other = public
+        net = make_net(num_classes=10)
+        before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+        checkpoint.load_backbone_into(net, path, new_classifier=True)
+        replaced = {name for name, value in other.items() if value.shape != before[name].shape}
+        assert len(replaced) == 2  # weight and bias
+        for name, value in net.backbone.state_dict().items():
+            assert torch.equal(value, before[name] if name in replaced else other[name])
+        assert_names(caplog.text, "15 classes", "10 classes")
+
+    def test_a_frozen_backbone_needs_its_own_classes(self, make_net, public):
+        path, _ = public
+        net = make_net(num_classes=10)
+        message = refusal(checkpoint.load_backbone_into, net, path, advice="; do something else")
+        assert_names(message, path, "15 classes", 10, "do something else")
+        assert refusal(checkpoint.load_backbone_into, net, path).endswith("the data have 10")
+
+    def test_a_classifier_of_another_width_is_another_network(self, make_net, public):
+        path, other = public
+        name = next(name for name, value in other.items() if value.ndim == 2)
+        torch.save({**other, name: torch.zeros(15, 3)}, path)
+        message = refusal(
+            checkpoint.load_backbone_into, make_net(num_classes=10), path, new_classifier=True
+        )
+        assert_names(message, "does not fit", name)
