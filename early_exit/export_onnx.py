@@ -17,7 +17,6 @@ import torch
 
 import early_exit
 from early_exit.classifier import Classifier
-from early_exit.data import folders
 from early_exit.data.pixels import normalise
 from early_exit.deployed import RUNTIMES
 from early_exit.errors import UserError
@@ -162,6 +161,8 @@ def describe_input(classifier: Classifier, input_type: str) -> ImageInput:
     a preparation of its own, which needs the task's code."""
     loaded, prepare = classifier.loaded, classifier.task.prepare
     crop = None
+    from early_exit.data import folders  # imports torchvision
+
     if prepare is folders.prepare:
         data: Any = loaded.config.data
         crop = CentreCrop(data.val_resize, data.val_crop)
