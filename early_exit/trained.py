@@ -24,7 +24,7 @@ from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
-from early_exit.inference.runtimes.table import find_runtime
+from early_exit.inference.runtimes.table import find_runtime, torch_name
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
@@ -250,8 +250,7 @@ def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
     """A runtime on the network's device; name, default: as for `load_run`."""
     settings = loaded.config.run
     if name is None:
-        name = "compile" if settings.compile else "torch"
-        name += "" if loaded.precision == "off" else f"-{loaded.precision}"
+        name = torch_name(settings.compile, loaded.precision)
     return find_runtime(name, str(loaded.device), settings.threads or torch.get_num_threads())
 
 

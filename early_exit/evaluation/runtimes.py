@@ -1,6 +1,5 @@
 """In which runtimes a run is evaluated, and how the evaluations in them are named and compared."""
 
-import difflib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,12 @@ from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
 from early_exit.evaluation.verdict import speedup_range
 from early_exit.inference.latency import make_timer
 from early_exit.inference.runtimes.network import RuntimeNetwork
-from early_exit.inference.runtimes.table import RUNTIMES, available_runtimes
+from early_exit.inference.runtimes.table import (
+    RUNTIMES,
+    available_runtimes,
+    check_name,
+    torch_name,
+)
 from early_exit.trained import EVALUATION, Trained, in_runtime
 
 log = logging.getLogger(__name__)
@@ -29,12 +33,9 @@ SAID = ("amp", "compile")  # settings of a run that a runtime's name says
 
 def check_names(runtimes: Sequence[str | None]) -> None:
     """Raises UserError for a name that no runtime has."""
-    known = (*RUNTIMES, FASTEST)
     for name in runtimes:
-        if name is not None and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"there is no runtime {name!r}; {hint}runtimes are {', '.join(known)}")
+        if name is not None:
+            check_name(name, (*RUNTIMES, FASTEST))
 
 
 def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> None:
@@ -51,9 +52,7 @@ def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) ->
     named = f"--runtime names the precision and whether to compile; remove {' and '.join(flags)}"
     if run.amp == "auto":  # which one that is depends on the processor
         raise UserError(named)
-    name = "compile" if run.compile else "torch"
-    name += "" if run.amp == "off" else f"-{run.amp}"
-    raise UserError(f"{named}, or pass --runtime {name}")
+    raise UserError(f"{named}, or pass --runtime {torch_name(run.compile, run.amp)}")
 
 
 def resolved(trained: Trained, runtimes: Sequence[str | None], batch_size: int) -> list[str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from early_exit.errors import UserError
@@ -40,10 +40,7 @@ def find_runtime(name: str, device: str = "cpu", threads: int | None = None) -> 
     that the process may use (torch has a setting of its own). Raises UserError for an unknown name,
     for a missing package or compiler, and for a device that the runtime does not run on.
     """
-    if name not in RUNTIMES:
-        close = difflib.get_close_matches(name, RUNTIMES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"there is no runtime {name!r}; {hint}runtimes are {', '.join(RUNTIMES)}")
+    check_name(name)
     _check(name, device)
     kind, precision = _split(name)
     if kind == "onnxruntime":
@@ -63,6 +60,20 @@ def find_runtime(name: str, device: str = "cpu", threads: int | None = None) -> 
     kinds: dict[str, Callable[[str, str, torch.device], Runtime]]
     kinds = {"torch": EagerRuntime, "compile": CompiledRuntime, "cudagraph": CudaGraphRuntime}
     return kinds[kind](name, precision, torch.device(device))
+
+
+def check_name(name: str, known: Sequence[str] = RUNTIMES) -> None:
+    """Raises UserError for a name that is not among the known ones."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"there is no runtime {name!r}; {hint}runtimes are {', '.join(known)}")
+
+
+def torch_name(compiled: bool, amp: str) -> str:
+    """The name of torch's runtime, compiled or not. amp: bf16, fp16 or off."""
+    name = "compile" if compiled else "torch"
+    return name if amp == "off" else f"{name}-{amp}"
 
 
 def available_runtimes(device: str) -> list[str]:
