@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
-from early_exit.inference.runtimes.base import Example, RunNetwork
+from early_exit.inference.runtimes.base import Example
+from early_exit.inference.runtimes.onnx_models import OnnxModels, by_name
 from early_exit.inference.runtimes.packages import import_package
 from early_exit.inference.runtimes.threads import share_threads
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from early_exit.inference.segments import Segment
-
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(OnnxModels):
     """ONNX Runtime. Implements `early_exit.inference.runtimes.base.Runtime`."""
 
     name: str = "onnxruntime"
@@ -37,27 +32,8 @@ class OnnxRuntime:
         if self.precision not in ("f32", "int8"):
             raise UserError(f"ONNX Runtime runs in f32 or int8, got {self.precision!r}")
 
-    def array(self, images: Tensor) -> np.ndarray:
-        """The images, channels first."""
-        return images.cpu().contiguous().numpy()
-
-    def segment(self, segment: Segment, example: Example) -> RunSegment:
-        """Exports and loads a segment."""
-        from early_exit.inference.runtimes.onnx_export import export_segment
-
-        return self.load(self._quantised(export_segment(segment, example), example))
-
-    def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
-        """Exports and loads a network without exits."""
-        from early_exit.inference.runtimes.onnx_export import export_network
-
-        model = self._quantised(export_network(network, example), Example(example))
-        return as_network(self.load(model))
-
-    def _quantised(self, model: bytes, example: Example) -> bytes:
-        """The model in the runtime's precision."""
-        if self.precision != "int8":
-            return model
+    def quantise(self, model: bytes, example: Example) -> bytes:
+        """The model in int8."""
         from early_exit.inference.runtimes.quantise import quantise_for_onnxruntime
 
         return quantise_for_onnxruntime(model, example, self.threads)
@@ -80,13 +56,6 @@ class OnnxRuntime:
             [item.name for item in session.get_outputs()],
         )
 
-    def context(self) -> AbstractContextManager:
-        """Nothing."""
-        return nullcontext()
-
-    def synchronize(self) -> None:
-        """Every call waits for its result."""
-
 
 @dataclass(frozen=True)
 class OnnxSession:
@@ -104,20 +73,3 @@ class OnnxSession:
         if "state" in self.inputs:
             feeds["state"] = state
         return by_name(self.outputs, self.session.run(None, feeds))
-
-
-def by_name(
-    names: Sequence[str], values: Sequence[Array]
-) -> tuple[Any, Array, Array, Array, Array | None]:
-    """The outputs of a model, in the order of a segment's. At the final exit the features are the
-    logits."""
-    found = dict(zip(names, values, strict=True))
-    maps = tuple(value for name, value in found.items() if name.startswith("next_features_"))
-    logits = found["logits"]
-    features = maps or found.get("next_features", logits)
-    return features, logits, found.get("answer"), found.get("score"), found.get("next_state")
-
-
-def as_network(segment: RunSegment) -> RunNetwork:
-    """A model of a network without exits as a function from images to logits."""
-    return lambda images: segment(images)[1]

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import functools
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from early_exit.errors import UserError
 from early_exit.inference.infer import Array, RunSegment
-from early_exit.inference.runtimes.base import Example, RunNetwork
-from early_exit.inference.runtimes.onnxruntime import as_network, by_name
+from early_exit.inference.runtimes.base import Example
+from early_exit.inference.runtimes.onnx_models import OnnxModels, by_name
 from early_exit.inference.runtimes.packages import import_package
 from early_exit.system.processors import processors
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from early_exit.inference.segments import Segment
-
 
 @dataclass(frozen=True)
-class OpenVINORuntime:
+class OpenVINORuntime(OnnxModels):
     """OpenVINO. Implements `early_exit.inference.runtimes.base.Runtime`.
 
     Between segments maps are channels last and, in bf16, bfloat16 (as uint16 arrays, because numpy
@@ -44,27 +38,8 @@ class OpenVINORuntime:
         if self.precision not in ("f32", "bf16", "int8"):
             raise UserError(f"OpenVINO runs in f32, bf16 or int8, got {self.precision!r}")
 
-    def array(self, images: Tensor) -> np.ndarray:
-        """The images, channels first."""
-        return images.cpu().contiguous().numpy()
-
-    def segment(self, segment: Segment, example: Example) -> RunSegment:
-        """Exports and loads a segment."""
-        from early_exit.inference.runtimes.onnx_export import export_segment
-
-        return self.load(self._quantised(export_segment(segment, example), example))
-
-    def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
-        """Exports and loads a network without exits."""
-        from early_exit.inference.runtimes.onnx_export import export_network
-
-        model = self._quantised(export_network(network, example), Example(example))
-        return as_network(self.load(model))
-
-    def _quantised(self, model: bytes, example: Example) -> bytes:
-        """The model in the runtime's precision."""
-        if self.precision != "int8":
-            return model
+    def quantise(self, model: bytes, example: Example) -> bytes:
+        """The model in int8."""
         from early_exit.inference.runtimes.quantise import quantise_for_openvino
 
         return quantise_for_openvino(model, example, self.threads)
@@ -103,13 +78,6 @@ class OpenVINORuntime:
             },
         )
         return OpenVINOModel(compiled, compiled.create_infer_request())
-
-    def context(self) -> AbstractContextManager:
-        """Nothing."""
-        return nullcontext()
-
-    def synchronize(self) -> None:
-        """Every call waits for its result."""
 
 
 @functools.cache

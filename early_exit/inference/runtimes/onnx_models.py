@@ -1,0 +1,72 @@
+"""What the runtimes that load ONNX models share. Loading and running models needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from early_exit.inference.infer import Array, RunSegment
+from early_exit.inference.runtimes.base import Example, RunNetwork
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from early_exit.inference.segments import Segment
+
+
+class OnnxModels:
+    """A runtime that exports segments and loads them. Implements
+    `early_exit.inference.runtimes.base.Runtime`, but for `load` and `quantise`."""
+
+    precision: str
+
+    def load(self, model: bytes | Path) -> RunSegment:
+        """An ONNX model with the inputs and outputs that `onnx_export` names."""
+        raise NotImplementedError
+
+    def quantise(self, model: bytes, example: Example) -> bytes:
+        """The model in int8."""
+        raise NotImplementedError
+
+    def array(self, images: Tensor) -> np.ndarray:
+        """The images, channels first."""
+        return images.cpu().contiguous().numpy()
+
+    def segment(self, segment: Segment, example: Example) -> RunSegment:
+        """Exports and loads a segment."""
+        from early_exit.inference.runtimes.onnx_export import export_segment
+
+        return self._loaded(export_segment(segment, example), example)
+
+    def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
+        """Exports and loads a network without exits."""
+        from early_exit.inference.runtimes.onnx_export import export_network
+
+        model = self._loaded(export_network(network, example), Example(example))
+        return lambda images: model(images)[1]
+
+    def _loaded(self, model: bytes, example: Example) -> RunSegment:
+        return self.load(self.quantise(model, example) if self.precision == "int8" else model)
+
+    def context(self) -> AbstractContextManager:
+        """Nothing."""
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        """Every call waits for its result."""
+
+
+def by_name(
+    names: Sequence[str], values: Sequence[Array]
+) -> tuple[Any, Array, Array, Array, Array | None]:
+    """The outputs of a model, in the order of a segment's. At the final exit the features are the
+    logits."""
+    found = dict(zip(names, values, strict=True))
+    maps = tuple(value for name, value in found.items() if name.startswith("next_features_"))
+    logits = found["logits"]
+    features = maps or found.get("next_features", logits)
+    return features, logits, found.get("answer"), found.get("score"), found.get("next_state")
