@@ -15,6 +15,7 @@ from early_exit.inference.latency import (
     segment_inputs,
     stage_inputs,
     summary,
+    turns,
 )
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.base import Example
@@ -113,6 +114,13 @@ def test_the_stages_of_a_segment_take_its_rows(tiny_net, images, policy):
     assert_close(stages[1][1], features, terms=3 * 9)
     rows = [len(features) for _, features in stages]
     assert rows == [64, 64, len(inputs[1].rows.index), len(inputs[2].rows.index)]
+
+
+def test_every_turn_has_all_in_another_order():
+    found = list(turns("abcdef", 20))
+    assert [sorted(order) for order in found] == [list("abcdef")] * 20
+    assert len(set(map(tuple, found))) > 10
+    assert found == list(turns("abcdef", 20))
 
 
 def timed(net, batches, policy, **options):
