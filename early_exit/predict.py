@@ -73,8 +73,9 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--runtime",
         metavar="NAME",
-        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16, of"
-        " a run also torch, compile and others (default: that in which the policy was chosen)",
+        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16,"
+        " but of one in 8-bit integers only its own; of a run also torch, compile and others"
+        " (default: that in which the policy was chosen)",
     )
     return parser
 

@@ -477,6 +477,19 @@ def in_torch(network: MultiExitNetwork, example: Tensor) -> RuntimeNetwork:
     return RuntimeNetwork(network, EagerRuntime("torch", "f32", torch.device("cpu")), example)
 
 
+@dataclasses.dataclass(frozen=True)
+class Engine(EagerRuntime):
+    """Eager torch under the name of a runtime in integers."""
+
+    name: str = "engine-int8"
+    precision: str = "int8"
+    device: torch.device = torch.device("cpu")
+
+    def context(self):
+        """Inference in float32."""
+        return torch.inference_mode()
+
+
 def live_of(batches: Iterable[Answers]) -> Live:
     """What inference with exits taken gave, as it is compared with a record."""
     parts = [
