@@ -77,9 +77,7 @@ class Classifier(ImageClassifier):
         """The predictions for what `read` gave."""
         answers = self.answer(torch.from_numpy(np.stack(images)))
         confidence, classes = answers.logits.softmax(dim=-1).max(dim=-1)
-        return self.predictions(
-            classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
-        )
+        return self.predictions(classes.tolist(), confidence.tolist(), answers.exit_index.tolist())
 
 
 def load(
@@ -164,9 +162,7 @@ def _in_runtime(
     return running
 
 
-def _calibration_data(
-    loaded: Loaded, task: Task, runtime: str, report: dict[str, Any]
-) -> Data:
+def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str, Any]) -> Data:
     """The data of a run, by whose train images the ranges of 8-bit integers are found, as in the
     evaluation of this report.
 

@@ -68,6 +68,7 @@ from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.train import train
 
+CPU_DEVICE = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
 FOLDERS = ("ape", "bee", "cat")
@@ -483,7 +484,7 @@ class Engine(EagerRuntime):
 
     name: str = "engine-int8"
     precision: str = "int8"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU_DEVICE
 
     def context(self):
         """Inference in float32."""

@@ -165,7 +165,7 @@ class TestIntegers:
 
     def test_the_same_rounding_agrees(self, tiny_net, policy, images):
         found = self.check(tiny_net, policy, images, 1.01)
-        # the largest expected logit is 1.01 times that of torch, from which it is off by a hundredth
+        # the largest logit is 1.01 times that of torch
         assert found.from_float == pytest.approx(0.01 / 1.01, rel=1e-3)
         assert found.tolerance == pytest.approx(found.from_float / 2, rel=1e-3)
         assert found.largest_difference < found.tolerance / 100

@@ -50,7 +50,8 @@ class OnnxModels:
 
         model = export_segment(segment, example, input_scale)
         if segment.is_first and input_scale is not None:
-            example = Example(pixels_of(example.features, *input_scale))
+            images: Any = example.features
+            example = Example(pixels_of(images, *input_scale))
         return self._quantised(model, example)
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:

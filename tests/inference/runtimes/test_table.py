@@ -140,7 +140,7 @@ def test_a_runtime_of_exported_models_is_found_without_torch():
 
 
 def test_the_tables_name_the_same_runtimes():
-    """Those of ONNX models are runtimes, named as their package; those in integers are among them."""
+    """Those of ONNX models are named as their package, and those in integers are among them."""
     for name in DEPLOYABLE:
         package, precision = split_name(name)
         assert name in RUNTIMES and package in EXTRAS
