@@ -19,7 +19,7 @@ from early_exit.choosing.record import ExitRecord
 from early_exit.data.base import Data
 from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers
@@ -173,8 +173,11 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
     try:
         data, _ = load_data(loaded, task, "train" if held_out else "test")
     except UserError as error:
+        elsewhere = (
+            "; if they are elsewhere, pass --data DIR" if isinstance(error, DataError) else ""
+        )
         raise UserError(
-            f"8-bit integers need images of train, for the ranges of values: {error}"
+            f"8-bit integers need images of train, for the ranges of values: {error}{elsewhere}"
         ) from None
     for run in dict.fromkeys((loaded.run_dir, source_run(loaded.run_dir))):
         record = run / "records" / f"test-{runtime}"

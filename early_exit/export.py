@@ -109,7 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format == "onnx":
         with _complete(path):
             runtime = export_onnx.reference_for(report)
-    classifier = load(evaluation, task=args.task, device="cpu", runtime=runtime)
+    classifier = load(
+        evaluation,
+        task=args.task,
+        device="cpu",
+        overrides=flags.settings_of(args),
+        runtime=runtime,
+    )
     with atomic_directory(args.directory) as partial:
         with _complete(path):
             environment = report["environment"]

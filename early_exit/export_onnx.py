@@ -265,7 +265,7 @@ def _checked(manifest: Manifest) -> str:
     """What was compared when the files were written, in sentences."""
     check = manifest.check
     largest = (
-        f"{check['largest_difference']:.0e} of the largest one ({check['tolerance']:.0e} is allowed"
+        f"{check['largest_difference']:.1g} of the largest one ({check['tolerance']:.1g} is allowed"
         " for rounding)"
     )
     if manifest.runtime not in INTEGERS:
@@ -277,5 +277,5 @@ def _checked(manifest: Manifest) -> str:
         f"They compute in 8-bit integers, with scales for {manifest.runtime} alone: another runtime"
         f" gives other answers. On {check['images']} images of train, their logits differ from"
         f" those of the evaluation's own segments by at most {largest}, and these from torch's in"
-        f" float32 by at most {check['from_float']:.0e}."
+        f" float32 by at most {check['from_float']:.1g}."
     )

@@ -218,7 +218,7 @@ class TestIntegers:
 
         task = dataclasses.replace(TASK, load_data=load_data)
         message = refusal(self.load, evaluated_run, task)
-        assert_names(message, evaluated_run, "onnxruntime-int8", "train", "/nowhere", "--runtime")
+        assert_names(message, evaluated_run, "onnxruntime-int8", "train", "/nowhere", "--data")
 
     def test_other_images_than_those_of_the_record(self, evaluated_copy):
         recorded = ExitRecord.load(evaluated_copy / "records" / "test-off")

@@ -368,6 +368,7 @@ class TestArguments:
         [
             ("--eval", "mine"),
             ("--task", "helpers:TASK"),
+            ("--data", "digits"),
             ("--device", "cuda"),
             ("--amp", "bf16"),
             ("--compile",),
