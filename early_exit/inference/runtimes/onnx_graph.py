@@ -77,11 +77,7 @@ def integer_nodes(model: ModelProto) -> list[NodeProto]:
     for node in body_nodes(model):
         sources = [made[name] for name in node.input if name in made]
         if (
-            (
-                node.op_type in PRODUCTS
-                and node.input[1] in values
-                and node.name not in classifying
-            )
+            (node.op_type in PRODUCTS and node.input[1] in values and node.name not in classifying)
             # a convolution's output and a map, not statistics in a head
             or (
                 node.op_type == "Add"
