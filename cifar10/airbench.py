@@ -65,6 +65,7 @@ class Airbench(nn.Module):
 
         They are the eigenvectors of the patches' second moment (the covariance, as the images are
         normalised), each divided by the root of its eigenvalue plus `EPS`, and their negatives.
+
         batches: normalised images (B, C, H, W); the first 5,000 or a little more are used.
         """
         weight = self.whiten.weight
@@ -79,7 +80,9 @@ class Airbench(nn.Module):
             if images_read >= IMAGES:
                 break
         eigenvalues, eigenvectors = torch.linalg.eigh(moment / patches_read)  # rising; columns
-        filters = (eigenvectors / (eigenvalues + EPS).sqrt()).T.flip(0).reshape(-1, *weight[0].shape)
+        filters = (
+            (eigenvectors / (eigenvalues + EPS).sqrt()).T.flip(0).reshape(-1, *weight[0].shape)
+        )
         weight.copy_(torch.cat([filters, -filters]))
 
 

@@ -58,9 +58,7 @@ class DataConfig:
             0 <= self.split_seed < 2**63,
             f"data.split_seed must be in 0 to 2**63 - 1, got {self.split_seed}",
         )
-        _require(
-            self.pad is None or self.pad >= 0, f"data.pad must be at least 0, got {self.pad}"
-        )
+        _require(self.pad is None or self.pad >= 0, f"data.pad must be at least 0, got {self.pad}")
 
 
 @dataclass(frozen=True, kw_only=True)

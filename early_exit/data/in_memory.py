@@ -1,7 +1,7 @@
 """Images in memory: the whole data set as tensors on the device, augmented a batch at a time.
 
-Crops and flips are drawn from generators seeded by seed, epoch and step. So a batch is a function of
-these three, and training can resume in the middle of an epoch.
+Crops and flips are drawn from generators seeded by seed, epoch and step. So a batch is a function
+of these three, and training can resume in the middle of an epoch.
 """
 
 import dataclasses
@@ -91,6 +91,7 @@ class Data(NormalisedImages):
 
     def augmented(self, flip: Flip, pad: int | None, pad_mode: PadMode) -> "Data":
         """The same data with another augmentation, as `early_exit.config.DataConfig` describes it.
+
         flip: has no effect on data that are never flipped. Raises UserError for more pixels of
         reflection than the images have."""
         pad = self.pad if pad is None else pad

@@ -67,7 +67,9 @@ def lr_at(optim: OptimConfig, epoch: float) -> float:
     if optim.schedule == "triangular":
         progress = epoch / optim.epochs
         if progress < optim.peak:
-            return optim.lr * (optim.start_factor + (1 - optim.start_factor) * progress / optim.peak)
+            return optim.lr * (
+                optim.start_factor + (1 - optim.start_factor) * progress / optim.peak
+            )
         fallen = (progress - optim.peak) / (1 - optim.peak)
         return optim.lr * (1 - (1 - optim.end_factor) * fallen)
     warmup = min(optim.warmup_epochs, optim.epochs / 10)

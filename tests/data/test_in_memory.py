@@ -255,7 +255,9 @@ def ramps(count: int) -> Data:
     data = numbered(count)
     train = data.splits["train"]
     images = 4 * train.images + torch.arange(32, dtype=torch.uint8)
-    return dataclasses.replace(data, splits={**data.splits, "train": ImageSet(images, train.targets)})
+    return dataclasses.replace(
+        data, splits={**data.splits, "train": ImageSet(images, train.targets)}
+    )
 
 
 def directions(data: Data, epoch: int, seed: int = 0) -> dict[int, bool]:
