@@ -93,7 +93,8 @@ class Data(NormalisedImages):
         """The same data with another augmentation, as `early_exit.config.DataConfig` describes it.
 
         flip: has no effect on data that are never flipped. Raises UserError for more pixels of
-        reflection than the images have."""
+        reflection than the images have.
+        """
         pad = self.pad if pad is None else pad
         side = min(self.splits["train"].images.shape[2:])
         if pad_mode == "reflect" and pad >= side:
@@ -180,9 +181,11 @@ class Augmentation:
 
 def flipped_in(epoch: int, count: int, seed: int) -> Tensor:
     """Which of `count` images are flipped in an epoch, (count,) bool: half of them at random, and
-    in the next epoch the others (arXiv:2404.00498, section 3.6). So two
-    consecutive epochs have each image in both directions; of flips drawn anew in each epoch, half
-    would repeat the last."""
+    in the next epoch the others (arXiv:2404.00498, section 3.6).
+
+    So two consecutive epochs have each image in both directions; of flips drawn anew in each epoch,
+    half would repeat the last.
+    """
     # (seed, 0, 0, 1) seeds nothing else: three numbers seed a step
     first = torch.rand(count, generator=_generator(seed, 0, 0, 1)) < 0.5
     return first ^ (epoch % 2 == 1)
@@ -203,24 +206,13 @@ def augment(
     """
     count, _, height, width = images.shape
     top, left = augmentation.offsets.to(images.device, non_blocking=True)
-    if pad_mode == "reflect":  # F.pad does not reflect bytes
-        rows, columns = (reflected(size, pad, images.device) for size in (height, width))
-        padded = images[:, :, rows][..., columns]
-    else:
-        padded = F.pad(images, (pad,) * 4)
+    padded = F.pad(images, (pad,) * 4, mode=pad_mode)
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, offsets, offsets, H, W)
     images = crops[torch.arange(count, device=images.device), :, top, left]  # (B, C, H, W)
     if flip:
         flipped = augmentation.flipped.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
         images = torch.where(flipped, images.flip(-1), images)
     return images
-
-
-def reflected(size: int, pad: int, device: torch.device) -> Tensor:
-    """The indices (pad + size + pad,) of a dimension that is mirrored at its first and last
-    index."""
-    indices = torch.arange(-pad, size + pad, device=device).abs()
-    return size - 1 - (size - 1 - indices).abs()
 
 
 def cut(
