@@ -104,8 +104,7 @@ class OptimConfig:
     bias_lr_scale: float = 1.0
     """Factor on the rate of BatchNorm's biases; their weight decay per step stays the same."""
     head_lr_scale: float = 1.0
-    """Factor on the rate of the early exits' heads; their weight decay per step stays the same. 1 /
-    c^2 trains a linear layer as a factor 1 / c on its output would."""
+    """Factor on the rate of the early exits' heads."""
     stem_epochs: int = 0
     """Epochs of the phase after which the backbone's first block is no longer trained, which saves
     its backward pass; 0: it is trained in all."""

@@ -13,8 +13,8 @@ from early_exit.model.network import MultiExitNetwork
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """The parameters of `module` that require a gradient, grouped by rate and weight decay.
 
-    `lr_scale` is the factor on the schedule's rate. It leaves the decay per step, rate times
-    `weight_decay`, as it is.
+    `lr_scale` is the factor on the schedule's rate. That of BatchNorm's biases leaves their decay
+    per step, rate times `weight_decay`, as it is (arXiv:2404.00498).
     """
     heads = set(module.heads.parameters()) if isinstance(module, MultiExitNetwork) else set()
     norm_biases = {
@@ -22,21 +22,21 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
         for part in module.modules()
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.bias is not None
     }
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
             spared = not optim.decay_norm and parameter.ndim <= 1
-            scale = optim.head_lr_scale if parameter in heads else 1.0
-            scale *= optim.bias_lr_scale if parameter in norm_biases else 1.0
-            groups.setdefault((spared, scale), []).append(parameter)
+            head = optim.head_lr_scale if parameter in heads else 1.0
+            bias = optim.bias_lr_scale if parameter in norm_biases else 1.0
+            groups.setdefault((spared, head, bias), []).append(parameter)
     return [
         {
-            "params": groups[spared, scale],
-            "lr": optim.lr * scale,
-            "lr_scale": scale,
-            "weight_decay": 0.0 if spared else optim.weight_decay / scale,
+            "params": groups[spared, head, bias],
+            "lr": optim.lr * head * bias,
+            "lr_scale": head * bias,
+            "weight_decay": 0.0 if spared else optim.weight_decay / bias,
         }
-        for spared, scale in sorted(groups)
+        for spared, head, bias in sorted(groups)
     ]
 
 
