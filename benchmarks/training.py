@@ -47,7 +47,8 @@ from early_exit.system.device import (
     keep_freed_memory,
     synchronize,
 )
-from early_exit.training.steps import Tally, make_optimizer, train_steps
+from early_exit.training.optimizer import make_optimizer
+from early_exit.training.steps import Tally, train_steps
 
 BATCH = 128
 IMAGES = 50 * BATCH

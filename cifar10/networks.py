@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from cifar10.airbench import Airbench
 from cifar10.alexnet import AlexNet
 from cifar10.lenet import LeNet, MnistCNN
 from cifar10.resnet import DEPTHS, ResNet
@@ -15,6 +16,7 @@ from early_exit.model.network import MultiExitNetwork
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
+    "airbench": Airbench,
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),

@@ -56,7 +56,8 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
 
 def load_data(config: DataConfig) -> data.Data:
     """The data set that the configuration describes."""
-    return data.load(config.dataset, config.root, config.split_seed)
+    loaded = data.load(config.dataset, config.root, config.split_seed)
+    return loaded.augmented(config.flip, config.pad, config.pad_mode)
 
 
 def static_networks(config: Config, _num_classes: int) -> list[StaticNetwork]:

@@ -7,6 +7,7 @@ an error that names the nearest known one.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,9 @@ from early_exit.errors import UserError
 from early_exit.model.heads import HEADS
 from early_exit.system.yaml_files import read_yaml
 
-Schedule = Literal["step", "cosine"]
+Schedule = Literal["step", "cosine", "triangular"]
+Flip = Literal["random", "alternating"]
+PadMode = Literal["constant", "reflect"]
 Regime = Literal["joint", "mixed", "frozen", "cdl"]
 Amp = Literal["auto", "bf16", "fp16", "off"]
 
@@ -40,12 +43,22 @@ class DataConfig:
     """Directory of the data set. Default: data/ under the repository root."""
     split_seed: int = 0
     """Seed of the split of train into train and val, independent of the run's seed."""
+    flip: Flip = "random"
+    """How train images are flipped, if their data set is. random: each with probability 1/2;
+    alternating: each in every second epoch, half of them in the first (arXiv:2404.00498, section
+    3.6)."""
+    pad: int | None = None
+    """Pixels of padding on each side of a train image before a random crop. Default: the data
+    set's own."""
+    pad_mode: PadMode = "constant"
+    """What the padding is. constant: black; reflect: the image, mirrored at its border."""
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.split_seed < 2**63,
             f"data.split_seed must be in 0 to 2**63 - 1, got {self.split_seed}",
         )
+        _require(self.pad is None or self.pad >= 0, f"data.pad must be at least 0, got {self.pad}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,13 @@ class OptimConfig:
     """Micro-batches in which a process computes its images of a step; more need less memory."""
     lr: float = 0.1
     """Peak learning rate, for the batch size above."""
+    bias_lr_scale: float = 1.0
+    """Factor on the rate of BatchNorm's biases; their weight decay per step stays the same."""
+    head_lr_scale: float = 1.0
+    """Factor on the rate of the early exits' heads."""
+    stem_epochs: int = 0
+    """Epochs of the phase after which the backbone's first block is no longer trained, which saves
+    its backward pass; 0: it is trained in all."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
@@ -97,11 +117,19 @@ class OptimConfig:
     decay_norm: bool = True
     """Whether weight decay also applies to BatchNorm's parameters and to biases."""
     schedule: Schedule = "step"
-    """step: the rate is divided by 10 at each milestone; cosine: it falls to 0 along a cosine."""
+    """step: the rate is divided by 10 at each milestone; cosine: it falls to 0 along a cosine;
+    triangular: it rises linearly to its peak, then falls linearly, without another warm-up."""
+    start_factor: float = 0.2
+    """Factor on the rate at the start of the schedule `triangular`."""
+    peak: float = 0.23
+    """Fraction of the phase at which the schedule `triangular` reaches its peak."""
+    end_factor: float = 0.07
+    """Factor on the rate at the end of the schedule `triangular`."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the phase at which the schedule `step` divides the rate by 10."""
     warmup_epochs: float = 1.0
-    """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it."""
+    """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it. The schedule
+    `triangular` has none."""
     label_smoothing: float = 0.0
     """Probability moved from the target class to all classes, in [0, 1)."""
     ema: float = 0.0
@@ -114,6 +142,12 @@ class OptimConfig:
             self.batch_size >= 2, f"optim.batch_size must be at least 2, got {self.batch_size}"
         )
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("bias_lr_scale", "head_lr_scale"):
+            scale = getattr(self, name)
+            _require(0 < scale < math.inf, f"optim.{name} must be positive, got {scale}")
+        _require(
+            self.stem_epochs >= 0, f"optim.stem_epochs must be at least 0, got {self.stem_epochs}"
+        )
         _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
         _require(
             self.momentum > 0 or not self.nesterov,
@@ -133,6 +167,10 @@ class OptimConfig:
             self.warmup_epochs >= 0,
             f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}",
         )
+        for name in ("start_factor", "end_factor"):
+            factor = getattr(self, name)
+            _require(0 <= factor <= 1, f"optim.{name} must be in [0, 1], got {factor}")
+        _require(0 < self.peak < 1, f"optim.peak must be in (0, 1), got {self.peak}")
         _require(
             0 <= self.label_smoothing < 1,
             f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",

@@ -232,10 +232,12 @@ def mixed_config(**run: Any) -> Config:
     )
 
 
-def resume_run(directory: Path, config: Config | None = None, **options: Any) -> Path:
+def resume_run(
+    directory: Path, config: Config | None = None, task: Task = TASK, **options: Any
+) -> Path:
     """Trains `mixed_config`, or another one, in `directory`, from its newest checkpoint on."""
     options = {"resume": "auto", **options}
-    return train(config or mixed_config(), TASK, runs=directory, run_dir=directory, **options)
+    return train(config or mixed_config(), task, runs=directory, run_dir=directory, **options)
 
 
 def read_journal(directory: Path) -> list[dict]:

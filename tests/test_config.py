@@ -95,7 +95,7 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("text", "choices"),
         [
-            ("optim: {schedule: linear}", ("step", "cosine")),
+            ("optim: {schedule: linear}", ("step", "cosine", "triangular")),
             ("run: {amp: fp8}", ("auto", "bf16", "fp16", "off")),
             ("run: {regime: both}", ("joint", "mixed", "frozen", "cdl")),
             (
@@ -183,6 +183,10 @@ class TestChecks:
             (OptimConfig, "batch_size", 1, 2),
             (OptimConfig, "weight_decay", -1e-9, 0.0),
             (OptimConfig, "warmup_epochs", -0.5, 0.0),
+            (OptimConfig, "stem_epochs", -1, 0),
+            (OptimConfig, "start_factor", -0.1, 0.0),
+            (OptimConfig, "end_factor", -0.1, 0.0),
+            (DataConfig, "pad", -1, 0),
             (OptimConfig, "label_smoothing", -0.1, 0.0),
             (OptimConfig, "momentum", -0.1, 0.0),
             (BackbonePhaseConfig, "epochs", 0, 1),
@@ -200,6 +204,8 @@ class TestChecks:
         ("cls", "setting"),
         [
             (OptimConfig, "lr"),
+            (OptimConfig, "bias_lr_scale"),
+            (OptimConfig, "head_lr_scale"),
             (BackbonePhaseConfig, "lr"),
             (LossConfig, "distill_temperature"),
         ],
@@ -212,6 +218,10 @@ class TestChecks:
     @pytest.mark.parametrize("setting", ["momentum", "label_smoothing"])
     def test_below_one(self, setting):
         assert_names(refusal(OptimConfig, **{setting: 1.0}), f"optim.{setting}", "1.0")
+
+    @pytest.mark.parametrize("bad", [0.0, 1.0, float("nan")])
+    def test_a_peak_is_inside_the_phase(self, bad):
+        assert_names(refusal(OptimConfig, peak=bad), "optim.peak", bad)
 
     def test_nesterov_needs_a_momentum(self):
         message = refusal(OptimConfig, nesterov=True, momentum=0.0)
@@ -252,7 +262,13 @@ optims = st.builds(
     nesterov=st.booleans(),
     weight_decay=st.floats(0, 1),
     decay_norm=st.booleans(),
-    schedule=st.sampled_from(["step", "cosine"]),
+    schedule=st.sampled_from(["step", "cosine", "triangular"]),
+    bias_lr_scale=positive,
+    head_lr_scale=positive,
+    stem_epochs=st.integers(0, 10),
+    peak=st.floats(0.01, 0.99),
+    start_factor=st.floats(0, 1),
+    end_factor=st.floats(0, 1),
     milestones=st.lists(st.floats(0.01, 0.99), max_size=4).map(lambda marks: (*sorted(marks),)),
     warmup_epochs=st.floats(0, 100),
     label_smoothing=st.floats(0, 0.99),
@@ -260,7 +276,13 @@ optims = st.builds(
 whole_configs = st.builds(
     Config,
     data=st.builds(
-        DataConfig, dataset=names, root=st.none() | names, split_seed=st.integers(0, 2**31)
+        DataConfig,
+        dataset=names,
+        root=st.none() | names,
+        split_seed=st.integers(0, 2**31),
+        flip=st.sampled_from(["random", "alternating"]),
+        pad=st.none() | st.integers(0, 8),
+        pad_mode=st.sampled_from(["constant", "reflect"]),
     ),
     model=st.builds(
         ModelConfig,

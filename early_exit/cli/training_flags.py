@@ -195,7 +195,8 @@ def _add_sgd_flags(group: Any, default: Config) -> None:
         setting="optim.schedule",
         metavar="NAME",
         help=f"step: the learning rate falls tenfold after {milestones} of the epochs; cosine: it"
-        f" falls to 0 along a cosine (default: {optim.schedule})".replace("%", "%%"),
+        " falls to 0 along a cosine; triangular: it rises and falls linearly"
+        f" (default: {optim.schedule})".replace("%", "%%"),
     )
     add_setting(
         group,

@@ -71,6 +71,12 @@ class FolderConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("flip", "pad", "pad_mode"):
+            if getattr(self, name) != getattr(DataConfig, name):
+                raise UserError(
+                    f"data.{name} has no effect on class folders, whose images are cropped and"
+                    " flipped at random; remove it"
+                )
         for name in ("train_crop", "val_resize", "val_crop"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")

@@ -1,6 +1,6 @@
 """Images in memory: the whole data set as tensors on the device, augmented a batch at a time.
 
-Crops and flips are drawn from a generator seeded by seed, epoch and step. So a batch is a function
+Crops and flips are drawn from generators seeded by seed, epoch and step. So a batch is a function
 of these three, and training can resume in the middle of an epoch.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from early_exit.config import Flip, PadMode
 from early_exit.data.base import NormalisedImages
 from early_exit.data.splits import WHOLE, Shard, halves, index_hash, seed_of, stratified
 from early_exit.errors import UserError
@@ -64,6 +65,11 @@ class Data(NormalisedImages):
     """Whether training images are flipped horizontally at random."""
     pad: int = PAD
     """Pixels of padding on each side before a random crop in training."""
+    pad_mode: PadMode = "constant"
+    """What the padding is: black, or `reflect`, the image mirrored at its border."""
+    alternate: bool = False
+    """Whether an image is flipped in every second epoch, instead of at random: half of them in the
+    first epoch, and the others in the next."""
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 500
 
@@ -83,6 +89,22 @@ class Data(NormalisedImages):
         }
         return dataclasses.replace(self, splits=splits, layout=layout)
 
+    def augmented(self, flip: Flip, pad: int | None, pad_mode: PadMode) -> "Data":
+        """The same data with another augmentation, as `early_exit.config.DataConfig` describes it.
+
+        flip: has no effect on data that are never flipped. Raises UserError for more pixels of
+        reflection than the images have.
+        """
+        pad = self.pad if pad is None else pad
+        side = min(self.splits["train"].images.shape[2:])
+        if pad_mode == "reflect" and pad >= side:
+            raise UserError(
+                f"data.pad is {pad} pixels, and images of {side} can be reflected by at most"
+                f" {side - 1}"
+            )
+        alternate = flip == "alternating"
+        return dataclasses.replace(self, pad=pad, pad_mode=pad_mode, alternate=alternate)
+
     def size(self, split: str) -> int:
         """The number of images in a split."""
         return len(self.splits[split])
@@ -94,14 +116,19 @@ class Data(NormalisedImages):
         (B,); of each step the micro-batches of `shard`."""
         train = self.splits["train"]
         order = torch.randperm(len(train), generator=_generator(seed, epoch))
+        flipped = flipped_in(epoch, len(train), seed)[order] if self.alternate else None
         order = order.to(train.images.device)
         for step in range(first_step, self.steps_per_epoch(batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size]
+            span = slice(step * batch_size, (step + 1) * batch_size)
+            rows = order[span]
             # counted from 1: (seed, epoch, 0) seeds as (seed, epoch) does, which seeds the order
             augmentation = Augmentation.draw(len(rows), self.pad, _generator(seed, epoch, step + 1))
+            if flipped is not None:
+                augmentation = dataclasses.replace(augmentation, flipped=flipped[span])
             for part in shard.slices(len(rows)):
                 selected, drawn = rows[part], augmentation.select(part)
-                images = augment(train.images[selected], drawn, self.pad, self.flip)
+                images = train.images[selected]
+                images = augment(images, drawn, self.pad, self.flip, self.pad_mode)
                 yield self.normalise(images), train.targets[selected]
 
     def eval_batches(
@@ -152,15 +179,34 @@ class Augmentation:
         return Augmentation(self.offsets[:, rows], self.flipped[rows])
 
 
-def augment(images: Tensor, augmentation: Augmentation, pad: int, flip: bool) -> Tensor:
-    """Crops images that are padded with `pad` black pixels on each side, and flips them.
+def flipped_in(epoch: int, count: int, seed: int) -> Tensor:
+    """Which of `count` images are flipped in an epoch, (count,) bool: half of them at random, and
+    in the next epoch the others (arXiv:2404.00498, section 3.6).
 
-    The distribution of torchvision's RandomCrop(H, padding=pad) and RandomHorizontalFlip, for a
-    whole batch at once. images: (B, C, H, W) uint8. flip: whether flips are applied.
+    So two consecutive epochs have each image in both directions; of flips drawn anew in each epoch,
+    half would repeat the last.
+    """
+    # (seed, 0, 0, 1) seeds nothing else: three numbers seed a step
+    first = torch.rand(count, generator=_generator(seed, 0, 0, 1)) < 0.5
+    return first ^ (epoch % 2 == 1)
+
+
+def augment(
+    images: Tensor,
+    augmentation: Augmentation,
+    pad: int,
+    flip: bool,
+    pad_mode: PadMode = "constant",
+) -> Tensor:
+    """Crops images that are padded with `pad` pixels on each side, and flips them.
+
+    With black padding the distribution is that of torchvision's RandomCrop(H, padding=pad) and
+    RandomHorizontalFlip, for a whole batch at once. images: (B, C, H, W) uint8. flip: whether flips
+    are applied.
     """
     count, _, height, width = images.shape
     top, left = augmentation.offsets.to(images.device, non_blocking=True)
-    padded = F.pad(images, (pad,) * 4)
+    padded = F.pad(images, (pad,) * 4, mode=pad_mode)
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, offsets, offsets, H, W)
     images = crops[torch.arange(count, device=images.device), :, top, left]  # (B, C, H, W)
     if flip:

@@ -38,7 +38,10 @@ class Stage(nn.Module):
 class MultiExitNetwork(nn.Module):
     """A plain network with early exits.
 
-    backbone: the plain network; its parameters keep their names, under `backbone.`.
+    backbone: the plain network; its parameters keep their names, under `backbone.`. Those that
+        require no gradient now stay fixed in every phase of training. If it has a method
+        `init_from_images(batches)`, a training that starts without trained weights calls it once,
+        with an iterator over batches of normalised train images (B, 3, H, W).
     units: its blocks in order, by name, the last one being the classifier. Applied one after the
         other they must equal `backbone(images)`; `early_exit.model.checks.check_network` tests it.
         Whatever they train, and whatever differs between training and evaluation, must be a module
@@ -68,6 +71,9 @@ class MultiExitNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.fixed = frozenset(
+            name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+        )
         self.units = dict(units)  # a plain dict: registering would rename the parameters
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
         kinds = head_kinds(head, places)

@@ -22,6 +22,7 @@ from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
 from early_exit.training.journal import EpochRecord, Journal, percents
+from early_exit.training.optimizer import lr_at, make_optimizer
 from early_exit.training.phases import Phase
 from early_exit.training.state import PhaseState, Position, Run, restore_phase, save
 from early_exit.training.steps import (
@@ -30,8 +31,6 @@ from early_exit.training.steps import (
     Score,
     Tally,
     as_list,
-    lr_at,
-    make_optimizer,
     set_training_mode,
     train_steps,
 )
@@ -100,7 +99,8 @@ def run_phase(
         restore_phase(state, saved, run.group)
         saved.clear()  # frees a copy of every weight and momentum
     while position.epoch < phase.optim.epochs:
-        set_training_mode(run.network, phase.backbone_frozen)
+        stem_frozen = 0 < phase.optim.stem_epochs <= position.epoch
+        set_training_mode(run.network, phase.backbone_frozen, stem_frozen)
         reset_peak_memory(run.device)
         steps = epoch_steps(run, phase, state, forward, no_sync, stop)
         trained = train_epoch(run, phase, state, steps, stop)
@@ -127,9 +127,10 @@ def wrap_ddp(
     wrapped = DistributedDataParallel(
         network,
         device_ids=[run.device] if run.device.type == "cuda" else None,
-        # an exit of weight 0 gets no gradient; with a frozen backbone the final exit has no
-        # parameters that could wait for one
-        find_unused_parameters=not all(phase.weights[: -1 if phase.backbone_frozen else None]),
+        # an exit of weight 0 gets no gradient, nor does a stem that is no longer trained; with a
+        # frozen backbone the final exit has no parameters that could wait for one
+        find_unused_parameters=phase.optim.stem_epochs > 0
+        or not all(phase.weights[: -1 if phase.backbone_frozen else None]),
     )
     return as_list(wrapped, phase.backbone_only), wrapped.no_sync
 

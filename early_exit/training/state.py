@@ -32,7 +32,16 @@ log = logging.getLogger(__name__)
 
 # Settings that cannot change when a run is resumed, and the exceptions. Settings of a section that
 # the library does not know belong to the task, and cannot change either.
-FIXED = ("data.", "model.", "run.regime", "run.seed", "optim.batch_size", "optim.decay_norm")
+FIXED = (
+    "data.",
+    "model.",
+    "run.regime",
+    "run.seed",
+    "optim.batch_size",
+    "optim.decay_norm",
+    "optim.bias_lr_scale",
+    "optim.head_lr_scale",
+)
 NOT_FIXED = ("data.root", "data.workers", "data.bad_files", "data.check_files")
 SECTIONS = {item.name for item in dataclasses.fields(Config)}
 # Settings that have no effect on a run that is already trained.

@@ -1,16 +1,13 @@
 """The inner loops: training steps and a pass over held-out images, with what they update."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from early_exit.config import OptimConfig
 from early_exit.metrics import MANY_CLASSES, in_top5, top1
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system.distributed import Group
@@ -127,46 +124,6 @@ class Tally:
         self.in_top5.copy_(torch.tensor(state["among5"]))
 
 
-def make_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """SGD over the parameters of `module` that require a gradient."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if optim.decay_norm or p.ndim > 1]
-    not_decayed = [p for p in trained if not optim.decay_norm and p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
-    if optim.momentum:
-        # The fused kernel allocates the buffers in the first step, and leaves them uninitialised if
-        # a GradScaler skips that step.
-        for parameter in trained:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def lr_at(optim: OptimConfig, epoch: float) -> float:
-    """The learning rate at `epoch` of a phase, fractions included.
-
-    It depends on the position alone, so a checkpoint stores no schedule.
-    """
-    warmup = min(optim.warmup_epochs, optim.epochs / 10)
-    if epoch < warmup:
-        # from a tenth of the rate, linearly up
-        return optim.lr * (0.1 + 0.9 * epoch / warmup)
-    if optim.schedule == "cosine":
-        progress = (epoch - warmup) / (optim.epochs - warmup)
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * 0.1 ** sum(epoch >= mark * optim.epochs for mark in optim.milestones)
-
-
 class Average:
     """The exponential moving average of a network's weights and BatchNorm statistics.
 
@@ -230,7 +187,7 @@ def train_steps(
             if lr is None:
                 return
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.zero_grad()
         step_done = number % micro_batches == 0
         images = images.to(tally.device, non_blocking=True)
@@ -265,11 +222,17 @@ def score_batches(
         yield
 
 
-def set_training_mode(network: MultiExitNetwork, backbone_frozen: bool) -> None:
-    """Sets train mode; a frozen backbone stays in eval mode, so its BatchNorm statistics do not
-    change."""
+def set_training_mode(
+    network: MultiExitNetwork, backbone_frozen: bool, stem_frozen: bool = False
+) -> None:
+    """Sets train mode, and which parameters of the backbone are trained: those that are not fixed
+    for good (`MultiExitNetwork`), nor in a frozen first block. A frozen backbone has none, and
+    stays in eval mode, so its BatchNorm statistics do not change."""
     network.train()
     if backbone_frozen:
         network.backbone.eval()
-    for parameter in network.backbone.parameters():
-        parameter.requires_grad_(not backbone_frozen)
+    first_block = next(iter(network.units.values()))
+    frozen = set(first_block.parameters()) if stem_frozen else set()
+    for name, parameter in network.backbone.named_parameters():
+        fixed = backbone_frozen or name in network.fixed or parameter in frozen
+        parameter.requires_grad_(not fixed)

@@ -102,6 +102,7 @@ def train(
             else:
                 if saved is None:
                     check_files(run)
+                    init_from_train(run)
                 if group.is_main:
                     write_settings(run, fresh=saved is None)
                 log_network(run)
@@ -198,6 +199,16 @@ def to_device(run: Run, saved: dict[str, Any] | None) -> None:
     run.network.to(run.device).to(memory_format=config.run.memory_format)
     if config.run.sync_bn:
         convert_sync_batchnorm(run.network)
+
+
+def init_from_train(run: Run) -> None:
+    """Lets a backbone without trained weights set its first ones from train images, if it has a
+    method `init_from_images`. Every process passes it the same images, in the order and with the
+    augmentation of the first epoch."""
+    init = getattr(run.network.backbone, "init_from_images", None)
+    if init and not run.config.model.backbone:
+        size, seed = run.config.optim.batch_size, run.config.run.seed
+        init(images for images, _ in run.data.train_batches(size, seed, 0))
 
 
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:

@@ -15,14 +15,14 @@ GREY, COLOUR = data.SHAPES["mnist"], data.SHAPES["cifar10"]
 
 
 @pytest.mark.parametrize("shape", [GREY, COLOUR])
-@pytest.mark.parametrize("arch", [*SMALL, "resnet20"])
+@pytest.mark.parametrize("arch", [*SMALL, "airbench", "resnet20"])
 def test_the_blocks_one_after_the_other_are_the_network(arch, shape):
     torch.manual_seed(0)
     backbone = build_backbone(arch, 10, shape).double().eval()
     features = images = torch.randn(3, *shape, dtype=torch.float64)
     for unit in backbone.units().values():
         features = unit(features)
-    # at most 20 layers that add up 64 channels of 3x3 pixels, or five of 96, or 1024 numbers
+    # at most 20 layers that add up 64 channels of 3x3 pixels, or five of 96, or four of 256
     assert_close(features, backbone(images), terms=20 * 64 * 9)
     assert features.shape == (3, 10)
 

@@ -14,8 +14,9 @@ from early_exit.data.folders import FolderRun
 from early_exit.model.cost import network_cost
 from early_exit.model.losses import joint_loss, weights_at
 from early_exit.model.network import MultiExitNetwork
+from early_exit.training.optimizer import make_optimizer
 from early_exit.training.phases import plan_phases
-from early_exit.training.steps import make_optimizer, set_training_mode
+from early_exit.training.steps import set_training_mode
 from imagenet import main
 
 PRESETS = sorted(ROOT.glob("*/configs/*.yaml"))

@@ -210,6 +210,8 @@ class TestSettings:
         "settings, named",
         [
             ({"train_crop": 0}, r"data\.train_crop .*\b0\b"),
+            ({"flip": "alternating"}, r"data\.flip\b"),
+            ({"pad": 2}, r"data\.pad\b"),
             ({"val_crop": 21}, r"data\.val_crop .*\b21\b.*data\.val_resize .*\b20\b"),
             ({"workers": -1}, r"data\.workers .*-1\b"),
             ({"val_size": 0}, r"data\.val_size .*\b0\b"),

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from helpers import assert_names, refusal
 
 from cifar10 import data
 from cifar10.data import Data, ImageSet
@@ -247,3 +248,75 @@ class TestCutTest:
         picture = cut.picture("test", 5)
         assert picture.shape == (32, 32, 3)
         assert np.array_equal(picture, digits.picture("test", int(rest[5])))
+
+
+def ramps(count: int) -> Data:
+    """`numbered`, whose pixels also rise by one from left to right, from row to row the same."""
+    data = numbered(count)
+    train = data.splits["train"]
+    images = 4 * train.images + torch.arange(32, dtype=torch.uint8)
+    return dataclasses.replace(
+        data, splits={**data.splits, "train": ImageSet(images, train.targets)}
+    )
+
+
+def directions(data: Data, epoch: int, seed: int = 0) -> dict[int, bool]:
+    """Whether each image of `ramps` that comes in an epoch is flipped, by its number."""
+    found = {}
+    for images, _ in data.train_batches(8, seed, epoch):
+        middle = images[:, 0, 16]
+        # not cropped: 4 times the number, plus 0 to 31, whose sum is 496
+        numbers = ((middle.sum(dim=1) - 496) / 128).round().int().tolist()
+        found |= dict(zip(numbers, (middle[:, 0] > middle[:, 31]).tolist(), strict=True))
+    return found
+
+
+class TestAlternatingFlip:
+    @pytest.fixture(scope="class")
+    def data(self) -> Data:
+        """40 images, five whole batches of 8, flipped in every second epoch and not cropped."""
+        return ramps(40).augmented("alternating", 0, "constant")
+
+    def test_each_image_is_flipped_in_exactly_every_second_epoch(self, data):
+        first, *others = (directions(data, epoch) for epoch in range(4))
+        assert sorted(first) == list(range(40))
+        assert any(first.values()) and not all(first.values())
+        for epoch, found in enumerate(others, 1):
+            assert found == {number: flip ^ (epoch % 2 == 1) for number, flip in first.items()}
+
+    def test_the_seed_decides_which_are_flipped_first(self, data):
+        assert directions(data, 0, seed=1) != directions(data, 0)
+
+    def test_half_are_flipped_first(self):
+        flipped = int(in_memory.flipped_in(0, 10_000, seed=3).sum())
+        assert abs(flipped - 5000) < 5 * 50  # deviation sqrt(10000) / 2
+
+    def test_a_resumed_epoch_is_the_tail_of_the_whole(self, data):
+        whole = list(data.train_batches(8, 0, 3))
+        tail = list(data.train_batches(8, 0, 3, first_step=2))
+        assert len(tail) == 3
+        for (images, _), (wanted, _) in zip(tail, whole[2:], strict=True):
+            assert torch.equal(images, wanted)
+
+    def test_data_that_are_not_flipped_stay_so(self, data):
+        plain = dataclasses.replace(data, flip=False)
+        assert not any(directions(plain, 0).values()) and not any(directions(plain, 1).values())
+
+
+class TestReflection:
+    def test_a_padded_image_by_hand(self):
+        image = torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4)
+        # the top left of nine places for the crop, then the bottom right
+        draws = in_memory.Augmentation(torch.tensor([[0, 4], [0, 4]]), torch.zeros(2).bool())
+        found = in_memory.augment(image.repeat(2, 1, 1, 1), draws, 2, False, "reflect")
+        # rows 2 1 0 1 2 1 0 and columns 2 1 0 1 2 3 2 1 of the image
+        assert found[0, 0].tolist() == [[10, 9, 8, 9], [6, 5, 4, 5], [2, 1, 0, 1]]
+        assert found[1, 0].tolist() == [[10, 11, 10, 9], [6, 7, 6, 5], [2, 3, 2, 1]]
+
+    def test_more_than_the_image_has_is_refused(self):
+        assert numbered(2).augmented("random", 31, "reflect").pad == 31
+        message = refusal(numbered(2).augmented, "random", 32, "reflect")
+        assert_names(message, "data.pad", 32, 31)
+
+    def test_the_data_sets_own_padding_is_the_default(self):
+        assert numbered(2).augmented("random", None, "reflect").pad == in_memory.PAD

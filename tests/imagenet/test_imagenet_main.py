@@ -27,7 +27,7 @@ from torchvision import models
 from early_exit.cli import settings
 from early_exit.errors import UserError
 from early_exit.training import checkpoint
-from early_exit.training.steps import lr_at
+from early_exit.training.optimizer import lr_at
 from imagenet import eval as evaluation
 from imagenet import main as front
 from imagenet import networks, weights
