@@ -22,8 +22,8 @@ LAYERS = {
     "msdnet10": (1, 2, 3, 4),
     "msdnet15": (1, 2, 3, 4, 5),
 }
-"""Layers in each block; a network is named after their sum. Blocks grow by one layer, in `msdnet9` by
-two: the public code calls it `lin_grow` (github.com/kalviny/MSDNet-PyTorch)."""
+"""Layers in each block; a network is named after their sum. Blocks grow by one layer, in `msdnet9`
+by two: the public code calls it `lin_grow` (github.com/kalviny/MSDNet-PyTorch)."""
 WIDTHS = (1, 2, 4)
 """Channels of each scale, new ones too, as multiples of the finest scale's."""
 BOTTLENECKS = (1, 2, 4)

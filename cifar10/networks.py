@@ -64,8 +64,8 @@ def build_network(
 ) -> MultiExitNetwork:
     """`arch` with exits after the named blocks; None: its default places; (): the plain network.
 
-    head: the kind of head, one for all exits or one per exit; None: the network's default. shape: of
-    an image, (C, H, W). Raises UserError for an unknown network, place or kind of head.
+    head: the kind of head, one for all exits or one per exit; None: the network's default. shape:
+    of an image, (C, H, W). Raises UserError for an unknown network, place or kind of head.
     """
     backbone = build_backbone(arch, num_classes, shape)
     return MultiExitNetwork(

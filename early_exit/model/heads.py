@@ -128,8 +128,8 @@ class SeparableHead(nn.Sequential):
 
 
 class MSDNetHead(nn.Sequential):
-    """Two 3x3 convolutions of stride 2 to 128 channels, then pooling and one linear layer, as in the
-    classifiers of MSDNet for CIFAR (Huang et al., arXiv:1703.09844).
+    """Two 3x3 convolutions of stride 2 to 128 channels, then pooling and one linear layer, as in
+    the classifiers of MSDNet for CIFAR (Huang et al., arXiv:1703.09844).
 
     It is expensive: after the first layer of an MSDNet it has half as many MACs as all before it.
     """
