@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# test files run at the same time, as many as there are processors
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-all test-cpus lint format docs
 
@@ -16,10 +18,10 @@ demo: $(VENV)/.installed
 	$(PY) cifar10/eval.py runs/demo
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(WORKERS)
 
 test-all: $(VENV)/.installed
-	$(PY) -m pytest -q -m "slow or not slow"
+	$(PY) -m pytest -q $(WORKERS) -m "slow or not slow"
 
 # the quick tests as several processors would run them; hours of one core, run it once before a release
 test-cpus: $(VENV)/.installed

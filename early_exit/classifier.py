@@ -15,26 +15,31 @@ import torch
 from torch import Tensor
 
 from early_exit import config as configs
+from early_exit.choosing.record import ExitRecord
+from early_exit.data.base import Data
 from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
-from early_exit.errors import UserError
+from early_exit.errors import DataError, UserError
 from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.runtimes.table import INTEGERS
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
-from early_exit.model.macs import Cost
-from early_exit.prediction import Prediction, classify, make_predictions
+from early_exit.output import source_run
+from early_exit.prediction import ImageClassifier, Prediction
 from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import (
+    HELD_OUT,
     Loaded,
     check_run_directory,
-    choose_runtime,
     evaluations,
+    in_runtime,
+    load_data,
     load_network,
 )
 
@@ -42,34 +47,16 @@ DEFAULT_EVALUATION = "max-drop-0.5-max_prob"  # if there are several
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(ImageClassifier):
     """Classifies images with exits taken. Call it with paths of files or PIL images."""
 
     loaded: Loaded
     task: Task
-    policy: Policy
-    cost: Cost
     runtime: RuntimeNetwork
     """The network in the runtime in which it answers."""
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits."""
-        return self.loaded.classes
-
-    def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
-        """The predictions, in the order of the images.
-
-        Raises UserError for a file that cannot be read as an image.
-        """
-        return classify(self, images, batch_size)
-
     def read(self, image: ImageSource) -> np.ndarray:
-        """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
-        evaluation.
-
-        Raises UserError for a file that cannot be read as an image.
-        """
+        """See `ImageClassifier`."""
         picture, shape = read_image(image), self.loaded.network.image_shape
         if self.task.prepare:
             picture = self.task.prepare(self.loaded.config, picture)
@@ -90,9 +77,7 @@ class Classifier:
         """The predictions for what `read` gave."""
         answers = self.answer(torch.from_numpy(np.stack(images)))
         confidence, classes = answers.logits.softmax(dim=-1).max(dim=-1)
-        return make_predictions(
-            self, classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
-        )
+        return self.predictions(classes.tolist(), confidence.tolist(), answers.exit_index.tolist())
 
 
 def load(
@@ -111,7 +96,8 @@ def load(
     default: the one that the report names, if `early_exit.task.TASKS` has it. overrides: settings
     that are changed, nested as in a preset. runtime: a name of
     `early_exit.inference.runtimes.table`; default: the one in which the policy was chosen, or torch
-    as the overrides say if they give a precision or compile it.
+    as the overrides say if they give a precision or compile it. One in 8-bit integers needs the
+    run's data: images of train give the ranges of values.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
     its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
@@ -141,35 +127,66 @@ def load(
     policy.check_thresholds(len(loaded.classes))
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
-    environment = report.get("environment", {})
     if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = environment.get("runtime")
-    exact = environment.get("precision", PRECISIONS["f32"]) == PRECISIONS["f32"]
-    running = _in_runtime(loaded, policy, runtime, directory, exact)
-    return Classifier(loaded, task, policy, network_cost(loaded.network), running)
+        runtime = report.get("environment", {}).get("runtime")
+    running = _in_runtime(loaded, task, policy, runtime, directory, report)
+    cost = network_cost(loaded.network)
+    return Classifier(loaded.classes, policy, cost, loaded, task, running)
 
 
 def _in_runtime(
-    loaded: Loaded, policy: Policy, name: str | None, directory: Path, exact: bool
+    loaded: Loaded,
+    task: Task,
+    policy: Policy,
+    name: str | None,
+    directory: Path,
+    report: dict[str, Any],
 ) -> RuntimeNetwork:
-    """The network in a runtime, the policy's segments built. exact: whether the policy was chosen
-    in float32. Raises UserError if the runtime cannot be used here."""
-    example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
+    """The network in a runtime, the policy's segments built. directory, report: of the evaluation
+    that chose the policy. Raises UserError if the runtime cannot be used here."""
+    data = None
     try:
-        runtime = choose_runtime(loaded, name)
-        if runtime.precision == "int8":
-            raise UserError("8-bit integers need images of train, for the ranges of values")
-        running = RuntimeNetwork(loaded.network, runtime, example)
+        if name and name in INTEGERS:
+            data = _calibration_data(loaded, task, name, report)
+        running = in_runtime(loaded, data, name)
         running.segments(policy)
     except UserError as error:
+        exact = PRECISIONS["f32"]
         otherwise = "evaluate the run again with --runtime torch"
-        if exact:
+        if report.get("environment", {}).get("precision", exact) == exact:
             otherwise = "load it with --runtime torch, where scores differ by rounding"
         raise UserError(
             f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or"
             f" {otherwise}"
         ) from None
     return running
+
+
+def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str, Any]) -> Data:
+    """The data of a run, by whose train images the ranges of 8-bit integers are found, as in the
+    evaluation of this report.
+
+    Raises UserError if they are not here, or if train has other images than the record of test in
+    this runtime, if the run has one.
+    """
+    held_out = report.get("choice", {}).get("val_from") == HELD_OUT
+    try:
+        data, _ = load_data(loaded, task, "train" if held_out else "test")
+    except UserError as error:
+        elsewhere = (
+            "; if they are elsewhere, pass --data DIR" if isinstance(error, DataError) else ""
+        )
+        raise UserError(
+            f"8-bit integers need images of train, for the ranges of values: {error}{elsewhere}"
+        ) from None
+    for run in dict.fromkeys((loaded.run_dir, source_run(loaded.run_dir))):
+        record = run / "records" / f"test-{runtime}"
+        if record.is_dir() and ExitRecord.load(record).info.calibration != data.digest("train"):
+            raise UserError(
+                f"train has other images than those that gave {record} the ranges of values;"
+                " evaluate the run again"
+            )
+    return data
 
 
 def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:

@@ -23,55 +23,25 @@ from early_exit.errors import UserError
 from early_exit.inference.criteria import CRITERIA, declare
 from early_exit.inference.infer import Answers, RunSegment, run_segments
 from early_exit.inference.policy import Policy
-from early_exit.inference.runtimes.table import find_runtime
+from early_exit.inference.runtimes.table import DEPLOYABLE, INTEGERS, find_runtime, split_name
 from early_exit.manifest import Manifest, SegmentFile
-from early_exit.model.macs import Cost
-from early_exit.prediction import Prediction, classify, make_predictions
+from early_exit.prediction import ImageClassifier, Prediction
 
 log = logging.getLogger(__name__)
 
-RUNTIMES = {
-    "onnxruntime": ("onnxruntime", "f32"),
-    "openvino": ("openvino", "f32"),
-    "openvino-bf16": ("openvino", "bf16"),
-}
-"""Runtimes that run exported segments: the package and the precision of each."""
-
 
 @dataclass(frozen=True)
-class DeployedClassifier:
+class DeployedClassifier(ImageClassifier):
     """Classifies images with exits taken. Call it with paths of files or PIL images."""
 
     manifest: Manifest
-    policy: Policy
     segments: Sequence[tuple[int, RunSegment]]
     """Each with the index of the exit that it ends at."""
     runtime: str
-    """The runtime that they were loaded in, a key of `RUNTIMES`."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits."""
-        return self.manifest.classes
-
-    @property
-    def cost(self) -> Cost:
-        """Of every stage and head."""
-        return self.manifest.cost
-
-    def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
-        """The predictions, in the order of the images.
-
-        Raises UserError for a file that cannot be read as an image.
-        """
-        return classify(self, images, batch_size)
+    """The name of the runtime that they were loaded in."""
 
     def read(self, image: ImageSource) -> np.ndarray:
-        """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
-        evaluation.
-
-        Raises UserError for a file that cannot be read as an image.
-        """
+        """See `ImageClassifier`."""
         return self.manifest.input.read(read_image(image))
 
     def answer(self, images: np.ndarray) -> Answers:
@@ -92,8 +62,8 @@ class DeployedClassifier:
         answers = self.answer(np.stack(images))
         best = answers.logits.max(axis=1, keepdims=True)
         confidence = 1 / np.exp(answers.logits - best).sum(axis=1)  # of the softmax
-        return make_predictions(
-            self, answers.classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
+        return self.predictions(
+            answers.classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
         )
 
 
@@ -102,9 +72,10 @@ def load(
 ) -> DeployedClassifier:
     """A deployed model.
 
-    runtime: a key of `RUNTIMES`; default: the model's own or, if its package is not installed,
-    another one of the same precision. threads: of the CPU; default: one per core. In ONNX Runtime
-    the threads of the first model that is loaded are those of the whole process.
+    runtime: one of `early_exit.inference.runtimes.table.DEPLOYABLE`; default: the model's own or,
+    if its package is not installed, another one of the same precision. A model in 8-bit integers
+    runs in its own alone. threads: of the CPU; default: one per core. In ONNX Runtime the threads
+    of the first model that is loaded are those of the whole process.
 
     Raises UserError if a file is missing or was changed, if the policy is not for these files, or
     if no runtime is installed. The thresholds and temperatures of `policy.yaml` may be changed.
@@ -116,38 +87,49 @@ def load(
     _declare_criterion(manifest)
     policy = Policy.load(directory / "policy.yaml")
     manifest.check_policy(policy, directory / "policy.yaml")
-    name = choose_runtime(manifest, runtime)
+    name = choose_runtime(manifest.runtime, runtime)
     loader: Any = find_runtime(name, threads=threads)
     segments = [
         (segment.last, _loaded(directory, segment, loader)) for segment in manifest.segments
     ]
-    return DeployedClassifier(manifest, policy, segments, name)
+    return DeployedClassifier(manifest.classes, policy, manifest.cost, manifest, segments, name)
 
 
-def choose_runtime(manifest: Manifest, wanted: str | None) -> str:
-    """The runtime to use, whose package is installed. Raises UserError if there is none."""
-    own = manifest.runtime
-    for name in (own, wanted or own):
-        if name not in RUNTIMES:
-            raise UserError(
-                f"there is no runtime {name!r} for deployed models; choose one of"
-                f" {', '.join(RUNTIMES)}"
-            )
-    precision = manifest.precision
-    if wanted and RUNTIMES[wanted][1] != precision:
-        log.warning(
-            "%s computes in %s; the model is for %s", wanted, RUNTIMES[wanted][1], precision
-        )
+def choose_runtime(own: str, wanted: str | None) -> str:
+    """The runtime to use, whose package is installed. own: that which the model was made for.
+
+    Raises UserError if there is none, and for another one than the model's own if one of the two is
+    in 8-bit integers.
+    """
     name = wanted or own
-    others = [other for other, (_, same) in RUNTIMES.items() if same == precision]
-    installed = [other for other in (name, *others) if _is_installed(RUNTIMES[other][0])]
-    if name in installed:
-        return name
-    if wanted or not installed:
-        package = RUNTIMES[name][0]
-        raise UserError(f"the package {package} is not installed; run: pip install {package}")
-    log.warning("%s is not installed; %s is used instead", RUNTIMES[name][0], installed[0])
-    return installed[0]
+    for known in (own, name):
+        if known not in DEPLOYABLE:
+            raise UserError(
+                f"there is no runtime {known!r} for deployed models; choose one of"
+                f" {', '.join(DEPLOYABLE)}"
+            )
+    if name != own and (name in INTEGERS or own in INTEGERS):
+        raise UserError(
+            f"the model was made for {own} and cannot run in {name}: a model in 8-bit integers is"
+            " quantised for one runtime, and another one gives other answers; remove --runtime"
+            f" {name}, or export an evaluation that was made with --runtime {name}"
+        )
+    package, precision = split_name(name)
+    _, made_for = split_name(own)
+    if precision != made_for:
+        log.warning("%s computes in %s; the model is for %s", name, precision, made_for)
+    others = [other for other in DEPLOYABLE if split_name(other)[1] == made_for]
+    if wanted or own in INTEGERS:
+        others = []
+    for found in (name, *others):
+        if _is_installed(split_name(found)[0]):
+            if found != name:
+                log.warning("%s is not installed; %s is used instead", package, found)
+            return found
+    raise UserError(
+        f"the runtime {name} needs the package {package}, which is not installed; run: pip install"
+        f" {package}"
+    )
 
 
 def _is_installed(package: str) -> bool:

@@ -5,8 +5,9 @@
     python -m early_exit.export runs/mine models/mine --format onnx    to be used without torch
 
 The copy lacks what only training needs. With --format onnx it has one ONNX file per segment, which
-were compared with torch, and predicts with ONNX Runtime or OpenVINO. The card (README.md) states
-the training data, accuracy, cost and licence of the network.
+were compared with the run, and predicts with ONNX Runtime or OpenVINO; in 8-bit integers only with
+the one that the run was evaluated in, and images of train are needed to write it. The card
+(README.md) states the training data, accuracy, cost and licence of the network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from early_exit import config as configs
+from early_exit import export_onnx
 from early_exit.classifier import Classifier, find_evaluation, load
 from early_exit.cli import flags
 from early_exit.errors import UserError
@@ -100,16 +102,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.input and args.format != "onnx":
         raise UserError("--input is of ONNX files; add --format onnx, or remove it")
     evaluation = find_evaluation(args.run, args.eval)
-    classifier = load(evaluation, task=args.task, device="cpu", runtime="torch")
     run = source_run(evaluation.parent.parent)
     path = evaluation / "report.json"
     report = read_report(path)
+    runtime = "torch"
+    if args.format == "onnx":
+        with _complete(path):
+            runtime = export_onnx.reference_for(report)
+    classifier = load(
+        evaluation,
+        task=args.task,
+        device="cpu",
+        overrides=flags.settings_of(args),
+        runtime=runtime,
+    )
     with atomic_directory(args.directory) as partial:
         with _complete(path):
             environment = report["environment"]
             environment["command"] = without_directories(shlex.split(environment["command"]))
         if args.format == "onnx":
-            notes = write_deployed(partial, classifier, report, args.input)
+            input_type = "float32" if args.input == "float" else "uint8"
+            manifest = export_onnx.write(partial, classifier, report, input_type)
+            notes = export_onnx.notes(manifest)
         else:
             notes = []
             write_run(partial, classifier, report, run, evaluation.name)
@@ -140,18 +154,6 @@ def write_run(
     copy = directory / "eval" / name
     classifier.policy.save(copy / "policy.yaml")
     write_text(copy / "report.json", json.dumps(report) + "\n")
-
-
-def write_deployed(
-    directory: Path, classifier: Classifier, report: dict[str, Any], input_type: str | None
-) -> list[str]:
-    """Writes a deployed model. Returns the card's paragraphs on it."""
-    from early_exit import export_onnx  # imports torchvision
-
-    manifest = export_onnx.write(
-        directory, classifier, report, "float32" if input_type == "float" else "uint8"
-    )
-    return export_onnx.notes(manifest)
 
 
 def slim(state: dict[str, Any]) -> dict[str, Any]:

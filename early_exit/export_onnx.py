@@ -1,6 +1,6 @@
 """Writes a run as a deployed model: one ONNX file per segment, the policy and the manifest.
 
-`early_exit.deployed` reads it, without torch. The files are compared with torch before they are
+`early_exit.deployed` reads it, without torch. The files are compared with the run before they are
 written.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,21 @@ import torch
 import early_exit
 from early_exit.classifier import Classifier
 from early_exit.data.pixels import normalise
-from early_exit.deployed import RUNTIMES
 from early_exit.errors import UserError
 from early_exit.inference.criteria import Traits, get_traits
 from early_exit.inference.policy import Policy
-from early_exit.inference.runtimes.base import Example
+from early_exit.inference.runtimes.network import RuntimeNetwork, plain_tensors
 from early_exit.inference.runtimes.onnx_check import check_segments
-from early_exit.inference.runtimes.onnx_export import OPSET, export_segment
+from early_exit.inference.runtimes.onnx_export import OPSET
+from early_exit.inference.runtimes.onnx_models import pixels_of
 from early_exit.inference.runtimes.packages import import_package
-from early_exit.inference.runtimes.table import find_runtime
-from early_exit.inference.segments import segments_of, spans
+from early_exit.inference.runtimes.table import DEPLOYABLE, INTEGERS, NEEDED_TO_BUILD, split_name
+from early_exit.inference.segments import segment_of, spans
 from early_exit.manifest import NAME, CentreCrop, ImageInput, Manifest, SegmentFile
 from early_exit.system.device import PRECISIONS
 from early_exit.system.files import write_bytes, write_text
 from early_exit.system.provenance import versions
+from early_exit.trained import in_runtime
 
 log = logging.getLogger(__name__)
 
@@ -43,66 +45,68 @@ def write(
 ) -> Manifest:
     """Writes a run into a new directory, and returns the manifest.
 
-    classifier: the run, on the CPU in float32; report: of its evaluation; input_type: of the images
-    that the first segment takes, a key of `early_exit.manifest.INPUTS`.
+    classifier: the run on the CPU, in the runtime that `reference_for` names; report: of its
+    evaluation; input_type: of the images that the first segment takes, a key of
+    `early_exit.manifest.INPUTS`.
 
     Raises UserError for a run whose preparation of images cannot be written down, or if the files
-    do not compute what torch does; nothing is written then.
+    do not compute what the run does; nothing is written then.
     """
     try:
         facts = facts_of(report)
     except (KeyError, TypeError):
         raise UserError("the report is of another version; evaluate the run again") from None
     runtime = runtime_for(**facts["chosen_in"])
-    image_input = describe_input(classifier, input_type)
-    pixels = check_images(image_input.shape)
-    normalised = normalise(
-        torch.from_numpy(pixels),
-        image_input.mean,
-        image_input.std,
-        classifier.loaded.config.run.memory_format,
-    )
-    models = export(classifier, normalised, image_input)
-    # the files are what is checked: in float32, also for a runtime that computes in less
-    checked_in = RUNTIMES[runtime][0]
-    loader: Any = find_runtime(checked_in)
-    ends = [last for _, last in spans(classifier.policy.enabled)]
-    agreement = check_segments(
-        classifier.loaded.network,
-        classifier.policy,
-        [(last, loader.load(model)) for last, model in zip(ends, models, strict=True)],
-        normalised,
-        image_input.array(pixels),
-    )
+    package, precision = split_name(runtime)
+    policy, image_input = classifier.policy, describe_input(classifier, input_type)
+    # in int8 as in the evaluation; else float32, also for a runtime that computes in less
+    built = classifier.runtime
+    if runtime not in INTEGERS:
+        built = in_runtime(classifier.loaded, None, package)
+    models = export(built, policy, image_input)
+    check = compare(classifier, built, models, image_input)
     segments = tuple(
         SegmentFile(f"segment{index}.onnx", hashlib.sha256(model).hexdigest(), first, last)
         for index, (model, (first, last)) in enumerate(
-            zip(models, spans(classifier.policy.enabled), strict=True)
+            zip(models, spans(policy.enabled), strict=True)
         )
     )
     manifest = Manifest(
         classes=classifier.classes,
         input=image_input,
         cost=classifier.cost,
-        criterion=classifier.policy.criterion,
-        traits=traits_of(classifier.policy, len(classifier.classes)),
+        criterion=policy.criterion,
+        traits=traits_of(policy, len(classifier.classes)),
         runtime=runtime,
-        precision=RUNTIMES[runtime][1],
+        precision=precision,
         opset=OPSET,
         segments=segments,
-        check={"runtime": checked_in, **vars(agreement)},
-        versions={
-            "early-exit": early_exit.__version__,
-            **versions(),
-            **{name: import_package(name).__version__ for name in (checked_in, "onnxscript")},
-        },
+        check=check,
+        versions=_versions(runtime),
         **facts,
     )
     for segment, model in zip(segments, models, strict=True):
         write_bytes(directory / segment.file, model)
-    classifier.policy.save(directory / "policy.yaml")
+    policy.save(directory / "policy.yaml")
     write_text(directory / NAME, manifest.to_json())
     return manifest
+
+
+def _versions(runtime: str) -> dict[str, str]:
+    """The versions of the packages that write models for a runtime."""
+    packages = (split_name(runtime)[0], *NEEDED_TO_BUILD[runtime])
+    own = {name: import_package(name).__version__ for name in packages}
+    return {"early-exit": early_exit.__version__, **versions(), **own}
+
+
+def reference_for(report: dict[str, Any]) -> str:
+    """The runtime that the files are compared with: eager torch or, if the evaluation was made in
+    8-bit integers, its own, because the quantised network is another one.
+
+    Raises KeyError or TypeError for a report that does not say.
+    """
+    name = report["environment"].get("runtime", "torch")
+    return name if name in INTEGERS else "torch"
 
 
 def facts_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -135,17 +139,11 @@ def traits_of(policy: Policy, num_classes: int) -> Traits:
 def runtime_for(runtime: str, precision: str) -> str:
     """The runtime to deploy to: that in which the thresholds were chosen, or else ONNX Runtime.
 
-    runtime, precision: in which they were chosen, as a report says.
-    Logs a warning if it computes in another precision. Raises UserError for integers, because the
-    segments are exported in float32.
+    runtime, precision: in which they were chosen, as a report says. Logs a warning if it computes
+    in another precision.
     """
-    if "int8" in runtime:
-        raise UserError(
-            f"the policy was chosen in {runtime}, and int8 segments cannot be exported; evaluate"
-            " the run with another --runtime"
-        )
-    deployed = runtime if runtime in RUNTIMES else "onnxruntime"
-    computed = PRECISIONS[RUNTIMES[deployed][1]]
+    deployed = runtime if runtime in DEPLOYABLE else "onnxruntime"
+    computed = PRECISIONS[split_name(deployed)[1]]
     if precision != computed:
         log.warning(
             "the thresholds were chosen in %s, the deployed model computes in %s: evaluate the run"
@@ -191,35 +189,93 @@ def check_images(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     return np.clip(np.round(level + 127.5 * contrast * noise), 0, 255).astype(np.uint8)
 
 
-def export(classifier: Classifier, images: torch.Tensor, image_input: ImageInput) -> list[bytes]:
-    """The ONNX model of every segment under the policy. images: normalised, to trace with."""
-    scale = (image_input.mean, image_input.std) if image_input.type == "uint8" else None
-    features: Any = images[:2]
-    state, models = None, []
-    with torch.no_grad():
-        for _, segment in segments_of(classifier.loaded.network, classifier.policy):
-            example = Example(features, state)
-            models.append(export_segment(segment, example, scale if segment.is_first else None))
-            features, _, _, _, state = segment(features, 1.0, state)
+def export(network: RuntimeNetwork, policy: Policy, image_input: ImageInput) -> list[bytes]:
+    """The ONNX model of every segment under the policy, in int8 if the runtime is.
+
+    network: in ONNX Runtime or OpenVINO.
+    """
+    runtime: Any = network.runtime
+    models = []
+    for first, last in spans(policy.enabled):
+        scaled = first == 0 and image_input.type == "uint8"
+        scale = (image_input.mean, image_input.std) if scaled else None
+        segment = segment_of(network.network, first, last, policy.criterion)
+        with plain_tensors():
+            models.append(
+                runtime.model(segment, network.example_of(first, policy.criterion), scale)
+            )
     return models
+
+
+def compare(
+    classifier: Classifier,
+    built: RuntimeNetwork,
+    models: Sequence[bytes],
+    image_input: ImageInput,
+) -> dict[str, Any]:
+    """Compares models with the run, and returns what the manifest says of it.
+
+    built: the network in the runtime of the models. Raises UserError if they differ by more than
+    rounding.
+    """
+    reference, policy = classifier.runtime, classifier.policy
+    runtime: Any = built.runtime
+    mean, std = image_input.mean, image_input.std
+    if runtime.precision == "int8":
+        of = "train"  # noise has values beyond the ranges, which are cut off
+        pixels = pixels_of(reference.example[:IMAGES], mean, std).contiguous().numpy()
+    else:
+        of = "noise"
+        pixels = check_images(image_input.shape)
+    layout = classifier.loaded.config.run.memory_format
+    ends = [last for _, last in spans(policy.enabled)]
+    agreement = check_segments(
+        reference,
+        policy,
+        [(last, runtime.load(model)) for last, model in zip(ends, models, strict=True)],
+        normalise(torch.from_numpy(pixels), mean, std, layout),
+        image_input.array(pixels),
+    )
+    return {
+        "runtime": runtime.name,
+        "compared_with": reference.runtime.name,
+        "images_of": of,
+        **vars(agreement),
+    }
 
 
 def notes(manifest: Manifest) -> list[str]:
     """Paragraphs of the card on what the directory holds and needs, in Markdown."""
-    check, chosen = manifest.check, manifest.chosen_in
-    count = len(manifest.segments)
+    chosen, count = manifest.chosen_in, len(manifest.segments)
     return [
         f"{count} ONNX file{'s' if count > 1 else ''} (opset {manifest.opset}), one per segment,"
         f" for {manifest.runtime}. The first takes images of {manifest.input.type}"
         f" (B, {', '.join(map(str, manifest.input.shape))})"
         + (", and normalises them." if manifest.input.type == "uint8" else ", normalised.")
-        + f" On {check['images']} images of noise, computed in float32 by {check['runtime']}, their"
-        " logits differ from torch's by at most"
-        f" {check['largest_difference']:.0e} of the largest one ({check['tolerance']:.0e} is"
-        f" allowed for rounding). The accuracy above was measured in {chosen['runtime']},"
+        + f" {_checked(manifest)} The accuracy above was measured in {chosen['runtime']},"
         f" {chosen['precision']}.",
         "The thresholds in `policy.yaml` can be changed; `val_curve` in `model.json` lists"
         " thresholds with their accuracy and cost on val. Which exits are enabled is fixed.",
         "No torch is needed: `pip install numpy pillow pyyaml"
-        f" {RUNTIMES[manifest.runtime][0]}` and `pip install --no-deps early-exit`.",
+        f" {split_name(manifest.runtime)[0]}` and `pip install --no-deps early-exit`.",
     ]
+
+
+def _checked(manifest: Manifest) -> str:
+    """What was compared when the files were written, in sentences."""
+    check = manifest.check
+    largest = (
+        f"{check['largest_difference']:.1g} of the largest one ({check['tolerance']:.1g} is allowed"
+        " for rounding)"
+    )
+    if manifest.runtime not in INTEGERS:
+        return (
+            f"On {check['images']} images of noise, computed in float32 by {check['runtime']},"
+            f" their logits differ from torch's by at most {largest}."
+        )
+    return (
+        f"They compute in 8-bit integers, with scales for {manifest.runtime} alone: another runtime"
+        f" gives other answers. On {check['images']} images of train, their logits differ from"
+        f" those of the evaluation's own segments by at most {largest}, and these from torch's in"
+        f" float32 by at most {check['from_float']:.1g}."
+    )

@@ -36,8 +36,9 @@ def load(
 
     path: a run, one of its evaluations, an export, or a deployed model. evaluation, task, device,
     overrides: of a run, see `early_exit.classifier.load`. runtime: a name of
-    `early_exit.inference.runtimes.table`; default: that in which the policy was chosen. threads: of
-    a deployed model, see `early_exit.deployed.load`.
+    `early_exit.inference.runtimes.table`; default: that in which the policy was chosen. In 8-bit
+    integers a deployed model runs in its own alone, and a run needs its data. threads: of a
+    deployed model, see `early_exit.deployed.load`.
 
     Raises UserError for an argument that has no effect on what is loaded, and if it cannot be
     loaded.

@@ -20,6 +20,7 @@ from early_exit.data.pixels import as_bytes, centre_crop, fitted
 from early_exit.errors import UserError
 from early_exit.inference.criteria import Traits
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.table import split_name
 from early_exit.inference.segments import spans
 from early_exit.model.macs import Cost
 from early_exit.system.text import shortened
@@ -102,13 +103,15 @@ class Manifest:
     traits: Traits
     """Its properties, as numbers for this model's classes and exits."""
     runtime: str
-    """The runtime that it was made for, as `--runtime` takes it."""
+    """The runtime that it was made for, as `--runtime` takes it. In 8-bit integers, the only one
+    that may run it."""
     precision: str
-    """That the runtime computes in: f32 or bf16."""
+    """That the runtime computes in: f32, bf16 or int8."""
     opset: int
     segments: tuple[SegmentFile, ...]
     check: dict[str, Any]
-    """What was compared with torch when the files were written."""
+    """What the files were compared with when they were written, on which images, and what was found
+    (`early_exit.inference.runtimes.onnx_check.Agreement`)."""
     network: dict[str, Any]
     """Its architecture, data set and weights."""
     chosen_in: dict[str, Any]
@@ -128,6 +131,7 @@ class Manifest:
         _require(bool(self.classes), "it has classes")
         for name in (self.criterion, self.runtime, self.precision):
             _require(isinstance(name, str), "criterion, runtime and precision are names")
+        _require(self.precision == split_name(self.runtime)[1], "its precision is the runtime's")
         _require(
             len(self.cost.stage_macs) == len(self.cost.head_macs) == num_exits,
             "there is a cost of every exit",

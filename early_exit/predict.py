@@ -73,8 +73,9 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--runtime",
         metavar="NAME",
-        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16, of"
-        " a run also torch, compile and others (default: that in which the policy was chosen)",
+        help="what runs the network: of a deployed model onnxruntime, openvino or openvino-bf16,"
+        " but of one in 8-bit integers only its own; of a run also torch, compile and others"
+        " (default: that in which the policy was chosen)",
     )
     return parser
 
@@ -105,28 +106,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _load(args: argparse.Namespace) -> ImageClassifier:
     """The run or deployed model, and the machine as the flags say."""
-    given = flags.settings_of(args).get("run", {})
+    settings = flags.settings_of(args)
     if is_deployed(args.run):
-        return _load_deployed(args, given)
+        return _load_deployed(args, settings)
     check_directory(args.run)
     check_torchvision()
     from early_exit import classifier
     from early_exit.system.device import set_up  # imports torch, as the classifier does
 
     loaded = classifier.load(
-        args.run, args.eval, task=args.task, overrides={"run": given}, runtime=args.runtime
+        args.run, args.eval, task=args.task, overrides=settings, runtime=args.runtime
     )
     set_up(loaded.loaded.config.run)
     return loaded
 
 
-def _load_deployed(args: argparse.Namespace, given: dict[str, Any]) -> ImageClassifier:
-    """A deployed model. given: the settings of the machine. Raises UserError for flags that are of
-    a run only."""
+def _load_deployed(args: argparse.Namespace, settings: dict[str, Any]) -> ImageClassifier:
+    """A deployed model. settings: those of the flags. Raises UserError for flags that are of a run
+    only."""
+    given = settings.get("run", {})
     words = {name: f"--{name.replace('_', '-')}" for name in given}
     words["channels_last"] = "--no-channels-last"
     ignored = [words[name] for name in given if name not in ("device", "threads")]
     ignored += [f"--{name}" for name in ("eval", "task") if getattr(args, name) is not None]
+    ignored += ["--data"] if "data" in settings else []
     if ignored:
         raise UserError(
             f"remove {' and '.join(ignored)}: {args.run} is a deployed model, which has one policy"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -30,63 +29,56 @@ class Prediction:
     """Of the plain network's; over 1 at the final exit, because the heads are included."""
 
 
-class ImageClassifier(Protocol):
+@dataclass(frozen=True)
+class ImageClassifier:
     """What `early_exit.load` gives: a run's network or a deployed model, and its policy."""
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits."""
+    classes: tuple[str, ...]
+    """The names of the classes, in the order of the logits."""
+    policy: Policy
+    """Which image exits where."""
+    cost: Cost
+    """Of every stage and head."""
 
-    @property
-    def policy(self) -> Policy:
-        """Which image exits where."""
+    def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
+        """The predictions, in the order of the images.
 
-    @property
-    def cost(self) -> Cost:
-        """Of every stage and head."""
+        Raises UserError for a file that cannot be read as an image.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), batch_size):
+            batch = [self.read(image) for image in images[start : start + batch_size]]
+            predictions += self.predict(batch)
+        return predictions
 
     def read(self, image: ImageSource) -> np.ndarray:
-        """One image as the network takes it, (C, H, W) uint8."""
+        """One image as the network takes it, (C, H, W) uint8: decoded, cropped and resized as in an
+        evaluation.
+
+        Raises UserError for a file that cannot be read as an image.
+        """
+        raise NotImplementedError
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for what `read` gave."""
+        raise NotImplementedError
 
-
-def classify(
-    classifier: ImageClassifier, images: Sequence[ImageSource], batch_size: int
-) -> list[Prediction]:
-    """The predictions, in the order of the images.
-
-    Raises UserError for a file that cannot be read as an image.
-    """
-    predictions: list[Prediction] = []
-    for start in range(0, len(images), batch_size):
-        batch = [classifier.read(image) for image in images[start : start + batch_size]]
-        predictions += classifier.predict(batch)
-    return predictions
-
-
-def make_predictions(
-    classifier: ImageClassifier,
-    class_indices: Sequence[int],
-    confidence: Sequence[float],
-    exit_indices: Sequence[int],
-) -> list[Prediction]:
-    """The predictions for a batch, from the class answered, its probability and the exit taken,
-    one of each per image."""
-    policy, cost = classifier.policy, classifier.cost
-    macs, shares = cost.cumulative(policy.enabled), cost.shares(policy.enabled)
-    return [
-        Prediction(
-            classifier.classes[class_index],
-            class_index,
-            sure,
-            policy.exit_names[exit_index],
-            exit_index,
-            macs[exit_index],
-            shares[exit_index],
-        )
-        for class_index, sure, exit_index in zip(
-            class_indices, confidence, exit_indices, strict=True
-        )
-    ]
+    def predictions(
+        self, classes: Sequence[int], confidence: Sequence[float], exit_index: Sequence[int]
+    ) -> list[Prediction]:
+        """The predictions for a batch, from the class answered, its probability and the exit taken,
+        one of each per image."""
+        policy, cost = self.policy, self.cost
+        macs, shares = cost.cumulative(policy.enabled), cost.shares(policy.enabled)
+        return [
+            Prediction(
+                self.classes[class_index],
+                class_index,
+                sure,
+                policy.exit_names[index],
+                index,
+                macs[index],
+                shares[index],
+            )
+            for class_index, sure, index in zip(classes, confidence, exit_index, strict=True)
+        ]

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 # The machine settings of evaluations, unless overridden; those of training are ignored.
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
 CALIBRATION = 256  # images of train, by which the ranges of 8-bit integers are found
+HELD_OUT = "held out from train"  # where val came from, in words
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,8 @@ def load_run(
     """
     loaded = load_network(run_dir, task, overrides)
     set_up(loaded.config.run)
-    data: Data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
-    file_lists.check_same_classes(data, run_dir, loaded.classes)
-    gone: tuple[str, ...] = ()
-    if val_from == "train":
-        alternative = ", or cut val from the official test set with --val-from test"
-        data, gone = file_lists.with_val_of(data, source_run(run_dir), loaded.val_hash, alternative)
+    data, gone = load_data(loaded, task, val_from)
     file_lists.log_changed_test(data, source_run(run_dir))
-    data = data.to(loaded.device, loaded.config.run.memory_format)
     return Trained(
         **vars(loaded),
         data=data,
@@ -244,6 +239,21 @@ def load_run(
         runtime=in_runtime(loaded, data, runtime),
         gone=gone,
     )
+
+
+def load_data(loaded: Loaded, task: Task, val_from: str) -> tuple[Data, tuple[str, ...]]:
+    """The data of a run, on its device, and the files of val that are gone.
+
+    val_from and errors: as for `load_run`.
+    """
+    data: Data = task.load_data(loaded.config.data).normalised_by(loaded.normalisation)
+    file_lists.check_same_classes(data, loaded.run_dir, loaded.classes)
+    gone: tuple[str, ...] = ()
+    if val_from == "train":
+        alternative = ", or cut val from the official test set with --val-from test"
+        run = source_run(loaded.run_dir)
+        data, gone = file_lists.with_val_of(data, run, loaded.val_hash, alternative)
+    return data.to(loaded.device, loaded.config.run.memory_format), gone
 
 
 def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
@@ -254,11 +264,15 @@ def choose_runtime(loaded: Loaded, name: str | None = None) -> Runtime:
     return find_runtime(name, str(loaded.device), settings.threads or torch.get_num_threads())
 
 
-def in_runtime(loaded: Loaded, data: Data, name: str | None = None) -> RuntimeNetwork:
-    """The network in a runtime; name, default: as for `load_run`."""
+def in_runtime(loaded: Loaded, data: Data | None, name: str | None = None) -> RuntimeNetwork:
+    """The network in a runtime.
+
+    data: of the run, which 8-bit integers alone need; name, default: as for `load_run`.
+    """
     runtime = choose_runtime(loaded, name)
     example = torch.zeros(2, *loaded.network.image_shape, device=loaded.device)
     if runtime.precision == "int8":
+        assert data is not None
         example = some_of_train(data, CALIBRATION).to(loaded.device)
     return RuntimeNetwork(loaded.network, runtime, example)
 
@@ -394,7 +408,7 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
             val,
             test,
             _recorded(data, val),
-            "held out from train",
+            HELD_OUT,
             (*trained.gone, *val.info.left_out_names, *left_out),
         )
     return Splits(

@@ -68,6 +68,7 @@ from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.train import train
 
+CPU_DEVICE = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
 FOLDERS = ("ape", "bee", "cat")
@@ -475,6 +476,19 @@ def replay(record: ExitRecord, policy: Policy) -> Outcome:
 def in_torch(network: MultiExitNetwork, example: Tensor) -> RuntimeNetwork:
     """A network in eager torch on the CPU, in the precision of its weights."""
     return RuntimeNetwork(network, EagerRuntime("torch", "f32", torch.device("cpu")), example)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine(EagerRuntime):
+    """Eager torch under the name of a runtime in integers."""
+
+    name: str = "engine-int8"
+    precision: str = "int8"
+    device: torch.device = CPU_DEVICE
+
+    def context(self):
+        """Inference in float32."""
+        return torch.inference_mode()
 
 
 def live_of(batches: Iterable[Answers]) -> Live:

@@ -1,11 +1,12 @@
 """The benchmarks run, print what they measured, and refuse mistakes in one line."""
 
+import dataclasses
 import re
 
 import pytest
 from helpers import finish, make_folders, run_main, start
 
-from benchmarks import heads, inference, streams
+from benchmarks import equality, heads, inference, streams
 
 TINY = (
     "--arch",
@@ -171,3 +172,33 @@ def test_heads_are_timed_at_every_place_and_batch_size(monkeypatch, capsys):
 def test_nothing_to_time_is_refused(monkeypatch, capsys, flags):
     code, _, err = run_main(heads.main, "heads.py", monkeypatch, capsys, *flags)
     assert code == 2 and flags[0] in err
+
+
+class TestEquality:
+    FLAGS = ("--task", "helpers:TASK", "--device", "cpu", "--threads", "1")
+
+    def test_every_batch_size_gives_the_record(self, evaluated_run, monkeypatch, capsys):
+        run = evaluated_run / "eval" / "mine"
+        flags = (run, *self.FLAGS, "--batch-sizes", "1", "7")
+        code, out, _ = run_main(equality.main, "equality.py", monkeypatch, capsys, *flags)
+        assert code == 0
+        rows = re.findall(r"^\| torch \| f32 \| (\d) \| (\d+) \| .* \| 0 \| \S+ \|$", out, re.M)
+        assert [size for size, _ in rows] == ["1", "7"]
+        assert len({images for _, images in rows}) == 1
+
+    def test_a_difference_beyond_rounding_is_a_failure(self, evaluated_run, monkeypatch, capsys):
+        plain = equality.run_live
+
+        def differing(*arguments):
+            return dataclasses.replace(plain(*arguments), differing=3, differing_beyond_rounding=1)
+
+        monkeypatch.setattr(equality, "run_live", differing)
+        flags = (evaluated_run / "eval" / "mine", *self.FLAGS, "--batch-sizes", "256")
+        code, out, err = run_main(equality.main, "equality.py", monkeypatch, capsys, *flags)
+        assert code == 1 and err.splitlines()[-1].startswith("equality.py: 1 ")
+        assert re.search(r"\| 2 \| 1 \| \S+ \|$", out, re.M)
+
+    def test_an_empty_batch_is_refused(self, evaluated_run, monkeypatch, capsys):
+        flags = (evaluated_run, *self.FLAGS, "--batch-sizes", "0")
+        code, _, err = run_main(equality.main, "equality.py", monkeypatch, capsys, *flags)
+        assert code == 2 and "--batch-sizes" in err

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SIDE, TASK, assert_names, refusal
+from helpers import CPU, ROOT, SIDE, TASK, Engine, assert_names, refusal
 from PIL import Image
 
 from early_exit import classifier
+from early_exit.choosing.record import ExitRecord
 from early_exit.classifier import load
 from early_exit.config import DataConfig
+from early_exit.errors import DataError
 from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.task import TASKS
+from early_exit.trained import load_run
 from early_exit.training import checkpoint
 
 
@@ -189,6 +192,44 @@ class TestLoad:
         options = {"task": TASK, "overrides": {"run": run}, "runtime": "onnxruntime"}
         message = refusal(load, evaluated_run, "mine", **options)
         assert_names(message, "--runtime", *(f"--{name}" for name in run))
+
+
+class TestIntegers:
+    """A run in a runtime of 8-bit integers, which finds the ranges of values on images of train."""
+
+    @pytest.fixture(autouse=True)
+    def engine(self, monkeypatch):
+        """The runtime is eager torch under its name."""
+        monkeypatch.setattr("early_exit.trained.find_runtime", lambda name, *_: Engine(name))
+
+    def load(self, run, task=TASK):
+        """The run in it."""
+        return load(run, "mine", task=task, device="cpu", runtime="onnxruntime-int8")
+
+    def test_the_images_are_those_of_an_evaluation(self, evaluated_run):
+        evaluated = load_run(evaluated_run, TASK, CPU, runtime="onnxruntime-int8")
+        example = self.load(evaluated_run).runtime.example
+        assert len(example) == evaluated.data.size("train")  # there are fewer than are asked for
+        assert torch.equal(example, evaluated.runtime.example)
+
+    def test_data_that_are_not_there(self, evaluated_run):
+        def load_data(_settings):
+            raise DataError("there is no data set at /nowhere")
+
+        task = dataclasses.replace(TASK, load_data=load_data)
+        message = refusal(self.load, evaluated_run, task)
+        assert_names(message, evaluated_run, "onnxruntime-int8", "train", "/nowhere", "--data")
+
+    def test_other_images_than_those_of_the_record(self, evaluated_copy):
+        recorded = ExitRecord.load(evaluated_copy / "records" / "test-off")
+        path = evaluated_copy / "records" / "test-onnxruntime-int8"
+        data = load_run(evaluated_copy, TASK, CPU).data
+        for calibration in (data.digest("train"), "another"):
+            info = dataclasses.replace(recorded.info, calibration=calibration)
+            dataclasses.replace(recorded, info=info).save(path)
+            if calibration != "another":
+                assert self.load(evaluated_copy).runtime.runtime.precision == "int8"
+        assert_names(refusal(self.load, evaluated_copy), path, "train", "evaluate")
 
 
 class TestPretrained:

@@ -244,6 +244,7 @@ class TestFiles:
             {"traits": {"of": "somebody"}},
             {"unknown": 1},
             {"runtime": ["onnxruntime"]},
+            {"runtime": "onnxruntime-int8"},
             {"criterion": {}},
         ],
         ids=str,
@@ -272,17 +273,12 @@ class TestRuntime:
     """Which runtime is used, whatever is installed here."""
 
     @pytest.fixture
-    def chosen(self, deployed_model, monkeypatch):
+    def chosen(self, monkeypatch):
         """A function that gives the runtime that is used, from the packages that are installed."""
 
         def chosen(*installed: str, own: str = "onnxruntime", wanted: str | None = None) -> str:
             monkeypatch.setattr(deployed, "_is_installed", lambda package: package in installed)
-            manifest = dataclasses.replace(
-                Manifest.read(deployed_model),
-                runtime=own,
-                precision="bf16" if own.endswith("bf16") else "f32",
-            )
-            return deployed.choose_runtime(manifest, wanted)
+            return deployed.choose_runtime(own, wanted)
 
         return chosen
 
@@ -304,6 +300,8 @@ class TestRuntime:
             ([], "onnxruntime", None, "onnxruntime"),
             (["onnxruntime"], "openvino-bf16", None, "openvino"),
             (["openvino"], "openvino", "onnxruntime", "onnxruntime"),
+            (["onnxruntime"], "openvino-int8", None, "openvino"),
+            (["openvino"], "onnxruntime-int8", None, "onnxruntime"),
         ],
     )
     def test_a_missing_package_is_named(self, chosen, installed, own, wanted, package):
@@ -316,6 +314,26 @@ class TestRuntime:
         assert chosen("openvino", wanted="openvino-bf16") == "openvino-bf16"
         (message,) = caplog.messages
         assert_names(message, "bf16", "f32")
+
+    @pytest.mark.parametrize("own", ["onnxruntime-int8", "openvino-int8"])
+    def test_integers_run_in_their_own_runtime(self, chosen, caplog, own):
+        assert chosen("onnxruntime", "openvino", own=own) == own
+        assert chosen("onnxruntime", "openvino", own=own, wanted=own) == own
+        assert caplog.records == []
+
+    @pytest.mark.parametrize(
+        ("own", "wanted"),
+        [
+            ("onnxruntime-int8", "openvino-int8"),
+            ("openvino-int8", "onnxruntime-int8"),
+            ("onnxruntime-int8", "onnxruntime"),
+            ("openvino-int8", "openvino-bf16"),
+            ("openvino", "openvino-int8"),
+        ],
+    )
+    def test_another_one_is_refused_for_integers(self, chosen, own, wanted):
+        message = refusal(chosen, "onnxruntime", "openvino", own=own, wanted=wanted)
+        assert_names(message, own, wanted, "--runtime", "export")
 
     def test_an_unknown_one(self, chosen):
         assert_names(refusal(chosen, wanted="tensorrt"), "'tensorrt'", "onnxruntime")
@@ -350,6 +368,7 @@ class TestArguments:
         [
             ("--eval", "mine"),
             ("--task", "helpers:TASK"),
+            ("--data", "digits"),
             ("--device", "cuda"),
             ("--amp", "bf16"),
             ("--compile",),

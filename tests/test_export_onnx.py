@@ -60,6 +60,8 @@ class TestFiles:
         )
         assert manifest.check["images"] == 64
         assert manifest.check["largest_difference"] <= manifest.check["tolerance"]
+        assert (manifest.check["compared_with"], manifest.check["images_of"]) == ("torch", "noise")
+        assert manifest.check["from_float"] is None
         assert manifest.chosen_in == {"runtime": "torch", "precision": "float32"}
         assert manifest.test["accuracy"] == report["test"]["accuracy"]
         assert manifest.network["weights"] == own.loaded.weights
@@ -126,6 +128,7 @@ class TestRuntimeFor:
             ("torch", "bfloat16", "onnxruntime", True),
             ("openvino", "float32", "openvino", False),
             ("openvino-bf16", "bfloat16", "openvino-bf16", False),
+            ("onnxruntime-int8", "8-bit integers", "onnxruntime-int8", False),
             ("cudagraph", "float16", "onnxruntime", True),
         ],
     )
@@ -133,8 +136,18 @@ class TestRuntimeFor:
         assert export_onnx.runtime_for(chosen, precision) == deployed
         assert len(caplog.records) == warned
 
-    def test_integers_are_refused(self):
-        assert_names(refusal(export_onnx.runtime_for, "onnxruntime-int8", "int8"), "int8")
+    @pytest.mark.parametrize(
+        ("chosen", "reference"),
+        [
+            ("torch-bf16", "torch"),
+            ("openvino-bf16", "torch"),
+            ("openvino-int8", "openvino-int8"),
+        ],
+    )
+    def test_integers_are_compared_with_themselves(self, chosen, reference):
+        """And everything else with eager torch in float32."""
+        report = {"environment": {"runtime": chosen}}
+        assert export_onnx.reference_for(report) == reference
 
     def test_it_is_in_the_manifest(self, evaluated_copy, tmp_path, stored_models):
         """And the files are checked in float32 by the same package."""

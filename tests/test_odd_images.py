@@ -131,7 +131,7 @@ def odd(tmp_path_factory) -> tuple[folders.Data, Classifier]:
     write_readable(root / "val" / FOLDERS[0])
     write_refused(root / "val" / FOLDERS[1])
     config = FolderRun(data=folder_config(root, val_size=1, bad_files=len(REFUSED)))
-    return folders.load(config.data), Classifier(Loaded(config), TASK, None, None, None)
+    return folders.load(config.data), Classifier((), None, None, Loaded(config), TASK, None)
 
 
 def rows(data: folders.Data) -> list[tuple[int, Path]]:

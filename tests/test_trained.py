@@ -15,6 +15,7 @@ import torch
 from helpers import (
     CPU,
     TASK,
+    Engine,
     assert_close,
     assert_names,
     few_digits,
@@ -28,7 +29,6 @@ from helpers import (
 from early_exit import trained
 from early_exit.classifier import find_evaluation
 from early_exit.errors import UserError
-from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.task import Task
 from early_exit.trained import evaluations, get_record, get_splits, load_network, load_run
@@ -47,21 +47,6 @@ def run(tmp_path_factory) -> Path:
 def plain(tmp_path_factory) -> Path:
     """A run of the plain network. Not to be changed."""
     return tiny_run(tmp_path_factory.mktemp("plain") / "run", TASK, exits=())
-
-
-CPU_DEVICE = torch.device("cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine(EagerRuntime):
-    """Eager torch under the name of a runtime in integers."""
-
-    name: str = "engine-int8"
-    precision: str = "int8"
-    device: torch.device = CPU_DEVICE
-
-    def context(self):
-        return torch.inference_mode()
 
 
 @pytest.fixture

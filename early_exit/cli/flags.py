@@ -131,6 +131,15 @@ def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
         help="task that made the run, such as mytask.train:TASK; its module is imported (default:"
         " the one that the report names, if this program knows it)",
     )
+    add_setting(
+        parser,
+        "--data",
+        setting="data.root",
+        type=absolute,
+        metavar="DIR",
+        help="directory of the data set, which a run in 8-bit integers needs (default: the one used"
+        " in training)",
+    )
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> Any:

@@ -80,11 +80,13 @@ def build_networks(trained: Trained, networks: Mapping[str, nn.Module]) -> dict[
     return built
 
 
-def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> LiveResult:
+def run_live(
+    trained: Trained, data: Data, test: ExitRecord, policy: Policy, batch_size: int = LIVE_BATCH
+) -> LiveResult:
     """Inference with exits taken on all of test, compared with the record."""
     parts: list[tuple[np.ndarray, ...]] = []
     top5 = 0
-    for images, target in data.eval_batches("test", LIVE_BATCH):
+    for images, target in data.eval_batches("test", batch_size):
         batch = trained.runtime.infer(images, policy)
         logits = to_numpy(batch.logits)
         parts.append(
@@ -109,7 +111,7 @@ def run_live(trained: Trained, data: Data, test: ExitRecord, policy: Policy) -> 
         differing=int(found.differs.sum()),
         differing_beyond_rounding=int(found.unexplained.sum()),
         rounding=found.rounding,
-        batch_size=LIVE_BATCH,
+        batch_size=batch_size,
     )
 
 

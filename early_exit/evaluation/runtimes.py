@@ -27,7 +27,7 @@ from early_exit.trained import EVALUATION, Trained, in_runtime
 log = logging.getLogger(__name__)
 
 FASTEST = "fastest"
-TURNS, UNTIMED = 21, 3  # of which the first are the warm-up
+TURNS = 21
 SAID = ("amp", "compile")  # settings of a run that a runtime's name says
 
 
@@ -94,11 +94,11 @@ def plain_seconds(networks: dict[str, RuntimeNetwork], images: Any) -> dict[str,
         for name, network in networks.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(UNTIMED + TURNS):
+    for _ in range(TURNS):
         for name, network in networks.items():
             with network.runtime.context():
                 samples[name].append(make_timer(network)(calls[name]))
-    return {name: float(np.median(turns[UNTIMED:])) for name, turns in samples.items()}
+    return {name: float(np.median(turns)) for name, turns in samples.items()}
 
 
 def evaluation_name(base: str, name: str | None, runtime: str | None, several: bool) -> str:

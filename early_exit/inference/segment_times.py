@@ -5,7 +5,7 @@ stages. Any subset of the candidate exits can then be priced.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from early_exit.inference.infer import Array, Rows, advance, all_rows
-from early_exit.inference.latency import make_timer
+from early_exit.inference.latency import make_timer, turns
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.segments import spans
@@ -72,7 +72,7 @@ def segment_times(
     seconds: float = 15.0,
 ) -> SegmentTimes:
     """Measures segments on 1, 2, 4, ... rows of a batch, and the plain network on the whole batch,
-    in turns.
+    in turns, each in another order.
 
     images: the batch (B, C, H, W); spans_to_time: the first and the last stage of each segment,
     such as those of `all_spans`, or `early_exit.inference.segments.spans` for one policy. Medians
@@ -86,29 +86,29 @@ def segment_times(
         exit_names=network.network.exit_names, thresholds=(NEVER,) * final, criterion=criterion
     )
     timer = make_timer(network)
-    wholes: list[float] = []
-    samples: dict[tuple[int, int], list[list[float]]] = {}
+    calls: dict[tuple[int, int, int] | None, Callable[[], object]] = {}
+    """By the first and the last stage and the number of rows; None: the plain network."""
     with network.runtime.context():
         inputs = _inputs(network, array, never, ends)
-        plain = network.plain()
-        segments = {span: network.segment(*span, criterion) for span in spans_to_time}
+        calls[None] = partial(network.plain(), array)
+        for first, last in spans_to_time:
+            segment = network.segment(first, last, criterion)
+            for size in sizes:
+                rows = inputs[first].select(slice(size))
+                calls[first, last, size] = partial(advance, segment, rows, never, last)
+        samples: dict[tuple[int, int, int] | None, list[float]] = {key: [] for key in calls}
         began = time.perf_counter()
-        for turn in range(repeats):
+        for turn, order in enumerate(turns(calls, repeats)):
             if turn >= LEAST and time.perf_counter() - began > seconds:
                 break
-            wholes.append(timer(lambda: plain(array)))
-            for (first, last), segment in segments.items():
-                samples.setdefault((first, last), []).append(
-                    [
-                        timer(partial(advance, segment, rows, never, last))
-                        for rows in (inputs[first].select(slice(size)) for size in sizes)
-                    ]
-                )
+            for key in order:
+                samples[key].append(timer(calls[key]))
+    medians = {key: float(np.median(values)) for key, values in samples.items()}
     return SegmentTimes(
         batch_size,
         tuple(sizes),
-        {span: tuple(np.median(turns, axis=0).tolist()) for span, turns in samples.items()},
-        float(np.median(wholes)),
+        {span: tuple(medians[*span, size] for size in sizes) for span in spans_to_time},
+        medians[None],
     )
 
 

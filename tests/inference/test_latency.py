@@ -15,6 +15,7 @@ from early_exit.inference.latency import (
     segment_inputs,
     stage_inputs,
     summary,
+    turns,
 )
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.base import Example
@@ -115,6 +116,13 @@ def test_the_stages_of_a_segment_take_its_rows(tiny_net, images, policy):
     assert rows == [64, 64, len(inputs[1].rows.index), len(inputs[2].rows.index)]
 
 
+def test_every_turn_has_all_in_another_order():
+    found = list(turns("abcdef", 20))
+    assert [sorted(order) for order in found] == [list("abcdef")] * 20
+    assert len(set(map(tuple, found))) > 10
+    assert found == list(turns("abcdef", 20))
+
+
 def timed(net, batches, policy, **options):
     """A measurement in eager torch, in float32."""
     return measure(in_torch(net, batches[0]), batches, policy, **options)
@@ -168,19 +176,19 @@ class Clock:
 
 
 def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
-    # stages take 1, 2, 4 and 8 seconds for 100 rows, the plain network 10
+    # stages take 1, 2, 4 and 8 seconds a row, the plain network 10
     clock = Clock()
     monkeypatch.setattr("early_exit.inference.latency.time", clock)
     for seconds, stage in zip((1, 2, 4, 8), tiny_net.stages, strict=True):
 
         def forward(features, with_logits=True, seconds=seconds, original=stage.forward):
-            clock.now += seconds * len(features) / 100
+            clock.now += seconds * len(features)
             return original(features, with_logits)
 
         monkeypatch.setattr(stage, "forward", forward)
 
     def plain(images, original=tiny_net.backbone.forward):
-        clock.now += 10 * len(images) / 100
+        clock.now += 10 * len(images)
         return original(images)
 
     monkeypatch.setattr(tiny_net.backbone, "forward", plain)
@@ -188,13 +196,13 @@ def test_times_are_those_of_the_parts_that_ran(tiny_net, images, monkeypatch):
     policy = Policy(exit_names=tiny_net.exit_names, thresholds=(NEVER, NEVER, 0.0))
     batches = [images[:50], images[50:100]]
     timing = timed(tiny_net, batches, policy, repeats=3, seconds=1e9)
-    # two batches of half of 100 rows: stages take 0.5, 1, 2 and 4 seconds, the plain network 5
-    assert (timing.plain.p50, timing.plain.total) == (5, 10)
-    assert (timing.live.p50, timing.live.total) == (3.5, 7)
+    # two batches of 50 rows
+    assert (timing.plain.p50, timing.plain.total) == (500, 1000)
+    assert (timing.live.p50, timing.live.total) == (350, 700)
     assert timing.ideal == timing.live
     assert timing.without_heads == timing.live  # heads take no time here
-    assert (timing.no_exit_taken.p50, timing.no_exit_taken.total) == (7.5, 15)
-    assert timing.segment_seconds == (0.5, 1, 2, 4)
+    assert (timing.no_exit_taken.p50, timing.no_exit_taken.total) == (750, 1500)
+    assert timing.segment_seconds == (50, 100, 200, 400)
     assert timing.speedup_range == (10 / 7, 10 / 7)
     assert timing.speedup == 10 / 7
     assert timing.overhead == 0.5

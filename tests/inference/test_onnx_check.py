@@ -1,13 +1,15 @@
-"""The comparison of exported segments with torch, on segments that need no export."""
+"""The comparison of exported segments with the network's, on segments that need no export."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_names, refusal
+from helpers import Engine, assert_names, in_torch, refusal
 
+from early_exit.inference.criteria import apply_criterion
 from early_exit.inference.policy import Policy
+from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.onnx_check import ELEMENTWISE, check_segments, work
 from early_exit.inference.segments import segments_of
 
@@ -37,7 +39,8 @@ def as_exported(network, policy, change=lambda index, parts: parts):
 def check(network, policy, images, change=lambda index, parts: parts):
     """Compares the network with its own segments after a change."""
     exported = as_exported(network, policy, change)
-    return check_segments(network, policy, exported, images[:64], images[:64].numpy())
+    reference = in_torch(network, images[:2])
+    return check_segments(reference, policy, exported, images[:64], images[:64].numpy())
 
 
 @pytest.mark.parametrize("criterion", ["max_prob", "patience"])
@@ -45,6 +48,7 @@ def test_the_same_segments_agree(tiny_net, policy, images, criterion):
     policy = dataclasses.replace(policy, criterion=criterion)
     found = check(tiny_net, policy, images)
     assert (found.images, found.largest_difference, found.other_exits) == (64, 0, 0)
+    assert found.from_float is None
 
 
 @pytest.mark.parametrize(("index", "name"), [(0, "stem"), (2, "layer2"), (3, "final")])
@@ -127,6 +131,50 @@ def test_a_score_within_rounding_of_its_threshold_may_exit_elsewhere(tiny_net, p
         return parts
 
     assert check(tiny_net, policy, images, change).other_exits == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarse(Engine):
+    """Stands for a runtime in 8-bit integers: the logits of its segments are off by one percent."""
+
+    def segment(self, segment, _example):
+        """The segment, its logits off."""
+
+        def call(features, temperature, state):
+            features, logits, *_ = segment(features, temperature, state)
+            logits = 1.01 * logits
+            return features, logits, *apply_criterion(segment.criterion, logits, temperature, state)
+
+        return call
+
+
+class TestIntegers:
+    """The reference computes in 8-bit integers."""
+
+    def check(self, network, policy, images, factor):
+        """Compares segments whose logits are torch's, multiplied, with those of `Coarse`."""
+
+        def change(at, parts):
+            logits = torch.from_numpy(parts[1] * np.float32(factor))
+            answer, score, _ = policy.score(at, logits, None)
+            return [parts[0], logits.numpy(), answer.numpy(), score.numpy(), None]
+
+        reference = RuntimeNetwork(network, Coarse(), images[:2])
+        exported = as_exported(network, policy, change)
+        return check_segments(reference, policy, exported, images[:64], images[:64].numpy())
+
+    def test_the_same_rounding_agrees(self, tiny_net, policy, images):
+        found = self.check(tiny_net, policy, images, 1.01)
+        # the largest logit is 1.01 times that of torch
+        assert found.from_float == pytest.approx(0.01 / 1.01, rel=1e-3)
+        assert found.tolerance == pytest.approx(found.from_float / 2, rel=1e-3)
+        assert found.largest_difference < found.tolerance / 100
+
+    @pytest.mark.parametrize("factor", [1.0, 1.02])
+    def test_another_rounding_is_refused(self, tiny_net, policy, images, factor):
+        """Float32 itself, and what is off by as much again."""
+        message = refusal(self.check, tiny_net, policy, images, factor)
+        assert_names(message, "engine-int8", "stem", "logits")
 
 
 def test_work_counts_the_terms_along_one_path(tiny_net):

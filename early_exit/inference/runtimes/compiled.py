@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from early_exit.inference.infer import RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
+from early_exit.inference.runtimes.torch_runtime import TorchRuntime
 from early_exit.inference.segments import Segment
 from early_exit.model.features import Features, num_rows, select_rows
-from early_exit.system.device import DTYPES, autocast_context, synchronize
+from early_exit.system.device import DTYPES, autocast_context
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,9 @@ to 15 and for 16 or more."""
 
 
 @dataclass(frozen=True)
-class CompiledRuntime:
+class CompiledRuntime(TorchRuntime):
     """torch.compile on a device. Implements `early_exit.inference.runtimes.base.Runtime`."""
 
-    name: str
-    precision: str
-    """f32, bf16 or fp16."""
-    device: torch.device
     slow_to_build: bool = True
 
     def array(self, images: Tensor) -> Tensor:
@@ -73,10 +70,6 @@ class CompiledRuntime:
         amp = "off" if self.precision == "f32" else self.precision
         with torch.inference_mode(False), torch.no_grad(), autocast_context(amp, self.device):
             yield
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        synchronize(self.device)
 
     def _compile(self, run: "CompiledRows", example: Example, name: str) -> "CompiledRows":
         """Runs at every one of `WARM_ROWS`, so that no later call compiles."""

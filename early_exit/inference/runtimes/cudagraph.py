@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from early_exit.inference.infer import RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
+from early_exit.inference.runtimes.torch_runtime import TorchRuntime
 from early_exit.inference.segments import Segment
 from early_exit.model.features import Features, num_rows, select_rows
-from early_exit.system.device import DTYPES, synchronize
+from early_exit.system.device import DTYPES
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 """Captures a function without arguments: a function that runs it again, and the results, which that
@@ -31,18 +32,8 @@ WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class CudaGraphRuntime:
+class CudaGraphRuntime(TorchRuntime):
     """CUDA graphs on a GPU. Implements `early_exit.inference.runtimes.base.Runtime`."""
-
-    name: str
-    precision: str
-    """f32, bf16 or fp16."""
-    device: torch.device
-    slow_to_build: bool = False
-
-    def array(self, images: Tensor) -> Tensor:
-        """The images on the device."""
-        return images.to(self.device)
 
     def segment(self, segment: Segment, _example: Example) -> RunSegment:
         """A copy of a segment, captured when it first runs at a number of rows."""
@@ -63,10 +54,6 @@ class CudaGraphRuntime:
             torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False),
         ):
             yield
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        synchronize(self.device)
 
     def _convert(self, network: Any) -> Any:
         """A copy of a network. Weights of convolutions and linear layers are in the precision that

@@ -9,23 +9,14 @@ from torch import Tensor, nn
 
 from early_exit.inference.infer import RunSegment
 from early_exit.inference.runtimes.base import Example, RunNetwork
+from early_exit.inference.runtimes.torch_runtime import TorchRuntime
 from early_exit.inference.segments import Segment
-from early_exit.system.device import autocast_context, synchronize
+from early_exit.system.device import autocast_context
 
 
 @dataclass(frozen=True)
-class EagerRuntime:
+class EagerRuntime(TorchRuntime):
     """Eager torch on a device. Implements `early_exit.inference.runtimes.base.Runtime`."""
-
-    name: str
-    precision: str
-    """f32, bf16 or fp16."""
-    device: torch.device
-    slow_to_build: bool = False
-
-    def array(self, images: Tensor) -> Tensor:
-        """The images on the device."""
-        return images.to(self.device)
 
     def segment(self, segment: Segment, _example: Example) -> RunSegment:
         """The segment itself."""
@@ -41,7 +32,3 @@ class EagerRuntime:
         amp = "off" if self.precision == "f32" else self.precision
         with torch.inference_mode(), autocast_context(amp, self.device):
             yield
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        synchronize(self.device)

@@ -51,9 +51,13 @@ class RuntimeNetwork:
         if key not in self._segments:
             segment = segment_of(self.network, first, last, criterion)
             with plain_tensors():
-                example = Example(self._stage_inputs[first], self._state(first, criterion))
+                example = self.example_of(first, criterion)
                 self._segments[key] = self.runtime.segment(segment, example)
         return self._segments[key]
+
+    def example_of(self, first: int, criterion: str) -> Example:
+        """What a segment from stage `first` on takes of the example."""
+        return Example(self._stage_inputs[first], self._state(first, criterion))
 
     def segments(self, policy: Policy) -> list[tuple[int, RunSegment]]:
         """The segments under a policy's enabled exits, each with the exit it ends at."""

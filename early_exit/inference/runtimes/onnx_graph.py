@@ -51,15 +51,33 @@ def body_nodes(model: ModelProto) -> list[NodeProto]:
     return [node for node in model.graph.node if node.name in needed]
 
 
+def classifying_nodes(model: ModelProto) -> set[str]:
+    """The names of the products that give the logits, without another one in between."""
+    made, pending, found = producers(model), ["logits"], set()
+    while pending:
+        node = made.pop(pending.pop(), None)
+        if node is not None and node.op_type in PRODUCTS:
+            found.add(node.name)
+        elif node is not None:
+            pending += node.input
+    return found
+
+
 def integer_nodes(model: ModelProto) -> list[NodeProto]:
     """The nodes that are computed in integers: products with weights, sums of a residual block, and
-    the activations that follow these."""
+    the activations that follow these.
+
+    The products that give the logits stay float32: they take next to no time, and BatchNorm that is
+    folded into them gives the weights of one class very different sizes, which share one scale.
+    With them in integers, a head after layer2.0 of a ResNet-56 lost 16 points of accuracy.
+    """
     made, values = producers(model), {item.name for item in model.graph.initializer}
+    classifying = classifying_nodes(model)
     chosen: dict[str, NodeProto] = {}
     for node in body_nodes(model):
         sources = [made[name] for name in node.input if name in made]
         if (
-            (node.op_type in PRODUCTS and node.input[1] in values)
+            (node.op_type in PRODUCTS and node.input[1] in values and node.name not in classifying)
             # a convolution's output and a map, not statistics in a head
             or (
                 node.op_type == "Add"

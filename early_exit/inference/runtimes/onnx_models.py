@@ -38,19 +38,32 @@ class OnnxModels:
 
     def segment(self, segment: Segment, example: Example) -> RunSegment:
         """Exports and loads a segment."""
+        return self.load(self.model(segment, example))
+
+    def model(self, segment: Segment, example: Example, input_scale: Any = None) -> bytes:
+        """A segment as an ONNX model, in int8 if the runtime is.
+
+        example: as for `segment`, of normalised images also where the model normalises them;
+        input_scale: as for `early_exit.inference.runtimes.onnx_export.export_segment`.
+        """
         from early_exit.inference.runtimes.onnx_export import export_segment
 
-        return self._loaded(export_segment(segment, example), example)
+        model = export_segment(segment, example, input_scale)
+        if segment.is_first and input_scale is not None:
+            images: Any = example.features
+            example = Example(pixels_of(images, *input_scale))
+        return self._quantised(model, example)
 
     def network(self, network: nn.Module, example: Tensor) -> RunNetwork:
         """Exports and loads a network without exits."""
         from early_exit.inference.runtimes.onnx_export import export_network
 
-        model = self._loaded(export_network(network, example), Example(example))
+        exported = export_network(network, example)
+        model = self.load(self._quantised(exported, Example(example)))
         return lambda images: model(images)[1]
 
-    def _loaded(self, model: bytes, example: Example) -> RunSegment:
-        return self.load(self.quantise(model, example) if self.precision == "int8" else model)
+    def _quantised(self, model: bytes, example: Example) -> bytes:
+        return self.quantise(model, example) if self.precision == "int8" else model
 
     def context(self) -> AbstractContextManager:
         """Nothing."""
@@ -58,6 +71,15 @@ class OnnxModels:
 
     def synchronize(self) -> None:
         """Every call waits for its result."""
+
+
+def pixels_of(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The pixels (B, C, H, W) uint8 that images were normalised from.
+
+    images: (B, C, H, W) float32; mean, std: of every channel, for pixels in [0, 1].
+    """
+    offset, scale = (255 * images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (images * scale + offset).round().clamp(0, 255).byte()
 
 
 def by_name(

@@ -1,11 +1,11 @@
 """Eight-bit integers: from an ONNX model of `onnx_export` to one that computes in int8.
 
-Integers are the products with weights, the sums of residual blocks and the activations between
-them (`onnx_graph.integer_nodes`): weights with a scale per output channel, maps with one scale,
-from the range of their values on the examples. Logits and the criterion stay float32, so a score is
-the criterion of the returned logits without an error of its own. Weights use seven bits, because
-without VNNI instructions sums of 8-bit products overflow: the same model then gives the same
-answers on any processor.
+Integers are the products with weights, the sums of residual blocks and the activations between them
+(`onnx_graph.integer_nodes`): weights with a scale per output channel, maps with one scale, from the
+range of their values on the examples. The layer that gives the logits and the criterion stay
+float32, so a score is the criterion of the returned logits without an error of its own. Weights use
+seven bits, because without VNNI instructions sums of 8-bit products overflow: the same model then
+gives the same answers on any processor.
 
 Each model is for one runtime: OpenVINO computes wrong logits from the one for ONNX Runtime.
 

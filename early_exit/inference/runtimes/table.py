@@ -14,19 +14,19 @@ from early_exit.inference.runtimes.packages import import_package
 if TYPE_CHECKING:
     from early_exit.inference.runtimes.base import Runtime
 
+DEPLOYABLE = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8")
+"""The names of those that run ONNX models. What precedes the hyphen is the package."""
+INTEGERS = ("onnxruntime-int8", "openvino-int8")
+"""The names of those in 8-bit integers. A model is quantised for one of them alone."""
 RUNTIMES = (
     *("torch", "torch-bf16", "torch-fp16"),
     *("compile", "compile-bf16", "compile-fp16"),
     *("cudagraph", "cudagraph-bf16", "cudagraph-fp16"),
-    *("onnxruntime", "onnxruntime-int8"),
-    *("openvino", "openvino-bf16", "openvino-int8"),
+    *DEPLOYABLE,
 )
 """The names. What follows the hyphen is the precision; without one it is float32."""
 NEEDED_TO_BUILD = {
-    "onnxruntime": ("onnxscript",),
-    "onnxruntime-int8": ("onnxscript",),
-    "openvino": ("onnxscript",),
-    "openvino-bf16": ("onnxscript",),
+    **dict.fromkeys(DEPLOYABLE, ("onnxscript",)),
     "openvino-int8": ("onnxscript", "nncf"),
 }
 """The packages that building segments needs beside the runtime's own, which is enough to run what
@@ -42,7 +42,7 @@ def find_runtime(name: str, device: str = "cpu", threads: int | None = None) -> 
     """
     check_name(name)
     _check(name, device)
-    kind, precision = _split(name)
+    kind, precision = split_name(name)
     if kind == "onnxruntime":
         from early_exit.inference.runtimes.onnxruntime import OnnxRuntime
 
@@ -91,11 +91,11 @@ def available_runtimes(device: str) -> list[str]:
         fast.add("fp16")
     if choose_precision("auto", torch.device(device)) == "bf16":
         fast.add("bf16")
-    return [name for name in RUNTIMES if _split(name)[1] in fast and _can_build(name, device)]
+    return [name for name in RUNTIMES if split_name(name)[1] in fast and _can_build(name, device)]
 
 
-def _split(name: str) -> tuple[str, str]:
-    """The kind of a runtime and its precision."""
+def split_name(name: str) -> tuple[str, str]:
+    """The kind of a runtime and its precision: f32, bf16, fp16 or int8."""
     kind, _, precision = name.partition("-")
     return kind, precision or "f32"
 
@@ -113,9 +113,9 @@ def _can_build(name: str, device: str) -> bool:
 
 def _check(name: str, device: str) -> None:
     """Raises UserError if the runtime cannot run here."""
-    kind, _ = _split(name)
+    kind, _ = split_name(name)
     on_gpu = device.startswith("cuda")
-    if kind in ("onnxruntime", "openvino"):
+    if name in DEPLOYABLE:
         if on_gpu:
             raise UserError(
                 f"the runtime {name} runs on the CPU, got the device {device}; pass --device cpu"

@@ -91,15 +91,17 @@ def test_the_score_is_the_criterion_of_the_logits(call, images):
 def test_products_are_integers_and_the_criterion_is_not(model, float_model):
     graph = onnx_graph.parse(model)
     made = onnx_graph.producers(graph)
-    products = [node for node in graph.graph.node if node.op_type in onnx_graph.PRODUCTS]
-    # a stem, two blocks of two convolutions and one of the next stage, a linear layer
-    assert len(products) == 1 + 2 + 2 + 1
+    *products, last = [node for node in graph.graph.node if node.op_type in onnx_graph.PRODUCTS]
+    # a stem, two blocks of two convolutions and one of the next stage
+    assert len(products) == 1 + 2 + 2
     for node in products:
         sources = [made[name] for name in node.input[:2]]
         while sources[0].op_type in quantise.MOVES:
             sources[0] = made[sources[0].input[0]]
         assert [source.op_type for source in sources] == ["DequantizeLinear"] * 2
-    assert made["logits"].op_type == "Gemm"  # not rounded
+    # the linear layer that gives the logits stays float32
+    assert last.op_type == "Gemm" and list(last.output) == ["logits"]
+    assert last.input[1] not in made
     body = {node.name for node in onnx_graph.body_nodes(graph)}
     criterion = [node.op_type for node in graph.graph.node if node.name not in body]
     plain = onnx_graph.parse(float_model)

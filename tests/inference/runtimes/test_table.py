@@ -14,7 +14,16 @@ from early_exit.inference.runtimes.cudagraph import CudaGraphRuntime
 from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.inference.runtimes.onnxruntime import OnnxRuntime
 from early_exit.inference.runtimes.openvino import OpenVINORuntime
-from early_exit.inference.runtimes.table import RUNTIMES, available_runtimes, find_runtime
+from early_exit.inference.runtimes.packages import EXTRAS
+from early_exit.inference.runtimes.table import (
+    DEPLOYABLE,
+    INTEGERS,
+    NEEDED_TO_BUILD,
+    RUNTIMES,
+    available_runtimes,
+    find_runtime,
+    split_name,
+)
 
 KINDS = {
     "torch": EagerRuntime,
@@ -128,3 +137,12 @@ def test_a_runtime_of_exported_models_is_found_without_torch():
         "assert find_runtime('onnxruntime').name == 'onnxruntime'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_tables_name_the_same_runtimes():
+    """Those of ONNX models are named as their package, and those in integers are among them."""
+    for name in DEPLOYABLE:
+        package, precision = split_name(name)
+        assert name in RUNTIMES and package in EXTRAS
+        assert (name in INTEGERS) == (precision == "int8")
+    assert set(INTEGERS) <= set(DEPLOYABLE) == set(NEEDED_TO_BUILD)

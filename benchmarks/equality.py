@@ -1,0 +1,108 @@
+"""Counts where inference with exits taken differs from the record, by runtime and batch size.
+
+    python benchmarks/equality.py runs/mine/eval/max-drop-0.5-max_prob --runtime torch onnxruntime
+    python benchmarks/equality.py runs/mine/eval/max-drop-0.5-max_prob --batch-sizes 1 7 256
+
+All images of the official test set are answered, under the policy of an evaluation, and compared
+with the record that the same runtime makes of them. An answer or an exit may differ where a score
+is within rounding of its threshold, or two classes within rounding of a tie; these are counted, and
+so are any others, of which there should be none.
+"""
+
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from early_exit.cli.border import run
+
+    run("equality", "equality.py")
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from early_exit.classifier import find_evaluation
+from early_exit.cli import flags
+from early_exit.errors import Failed, UserError
+from early_exit.evaluation.live import run_live
+from early_exit.evaluation.upgrade import read_report
+from early_exit.inference.policy import Policy
+from early_exit.task import find_task, import_task
+from early_exit.trained import get_record, load_run
+
+HEADING = """\
+| runtime | precision | batch size | images | accuracy | differ within rounding | differ beyond it \
+| rounding |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def parser() -> flags.Parser:
+    """The script's flags."""
+    parser = flags.build_parser("equality.py", "python benchmarks/equality.py RUN [flags]", __doc__)
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="an evaluation's directory, or a run with only one"
+    )
+    parser.add_argument(
+        "--data",
+        type=flags.absolute,
+        metavar="DIR",
+        help="directory of the data set (default: the one used in training)",
+    )
+    parser.add_argument(
+        "--runtime",
+        nargs="+",
+        default=["torch"],
+        metavar="NAME",
+        help="runtimes, as eval.py takes them (default: torch)",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 7, 256],
+        metavar="N",
+        help="images per call (default: 1 7 256)",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="MODULE:NAME",
+        help="the run's task (default: the one that its report names)",
+    )
+    parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all processors)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares and prints a table. Raises Failed if anything differs beyond rounding."""
+    args = parser().parse_args(argv)
+    if min(args.batch_sizes) < 1:
+        raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
+    evaluation = find_evaluation(args.run)
+    policy = Policy.load(evaluation / "policy.yaml")
+    named = read_report(evaluation / "report.json").get("run", {}).get("task")
+    task = import_task(args.task) if args.task else find_task(named)
+    settings = {"run": {"device": args.device, "threads": args.threads}}
+    if args.data is not None:
+        settings["data"] = {"root": args.data}
+    print(HEADING)
+    beyond = 0
+    for name in dict.fromkeys(args.runtime):
+        trained = load_run(evaluation.parent.parent, task, settings, "test", name)
+        test = get_record(trained, "test")
+        for batch_size in dict.fromkeys(args.batch_sizes):
+            live = run_live(trained, trained.data, test, policy, batch_size)
+            beyond += live.differing_beyond_rounding
+            cells = [
+                name,
+                trained.runtime.runtime.precision,
+                str(batch_size),
+                str(live.images),
+                f"{100 * live.accuracy:.2f} %",
+                str(live.differing - live.differing_beyond_rounding),
+                str(live.differing_beyond_rounding),
+                f"{live.rounding:.1e}",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    if beyond:
+        raise Failed(f"{beyond} answers or exits differ from the record beyond rounding")
