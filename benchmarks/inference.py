@@ -46,7 +46,7 @@ def build_network(
 ) -> MultiExitNetwork:
     """A network with random weights: cifar10's for images of 32 pixels, imagenet's for others."""
     if image_size == CIFAR_SIZE:
-        return cifar10.networks.build_network(arch, tuple(exits), head or "conv")
+        return cifar10.networks.build_network(arch, tuple(exits), head)
     head = head or imagenet.networks.DEFAULT_HEAD
     return imagenet.networks.build_network(arch, tuple(exits), head, image_size=image_size)
 
@@ -119,7 +119,7 @@ def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
         "--head",
         choices=HEADS,
         metavar="KIND",
-        help=f"kind of head: {', '.join(HEADS)} (default: conv, of imagenet's networks separable)",
+        help=f"kind of head: {', '.join(HEADS)} (default: the network's own)",
     )
     parser.add_argument(
         "--criterion",

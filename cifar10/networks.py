@@ -9,6 +9,7 @@ from torch import nn
 from cifar10.airbench import Airbench
 from cifar10.alexnet import AlexNet
 from cifar10.lenet import LeNet, MnistCNN
+from cifar10.msdnet import LAYERS, MSDNet
 from cifar10.resnet import DEPTHS, ResNet
 from early_exit.errors import UserError
 from early_exit.model.cost import place_shares
@@ -16,12 +17,15 @@ from early_exit.model.network import MultiExitNetwork
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
+    **{name: partial(MSDNet, layers) for name, layers in LAYERS.items()},
     "airbench": Airbench,
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
     "mnist_3c": partial(MnistCNN, (8, 16, 32), (3, 3, 3)),
 }
+DEFAULT_HEADS = dict.fromkeys(LAYERS, "msdnet")
+"""The kind of head that a network gets by default, where it is not `conv`."""
 # Test accuracy of the public checkpoints as their author states it, of the best epoch on test.
 PUBLIC_ACCURACY = {
     "resnet20": 0.9173,
@@ -56,21 +60,21 @@ def places(arch: str, shape: Sequence[int] = (3, 32, 32)) -> tuple[str, ...]:
 def build_network(
     arch: str = "resnet32",
     exits: Sequence[str] | None = None,
-    head: str | Sequence[str] = "conv",
+    head: str | Sequence[str] | None = None,
     num_classes: int = 10,
     shape: Sequence[int] = (3, 32, 32),
 ) -> MultiExitNetwork:
     """`arch` with exits after the named blocks; None: its default places; (): the plain network.
 
-    head: the kind of head, one for all exits or one per exit. shape: of an image, (C, H, W). Raises
-    UserError for an unknown network, place or kind of head.
+    head: the kind of head, one for all exits or one per exit; None: the network's default. shape:
+    of an image, (C, H, W). Raises UserError for an unknown network, place or kind of head.
     """
     backbone = build_backbone(arch, num_classes, shape)
     return MultiExitNetwork(
         backbone,
         backbone.units(),
         backbone.default_exits if exits is None else exits,
-        head=head,
+        head=DEFAULT_HEADS.get(arch, "conv") if head is None else head,
         num_classes=num_classes,
         example=torch.zeros(1, *shape),
     )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import data, networks, resnet
+from early_exit import config as configs
 from early_exit.cli import flags, program, settings, training_flags
 from early_exit.config import Config, DataConfig
 from early_exit.model.cost import with_every_exit
@@ -118,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """The default settings for the data set that the flags or their preset name."""
+    """The default settings for the data set and the network that the flags or their preset name."""
     config = settings.resolve_config(args, None, CIFAR10)
-    return DIGITS if config.data.dataset == "digits" else CIFAR10
+    defaults = DIGITS if config.data.dataset == "digits" else CIFAR10
+    if config.model.arch not in networks.DEFAULT_HEADS:
+        return defaults
+    head = networks.DEFAULT_HEADS[config.model.arch]
+    return configs.merge(defaults, {"model": {"head": [head], "exits": None}})

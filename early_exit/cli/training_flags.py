@@ -79,7 +79,7 @@ def _add_network_flags(parser: argparse.ArgumentParser, default: Config) -> None
         nargs="+",
         metavar="KIND",
         help=f"kind of the early exits' heads, one for all or one per exit: {', '.join(HEADS)}"
-        f" (default: {' '.join(default.model.head)})",
+        f" (default: {' '.join(default.model.head)}, unless the network has its own)",
     )
     add_setting(
         group,

@@ -127,6 +127,26 @@ class SeparableHead(nn.Sequential):
         )
 
 
+class MSDNetHead(nn.Sequential):
+    """Two 3x3 convolutions of stride 2 to 128 channels, then pooling and one linear layer, as in
+    the classifiers of MSDNet for CIFAR (Huang et al., arXiv:1703.09844).
+
+    It is expensive: after the first layer of an MSDNet it has half as many MACs as all before it.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        width = 128
+        layers: list[nn.Module] = []
+        for inputs in (channels, width):
+            layers += [
+                nn.Conv2d(inputs, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)]
+        super().__init__(*layers)
+
+
 class MixedPoolHead(nn.Module):
     """A learned mixture of max and average pooling, then one linear layer, as in the internal
     classifiers of Shallow-Deep Networks (Kaya, Hong, Dumitras, ICML 2019, section 3.2), which pool
@@ -197,6 +217,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": LinearHead,
     "pooled": PooledHead,
     "mixed_pool": MixedPoolHead,
+    "msdnet": MSDNetHead,
     "branch1": partial(BranchHead, convs=1),
     "branch2": partial(BranchHead, convs=2),
     "branch3": partial(BranchHead, convs=3),
