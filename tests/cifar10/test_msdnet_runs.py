@@ -27,7 +27,6 @@ from early_exit import export
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.choosing.record import ExitRecord
 from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from early_exit.deployed import RUNTIMES
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.inference.infer import infer
 from early_exit.inference.runtimes import openvino
@@ -148,7 +147,7 @@ def test_a_copy_of_the_run_predicts_the_same(run, classify, photos, tmp_path):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_deployed_model_predicts_the_same_without_torch(classify, deployed, photos, runtime):
-    pytest.importorskip(RUNTIMES[runtime][0])
+    pytest.importorskip(runtime)
     flags = [deployed, photos, "--json", "--runtime", runtime, "--threads", 1]
     done = finish(
         subprocess.Popen(
