@@ -57,22 +57,29 @@ def test_a_large_image_raises_no_warning(folders, monkeypatch):
 
 
 def test_a_signal_ends_it_while_storage_hangs(folders, monkeypatch):
-    released = threading.Event()
+    released, ended = threading.Event(), threading.Event()
 
     def hang(_files, _row):
-        if not released.is_set():
+        # again and again: a signal between two instructions does not wake a thread that then waits
+        while not released.wait(0.1):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            released.wait(60)
+        ended.set()
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(unreadable, "CHUNK", 100)
     monkeypatch.setattr(Files, "read_header", hang)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             load_folders(folders).check_headers()
+        assert not ended.is_set()  # the storage still hangs
     finally:
-        signal.signal(signal.SIGINT, before)
         released.set()
+        ended.wait(60)  # so that no more signals come
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -394,12 +394,6 @@ class TestLoad:
         path.write_text(json.dumps(report))
         return evaluated_copy
 
-    def test_8_bit_integers_need_images(self, evaluated_copy, pretended):
-        run = self.named(evaluated_copy, "onnxruntime-int8", "8-bit integers")
-        message = refusal(load, run, "mine", task=TASK, device="cpu")
-        assert_names(message, "onnxruntime-int8", "evaluate the run again with --runtime torch")
-        assert load(run, "mine", task=TASK, device="cpu", runtime="torch")
-
     def test_a_runtime_that_is_not_here(self, evaluated_copy):
         run = self.named(evaluated_copy, "abacus")
         message = refusal(load, run, "mine", task=TASK, device="cpu")
