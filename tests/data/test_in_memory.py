@@ -272,7 +272,7 @@ def directions(data: Data, epoch: int, seed: int = 0) -> dict[int, bool]:
 
 
 class TestAlternatingFlip:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def data(self) -> Data:
         """40 images, five whole batches of 8, flipped in every second epoch and not cropped."""
         return ramps(40).augmented("alternating", 0, "constant")
