@@ -36,6 +36,7 @@ from early_exit.task import Task, find_task, import_task
 from early_exit.trained import (
     HELD_OUT,
     Loaded,
+    calibration_of,
     check_run_directory,
     evaluations,
     in_runtime,
@@ -181,9 +182,10 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
         ) from None
     for run in dict.fromkeys((loaded.run_dir, source_run(loaded.run_dir))):
         record = run / "records" / f"test-{runtime}"
-        if record.is_dir() and ExitRecord.load(record).info.calibration != data.digest("train"):
+        if record.is_dir() and ExitRecord.load(record).info.calibration != calibration_of(data):
             raise UserError(
-                f"train has other images than those that gave {record} the ranges of values;"
+                f"train has other images than those that gave {record} the ranges of values, or it"
+                " is of another version;"
                 " evaluate the run again"
             )
     return data

@@ -47,6 +47,9 @@ from early_exit.training.phases import unfinished
 from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
+RULES = 2
+"""Of quantisation; another number makes records of 8-bit integers anew. 2: the layer that gives the
+logits stays float32."""
 
 # The machine settings of evaluations, unless overridden; those of training are ignored.
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
@@ -286,6 +289,12 @@ def some_of_train(data: Data, count: int) -> Tensor:
     return torch.cat([images for batch in batches for images, _ in batch])
 
 
+def calibration_of(data: Data) -> str:
+    """What a record in 8-bit integers depends on beside its weights: the images that gave the
+    ranges of values, and how models are quantised."""
+    return f"{data.digest('train')}, rules {RULES}"
+
+
 def _in_records(runtime: Runtime) -> tuple[str, str, str]:
     """How a record names its runtime: in the name of its directory, its precision, its name. Those
     of eager torch are as before there were other runtimes, float32 being `off`."""
@@ -310,7 +319,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         weights=trained.weights,
         device=describe_device(trained.device),
         runtime=runtime_name,
-        calibration=data.digest("train") if precision == "int8" else "",
+        calibration=calibration_of(data) if precision == "int8" else "",
     )
     name = f"{split}-{suffix}"
     directory = trained.run_dir / "records" / name

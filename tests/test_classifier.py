@@ -20,7 +20,7 @@ from early_exit.inference.infer import Answers, infer
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.eager import EagerRuntime
 from early_exit.task import TASKS
-from early_exit.trained import load_run
+from early_exit.trained import calibration_of, load_run
 from early_exit.training import checkpoint
 
 
@@ -224,7 +224,7 @@ class TestIntegers:
         recorded = ExitRecord.load(evaluated_copy / "records" / "test-off")
         path = evaluated_copy / "records" / "test-onnxruntime-int8"
         data = load_run(evaluated_copy, TASK, CPU).data
-        for calibration in (data.digest("train"), "another"):
+        for calibration in (calibration_of(data), "another"):
             info = dataclasses.replace(recorded.info, calibration=calibration)
             dataclasses.replace(recorded, info=info).save(path)
             if calibration != "another":

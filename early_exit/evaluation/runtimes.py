@@ -1,6 +1,7 @@
 """In which runtimes a run is evaluated, and how the evaluations in them are named and compared."""
 
 import logging
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from early_exit.errors import UserError
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
 from early_exit.evaluation.verdict import speedup_range
-from early_exit.inference.latency import make_timer
+from early_exit.inference.latency import make_timer, turns
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.table import (
     RUNTIMES,
@@ -94,8 +95,9 @@ def plain_seconds(networks: dict[str, RuntimeNetwork], images: Any) -> dict[str,
         for name, network in networks.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(TURNS):
-        for name, network in networks.items():
+    for order in turns(networks, TURNS, random.Random(0)):
+        for name in order:
+            network = networks[name]
             with network.runtime.context():
                 samples[name].append(make_timer(network)(calls[name]))
     return {name: float(np.median(turns)) for name, turns in samples.items()}

@@ -166,8 +166,9 @@ def measure(
         network.plain(module)
     with network.runtime.context():
         began = time.perf_counter()
+        drawn = random.Random(0)
         for images in batches:
-            samples.append(measure_batch(network, images, policy, others or {}, repeats))
+            samples.append(measure_batch(network, images, policy, others or {}, repeats, drawn))
             if time.perf_counter() - began > seconds:
                 break
     return summary(samples, len(batches[0]), policy, list(others or ()))
@@ -179,8 +180,10 @@ def measure_batch(
     policy: Policy,
     others: Mapping[str, nn.Module],
     repeats: int,
+    drawn: random.Random,
 ) -> list[Sample]:
-    """Times one batch `repeats` times, all quantities in turns, each turn in another order."""
+    """Times one batch `repeats` times, all quantities in turns, each turn in an order that is drawn
+    at random."""
     array, never = network.runtime.array(images), policy.with_threshold(NEVER)
     segments = network.segments(policy)
     taken = segment_inputs(segments, array, policy)
@@ -197,17 +200,14 @@ def measure_batch(
     for name, module in others.items():
         calls[f"network {name}"] = [partial(network.plain(module), array)]
     timer = make_timer(network)
-    return [{name: timer(*calls[name]) for name in order} for order in turns(calls, repeats)]
+    return [{name: timer(*calls[name]) for name in order} for order in turns(calls, repeats, drawn)]
 
 
-def turns(names: Collection[T], count: int) -> Iterator[list[T]]:
-    """The order of measurements in each of `count` turns: drawn at random, seed 0.
+def turns(names: Collection[T], count: int, drawn: random.Random) -> Iterator[list[T]]:
+    """The order of measurements in each of `count` turns, drawn at random.
 
-    A call is faster after one that used the same weights. In one fixed order a ResNet-56 with exits
-    seemed to take 86 % of its ideal time at batch 1 in OpenVINO with bfloat16, and takes 93 to
-    97 %.
+    A call is faster after one that used the same weights, and one fixed order favours it.
     """
-    drawn = random.Random(0)
     for _ in range(count):
         yield drawn.sample(list(names), len(names))
 

@@ -4,6 +4,7 @@ Disabling an exit merges two stages into one segment and saves a call, so segmen
 stages. Any subset of the candidate exits can then be priced.
 """
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def segment_times(
                 calls[first, last, size] = partial(advance, segment, rows, never, last)
         samples: dict[tuple[int, int, int] | None, list[float]] = {key: [] for key in calls}
         began = time.perf_counter()
-        for turn, order in enumerate(turns(calls, repeats)):
+        for turn, order in enumerate(turns(calls, repeats, random.Random(0))):
             if turn >= LEAST and time.perf_counter() - began > seconds:
                 break
             for key in order:
