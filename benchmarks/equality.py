@@ -19,15 +19,14 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     run("equality", "equality.py")
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from early_exit.classifier import find_evaluation
+from early_exit.classifier import find_evaluation, task_of
 from early_exit.cli import flags
 from early_exit.errors import Failed, UserError
 from early_exit.evaluation.live import run_live
+from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.policy import Policy
-from early_exit.task import find_task, import_task
 from early_exit.trained import get_record, load_run
 
 HEADING = """\
@@ -39,15 +38,7 @@ HEADING = """\
 def parser() -> flags.Parser:
     """The script's flags."""
     parser = flags.build_parser("equality.py", "python benchmarks/equality.py RUN [flags]", __doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="an evaluation's directory, or a run with only one"
-    )
-    parser.add_argument(
-        "--data",
-        type=flags.absolute,
-        metavar="DIR",
-        help="directory of the data set (default: the one used in training)",
-    )
+    flags.add_evaluated_run(parser)
     parser.add_argument(
         "--runtime",
         nargs="+",
@@ -63,13 +54,7 @@ def parser() -> flags.Parser:
         metavar="N",
         help="images per call (default: 1 7 256)",
     )
-    parser.add_argument(
-        "--task",
-        metavar="MODULE:NAME",
-        help="the run's task (default: the one that its report names)",
-    )
-    parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all processors)")
+    flags.add_machine_flags(parser, "off")
     return parser
 
 
@@ -78,13 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.batch_sizes) < 1:
         raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
-    evaluation = find_evaluation(args.run)
+    settings = flags.settings_of(args)
+    check_settings(args.runtime, settings)
+    evaluation = find_evaluation(args.run, args.eval)
     policy = Policy.load(evaluation / "policy.yaml")
     named = read_report(evaluation / "report.json").get("run", {}).get("task")
-    task = import_task(args.task) if args.task else find_task(named)
-    settings = {"run": {"device": args.device, "threads": args.threads}}
-    if args.data is not None:
-        settings["data"] = {"root": args.data}
+    task = task_of(named, evaluation, args.task)
     print(HEADING)
     beyond = 0
     for name in dict.fromkeys(args.runtime):

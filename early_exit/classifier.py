@@ -115,7 +115,7 @@ def load(
             " again with eval.py"
         )
     # first: the task may bring a criterion of its own
-    task = _task_of(run_info.get("task"), directory, task)
+    task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
     loaded = load_network(directory.parent.parent, task, merged)
@@ -191,7 +191,11 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
     return data
 
 
-def _task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
+def task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
+    """The task of a run: the given one, or else that which the report in `directory` names.
+
+    Raises UserError if it cannot be found.
+    """
     if isinstance(task, Task):
         return task
     if task is not None:

@@ -24,6 +24,7 @@ from early_exit.data.splits import Shard
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
+from early_exit.inference.runtimes.quantise import RULES
 from early_exit.inference.runtimes.table import find_runtime, torch_name
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
@@ -47,9 +48,6 @@ from early_exit.training.phases import unfinished
 from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
-RULES = 2
-"""Of quantisation; another number makes records of 8-bit integers anew. 2: the layer that gives the
-logits stays float32."""
 
 # The machine settings of evaluations, unless overridden; those of training are ignored.
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}

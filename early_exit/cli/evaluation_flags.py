@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from early_exit.choosing.guarantees import LOSSES
-from early_exit.cli.flags import Parser, absolute, add_machine_flags, add_setting, build_parser
+from early_exit.cli.flags import Parser, add_data_flag, add_machine_flags, build_parser
 from early_exit.inference.criteria import CRITERIA
 
 
@@ -13,14 +13,7 @@ def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parse
     """The parser of `folder`/eval.py, which evaluates the runs of `folder`/`trainer`."""
     parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
     parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory made by {trainer}")
-    add_setting(
-        parser,
-        "--data",
-        setting="data.root",
-        type=absolute,
-        metavar="DIR",
-        help="directory of the data set (default: the one used in training)",
-    )
+    add_data_flag(parser)
     _add_choosing_flags(parser)
     _add_measuring_flags(parser)
     _add_output_flags(parser)

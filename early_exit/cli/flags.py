@@ -131,14 +131,18 @@ def add_evaluated_run(parser: argparse.ArgumentParser) -> None:
         help="task that made the run, such as mytask.train:TASK; its module is imported (default:"
         " the one that the report names, if this program knows it)",
     )
+    add_data_flag(parser, ", which a run in 8-bit integers needs")
+
+
+def add_data_flag(parser: argparse.ArgumentParser, purpose: str = "") -> None:
+    """Adds the flag for the directory of a run's data set. purpose: a clause for its help."""
     add_setting(
         parser,
         "--data",
         setting="data.root",
         type=absolute,
         metavar="DIR",
-        help="directory of the data set, which a run in 8-bit integers needs (default: the one used"
-        " in training)",
+        help=f"directory of the data set{purpose} (default: the one used in training)",
     )
 
 

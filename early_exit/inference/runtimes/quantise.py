@@ -43,6 +43,9 @@ from early_exit.inference.runtimes.threads import sharing_threads
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+RULES = 2
+"""The version of what is done here: with another one, records of 8-bit integers are made anew. In 2
+the layer that gives the logits stays float32."""
 ROWS = 32
 """Run at a time to find the ranges. NNCF averages the extremes of several runs."""
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Slice", "Pad", "Concat", "Identity")
