@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
 from collections.abc import Sequence
 
-from early_exit.classifier import find_evaluation, task_of
+from early_exit.classifier import find_evaluation, task_of, val_from_of
 from early_exit.cli import flags
 from early_exit.errors import Failed, UserError
 from early_exit.evaluation.live import run_live
@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_settings(args.runtime, settings)
     evaluation = find_evaluation(args.run, args.eval)
     policy = Policy.load(evaluation / "policy.yaml")
-    named = read_report(evaluation / "report.json").get("run", {}).get("task")
-    task = task_of(named, evaluation, args.task)
+    report = read_report(evaluation / "report.json")
+    task = task_of(report.get("run", {}).get("task"), evaluation, args.task)
     print(HEADING)
     beyond = 0
     for name in dict.fromkeys(args.runtime):
-        trained = load_run(evaluation.parent.parent, task, settings, "test", name)
+        trained = load_run(evaluation.parent.parent, task, settings, val_from_of(report), name)
         test = get_record(trained, "test")
         for batch_size in dict.fromkeys(args.batch_sizes):
             live = run_live(trained, trained.data, test, policy, batch_size)

@@ -170,9 +170,8 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
     Raises UserError if they are not here, or if train has other images than the record of test in
     this runtime, if the run has one.
     """
-    held_out = report.get("choice", {}).get("val_from") == HELD_OUT
     try:
-        data, _ = load_data(loaded, task, "train" if held_out else "test")
+        data, _ = load_data(loaded, task, val_from_of(report))
     except UserError as error:
         elsewhere = (
             "; if they are elsewhere, pass --data DIR" if isinstance(error, DataError) else ""
@@ -189,6 +188,11 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
                 " evaluate the run again"
             )
     return data
+
+
+def val_from_of(report: dict[str, Any]) -> str:
+    """Where the evaluation of a report took val from, as `early_exit.trained.load_run` takes it."""
+    return "train" if report.get("choice", {}).get("val_from") == HELD_OUT else "test"
 
 
 def task_of(name: Any, directory: Path, task: Task | str | None) -> Task:
