@@ -128,7 +128,9 @@ class StopSignals:
 
     A second signal changes nothing, so it cannot tear a file that is being written. Where the loop
     may take long to check (a compilation) and there is nothing to save, it calls
-    `raise_if_signalled`: until `raise_at_once` is cleared, the first signal raises Interrupted.
+    `raise_if_signalled`: until `raise_at_once` is cleared, the first signal raises Interrupted, and
+    again every PATIENCE seconds, because Python drops an exception raised within a `__del__` or
+    another callback.
     """
 
     def __init__(self) -> None:
@@ -174,6 +176,5 @@ class StopSignals:
                 raise Interrupted
 
     def _give_up(self, _signum: int, _frame: object) -> None:
-        if self._waiting:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._waiting or self.raise_at_once:
             raise Interrupted

@@ -62,6 +62,7 @@ def run_phases(run: Run, position: Position, saved: dict[str, Any] | None) -> No
             try:
                 run_phase(run, position, saved, stop, journal)
             except signals.Interrupted:
+                stop.raise_at_once = False
                 signum = stop.signum or signal.SIGTERM
                 raise signals.Stopped(
                     f"stopped by signal {signum} before the first step, so there was nothing to"

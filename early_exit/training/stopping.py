@@ -41,6 +41,7 @@ def stop_if_signalled(
     signum = run.group.agree(stop.signum)
     if signum is None:
         return
+    stop.raise_at_once = False
     stop_if_diverged(run, state)
     if undo:
         undo()

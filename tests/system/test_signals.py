@@ -45,6 +45,23 @@ class TestStopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.signum == signum
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_an_exception_that_python_drops_is_raised_again(self, monkeypatch):
+        monkeypatch.setattr(signals, "PATIENCE", 0.05)
+
+        class Dropped:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with signals.StopSignals() as stop:
+            stop.raise_if_signalled()
+            Dropped()  # whose __del__ raises Interrupted in vain
+            assert stop.signum == signal.SIGTERM
+            with pytest.raises(signals.Interrupted):
+                signal.pause()
+            stop.raise_at_once = False
+            signal.pause()
+
     def test_one_that_came_before_raises_too(self):
         with signals.StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
