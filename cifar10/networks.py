@@ -19,6 +19,8 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
     **{name: partial(MSDNet, layers) for name, layers in LAYERS.items()},
     "airbench": Airbench,
+    "airbench_half": partial(Airbench, widths=(32, 128, 128)),
+    "airbench_quarter": partial(Airbench, widths=(16, 64, 64)),
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
