@@ -44,7 +44,7 @@ HOUSE = (
     ("trained",),
     ("evaluation",),
     ("classifier",),
-    ("loading", "export_onnx"),
+    ("loading", "export_onnx", "card", "front_matter"),
     ("cli",),
     ("predict", "compare", "export"),
 )

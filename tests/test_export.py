@@ -38,10 +38,12 @@ class TestExport:
     def test_it_lacks_what_only_training_needs(self, evaluated_run, exported):
         state = checkpoint.load(exported)
         assert not {"optimizer", "scaler", "tally", "average"} & set(state)
+        assert state["rounded_to"] is None
         names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
         assert names == {
             "README.md",
-            "checkpoint.pt",
+            "config.json",
+            "model.safetensors",
             "eval/mine/policy.yaml",
             "eval/mine/report.json",
         }

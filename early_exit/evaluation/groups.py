@@ -1,7 +1,8 @@
 """Groups of runs that differ only in the seed.
 
 Two evaluations belong to one group if their runs have equal settings (except the seed, and settings
-that do not affect the result) and they have the same name, goal, splits, runtime and precision.
+that do not affect the result) and they have the same name, goal, splits, runtime, precision and
+rounding of weights.
 """
 
 import json
@@ -128,5 +129,6 @@ def _group_key(evaluation: Evaluation) -> str:
         evaluation.cuts,
         evaluation.runtime,
         evaluation.precision,
+        evaluation.rounded_to,
     )
     return json.dumps(values, sort_keys=True, default=str)
