@@ -65,12 +65,11 @@ def _goals(groups: Sequence[Group]) -> list[str]:
 def _goal(group: Group, groups: Sequence[Group]) -> str:
     evaluation = group.first
     runtimes_differ = len({other.first.runtime for other in groups}) > 1
-    rounding = f"{evaluation.rounded_to} weights" if evaluation.rounded_to else ""
-    if len({other.first.rounded_to for other in groups}) == 1:
-        rounding = ""
+    rounding = []
+    if evaluation.rounded_to and len({other.first.rounded_to for other in groups}) > 1:
+        rounding = [f"{evaluation.rounded_to} weights"]
     if group.plain:
-        words = (evaluation.runtime if runtimes_differ else "", rounding)
-        return ", ".join(filter(None, words))
+        return ", ".join([*([evaluation.runtime] if runtimes_differ else []), *rounding])
     with_exits = [other.first for other in groups if not other.plain]
 
     def differ(field: str) -> bool:
@@ -86,7 +85,7 @@ def _goal(group: Group, groups: Sequence[Group]) -> str:
     same_runtime = [other for other in with_exits if other.runtime == evaluation.runtime]
     if len({other.precision for other in same_runtime}) > 1:  # a runtime's name says its own
         parts.append(evaluation.precision)
-    return ", ".join(filter(None, (*parts, rounding)))
+    return ", ".join([*parts, *rounding])
 
 
 def _names(groups: Sequence[Group]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Files of weights: read without running anything in them, or named for what they are instead."""
+"""Files of weights: read without running anything in them, or named for what they are instead.
+
+Those in the format of safetensors are written here too.
+"""
 
 import json
 import pickle
@@ -220,7 +223,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a file in that format.
+    """The content of a file in the format of safetensors, which `read` reads.
 
     The header lists the tensors in their order. Their values begin with those of the widest type,
     so that all are aligned, as other readers need. Raises UserError for a type that the format has

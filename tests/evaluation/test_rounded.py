@@ -18,7 +18,7 @@ from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.upgrade import read_report
 from early_exit.trained import trained_since
 from early_exit.training import checkpoint, weight_files
-from early_exit.training.exported import WEIGHTS
+from early_exit.training.exported import SETTINGS, WEIGHTS
 
 NAME = "max-drop-0.5-max_prob-weights-float16"
 QUICK = {"overrides": CPU, "live": False, "draw": False}
@@ -107,16 +107,19 @@ def test_its_export_has_the_weights_bit_for_bit_in_half_the_size(run, copy, phot
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_an_export_is_evaluated_and_exported_as_a_run(copy, tmp_path):
+def test_an_export_is_evaluated_as_a_run(copy, tmp_path):
     again = shutil.copytree(copy, tmp_path / "again")
-    report, directory = evaluate(again, TASK, MaxDrop(0.005), name="again", **QUICK)
+    report, _ = evaluate(again, TASK, MaxDrop(0.005), name="again", **QUICK)
     before = json.loads((copy / "eval" / NAME / "report.json").read_text())
     assert report.run.weights == before["run"]["weights"]
     assert report.run.rounded_to == "float16"
     assert report.test.accuracy == before["test"]["accuracy"]
-    arguments = [str(directory), str(tmp_path / "third"), "--task", "helpers:TASK"]
-    export.main(arguments)
-    assert (tmp_path / "third" / WEIGHTS).read_bytes() == (copy / WEIGHTS).read_bytes()
+
+
+def test_an_export_is_exported_as_a_run(copy, tmp_path):
+    export.main([str(copy), str(tmp_path / "again"), "--task", "helpers:TASK"])
+    for name in (WEIGHTS, SETTINGS):
+        assert (tmp_path / "again" / name).read_bytes() == (copy / name).read_bytes()
 
 
 def test_the_card_of_an_export_begins_with_fields(copy):
@@ -128,7 +131,7 @@ def test_the_card_of_an_export_begins_with_fields(copy):
     assert "rounded to float16" in " ".join(body.split())
 
 
-def test_a_comparison_tells_the_two_apart(run, tmp_path):
+def test_a_comparison_tells_the_two_apart(run, copy, tmp_path):
     names = ["--eval", NAME, "--eval", "max-drop-0.5-max_prob"]
     compare.main([str(run), *names, "--out", str(tmp_path / "out"), "--no-plots"])
     groups = json.loads((tmp_path / "out" / "table.json").read_text())["groups"]
@@ -137,6 +140,9 @@ def test_a_comparison_tells_the_two_apart(run, tmp_path):
         "float16": True,
     }
     assert not any(one["outdated"] for group in groups for one in group["evaluations"])
+    compare.main([str(copy), "--out", str(tmp_path / "exported"), "--no-plots"])
+    (group,) = json.loads((tmp_path / "exported" / "table.json").read_text())["groups"]
+    assert group["rounded_to"] == "float16" and not group["evaluations"][0]["outdated"]
 
 
 def test_other_weights_than_those_that_were_rounded_are_noticed(run, copy):

@@ -80,7 +80,7 @@ def test_a_type_that_the_format_has_not(tmp_path):
     message = refusal(
         exported.write, tmp_path, state(network={"w": torch.zeros(1, dtype=torch.cfloat)})
     )
-    assert_names(message, "w", "complex64")
+    assert_names(message, "w", "torch.complex64")
     assert not list(tmp_path.iterdir())
 
 
