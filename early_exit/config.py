@@ -371,10 +371,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """A run's nested settings without the paths of the machine it was trained on."""
-    backbone = values["model"]["backbone"]
-    return merge(
-        values, {"data": {"root": None}, "model": {"backbone": backbone and Path(backbone).name}}
-    )
+    changes: dict[str, dict[str, Any]] = {"data": {"root": None}}
+    for section, name in (("model", "backbone"), ("loss", "teacher")):
+        if path := values[section].get(name):
+            changes[section] = {name: Path(path).name}
+    return merge(values, changes)
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -119,9 +119,11 @@ class TestExport:
         state = checkpoint.load(evaluated_copy)
         state["config"]["data"]["root"] = "/home/somebody/data"
         state["config"]["model"]["backbone"] = "/home/somebody/resnet.th"
+        state["config"]["loss"]["teacher"] = "/home/somebody/runs/teacher"
         config = export.slim(state)["config"]
         assert config["data"]["root"] is None
         assert config["model"]["backbone"] == "resnet.th"
+        assert config["loss"]["teacher"] == "teacher"
 
     def test_the_card(self, evaluated_run, exported):
         card = " ".join((exported / "README.md").read_text().split())
