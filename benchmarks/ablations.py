@@ -168,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not there yet, one run after the other, and prints the table."""
     args = parser().parse_args(argv)
     out = Path(args.out)
-    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+    unknown = [arm for arm in args.arms if arm not in ARMS]
+    if unknown:
         raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
     if "teacher" in args.arms and not (args.teacher or args.table):
         raise UserError("the arm teacher needs --teacher FILE, the checkpoint of a trained run")
