@@ -42,7 +42,7 @@ SHAPES = {
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
-    """The data set called `dataset`: cifar10, cifar100 or mnist, downloaded if necessary, or digits.
+    """The data set called `dataset`: cifar10, cifar100 or mnist, downloaded if absent, or digits.
 
     root: where the files are; default: data/ in the repository. Raises UserError for an unknown
     data set, Unavailable if a download fails.
