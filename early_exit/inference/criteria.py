@@ -37,7 +37,7 @@ class Traits:
     min_early_exits: int = 1
     """Early exits it needs."""
     keeps_state: bool = False
-    """Whether an exit's score depends on the exits before it."""
+    """Whether an exit's score or answer depends on the exits before it."""
     counts: bool = False
     """Whether scores are whole numbers, which rounding does not change."""
     unit: str = ""
