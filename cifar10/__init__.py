@@ -1,1 +1,1 @@
-"""Early exits on small images: CIFAR-10, MNIST and digits."""
+"""Early exits on small images: CIFAR-10, CIFAR-100, MNIST and digits."""

@@ -1,4 +1,4 @@
-"""CIFAR-10, MNIST and digits, held in memory (`early_exit.data.in_memory`)."""
+"""CIFAR-10, CIFAR-100, MNIST and digits, held in memory (`early_exit.data.in_memory`)."""
 
 import contextlib
 import logging
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent / "data"
 # ImageNet's statistics, as in akamaster's script, so that its public checkpoints fit as they are.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of the 50,000 train images, as github.com/weiaicunzai/pytorch-cifar100 states them (to 16 digits).
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)  # of the train images
 # What torchvision raises for missing and damaged files.
 READ_ERRORS = (
@@ -31,11 +33,16 @@ READ_ERRORS = (
     AssertionError,
     pickle.UnpicklingError,
 )
-SHAPES = {"cifar10": (3, 32, 32), "digits": (3, 32, 32), "mnist": (1, 28, 28)}
+SHAPES = {
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "digits": (3, 32, 32),
+    "mnist": (1, 28, 28),
+}
 
 
 def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> Data:
-    """The data set called `dataset`: cifar10 or mnist, downloaded if necessary, or digits.
+    """The data set called `dataset`: cifar10, cifar100 or mnist, downloaded if absent, or digits.
 
     root: where the files are; default: data/ in the repository. Raises UserError for an unknown
     data set, Unavailable if a download fails.
@@ -50,6 +57,21 @@ def _cifar10(root: Path, split_seed: int) -> Data:
     from torchvision.datasets import CIFAR10
 
     sets = _downloaded(CIFAR10, root, "CIFAR-10", "cifar-10-batches-py", CIFAR10.url)
+    return _cifar("cifar10", sets, split_seed, MEAN, STD)
+
+
+def _cifar100(root: Path, split_seed: int) -> Data:
+    """CIFAR-100 with its 100 fine classes: 45,000 train, 5,000 val and 10,000 test images."""
+    from torchvision.datasets import CIFAR100
+
+    sets = _downloaded(CIFAR100, root, "CIFAR-100", "cifar-100-python", CIFAR100.url)
+    return _cifar("cifar100", sets, split_seed, CIFAR100_MEAN, CIFAR100_STD)
+
+
+def _cifar(
+    name: str, sets: list, split_seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Data:
+    """Train and test of one of torchvision's CIFAR data sets, 5,000 of train held out as val."""
     train, test = (
         ImageSet(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -58,14 +80,14 @@ def _cifar10(root: Path, split_seed: int) -> Data:
         for part in sets
     )
     return cut(
-        "cifar10",
+        name,
         train,
         test,
         sets[0].classes,
         val_size=5000,
         split_seed=split_seed,
-        mean=MEAN,
-        std=STD,
+        mean=mean,
+        std=std,
         flip=True,
     )
 
@@ -168,4 +190,4 @@ def _digits(_root: Path, split_seed: int) -> Data:
     )
 
 
-LOADERS = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist}
+LOADERS = {"cifar10": _cifar10, "cifar100": _cifar100, "digits": _digits, "mnist": _mnist}

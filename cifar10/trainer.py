@@ -88,7 +88,8 @@ def parser() -> flags.Parser:
         "--dataset",
         setting="data.dataset",
         metavar="NAME",
-        help="data set: cifar10, mnist, or digits, which needs no download (default: cifar10)",
+        help="data set: cifar10, cifar100, mnist, or digits, which needs no download (default:"
+        " cifar10)",
     )
     flags.add_setting(
         group,
@@ -96,8 +97,8 @@ def parser() -> flags.Parser:
         setting="data.root",
         type=flags.absolute,
         metavar="DIR",
-        help="directory that holds cifar-10-batches-py or MNIST, or that they are downloaded to"
-        " (default: data/ in the repository)",
+        help="directory that holds cifar-10-batches-py, cifar-100-python or MNIST, or that they are"
+        " downloaded to (default: data/ in the repository)",
     )
     training_flags.add_training_flags(parser, Config())
     parser.instead = {

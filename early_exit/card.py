@@ -82,7 +82,7 @@ def _accuracy_paragraph(report: dict[str, Any], plain_macs: int) -> str:
     return (
         f"Accuracy on test ({report['choice']['test_images']:,} images):"
         f" {100 * test['accuracy']:.2f} % at {100 * test['macs_share']:.1f} % of the plain"
-        f" network's {plain_macs / 1e6:.2f} M multiply-adds; the final exit alone"
+        f" network's {plain_macs / 1e6:.2f} M multiply-adds; with no exit taken"
         f" {100 * report['final_accuracy']:.2f} %."
     )
 

@@ -65,8 +65,8 @@ def spans_to_time(val: ExitRecord, goal: Goal, cost: Cost, most: int) -> list[tu
 
 
 def keeps_all_exits(criterion: str) -> bool:
-    """Whether no exit is disabled under a criterion: its scores depend on the exits before, or it
-    needs several exits."""
+    """Whether no exit is disabled under a criterion: its scores or answers depend on the exits
+    before, or it needs several exits."""
     traits = get_traits(criterion)
     return traits.keeps_state or traits.min_early_exits > 1
 
@@ -185,7 +185,7 @@ def _certified(val: ExitRecord, goal: Risk, cost: Cost) -> Policy:
     else:
         last = guarantees.with_confidence(lost, goal.risk, goal.confidence)
     policy, losses = policies[last], int(lost[last].sum())
-    if last == 0 and get_traits(policy.criterion).min_early_exits <= 1:
+    if last == 0 and not keeps_all_exits(policy.criterion):
         # no image exits early: without the heads the same answers cost less
         policy = dataclasses.replace(policy, enabled=(False,) * len(policy.enabled))
     guarantee = Guarantee(

@@ -99,7 +99,7 @@ def _all_moves(scores: np.ndarray, enabled: Sequence[int]) -> _Moves:
 
 def for_max_drop(curve: Curve, drop: float, cost: np.ndarray | None = None) -> float:
     """The threshold of the cheapest outcome that is at most `drop` (a fraction) less accurate than
-    the final exit on its own; the first point of a curve is that exit.
+    the final exit; the first point of a curve is that exit.
 
     cost: (P,), of each outcome, in any unit; default: its MACs.
     """

@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def final_accuracy(self) -> float:
-        """The accuracy of the final exit alone."""
+        """The accuracy of the criterion's answers at the final exit, if all images exited there."""
         return float(self.scored.correct[:, -1].mean())
 
     @property
@@ -87,7 +87,7 @@ class Live:
     """What inference with exits taken gave; each field: (images,).
 
     answers: the classes; score: of the exit that was taken; best: the highest value of the answer
-    there, a logit divided by the temperature.
+    there, of most criteria a logit divided by the temperature.
     """
 
     answers: np.ndarray

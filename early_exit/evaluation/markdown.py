@@ -51,7 +51,7 @@ def headline(report: Report) -> str:
     top5 = "" if report.top5 is None else f" (top-5 {100 * report.top5:.2f} %)"
     return (
         f"{accuracy}{top5} on test at {100 * report.test.macs_share:.1f} % of the plain network's"
-        f" MACs; the final exit alone reaches {100 * report.final_accuracy:.2f} %"
+        f" MACs; with no exit taken {100 * report.final_accuracy:.2f} %"
         f" ({'no loss' if lost <= 0 else f'{lost:.2f} points lost'}), random exits"
         f" {100 * report.random_accuracy:.2f} %"
     )

@@ -243,7 +243,8 @@ class Report:
     random_accuracy: float
     """Test accuracy if as many images exited at each exit, chosen at random."""
     final_accuracy: float
-    """Test accuracy of the final exit alone."""
+    """Test accuracy if every image exited at the final exit. Of a criterion whose answer there is
+    made of several exits, the final exit's own accuracy is in its row of `exits`."""
     top5: float | None
     """Top-5 accuracy of the answers; only with more than ten classes."""
     exits: tuple[ExitRow, ...]

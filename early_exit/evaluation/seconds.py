@@ -70,7 +70,7 @@ def network_table(report: Report) -> str:
     ]
     accuracies = {row.name: row.accuracy for row in report.static_networks}
     for timing in report.timing:
-        found = [("plain network", report.final_accuracy, timing.plain)]
+        found = [("plain network", report.exits[-1].accuracy, timing.plain)]
         if report.early_exits:
             found.append(("with exits", report.test.accuracy, timing.live))
         found += [

@@ -24,7 +24,7 @@ def verdicts(report: Report) -> tuple[Verdict, ...]:
             timing,
             report.environment,
             accuracy=report.test.accuracy,
-            final_accuracy=report.final_accuracy,
+            final_accuracy=report.exits[-1].accuracy,
             any_enabled=any(row.enabled for row in report.early_exits),
             given=report.choice.policy_given,
             static_networks=report.static_networks,
@@ -51,7 +51,8 @@ def judge(
     if it is not less accurate than the policy and its mean time is below that of the plain network
     and below that with exits. In 8-bit integers none is, because its accuracy in them is not known.
 
-    accuracy: of the policy on test; any_enabled: whether it enables an early exit; given: whether
+    accuracy: of the policy on test; final_accuracy: of the final exit's own logits, which are the
+    plain network's; any_enabled: whether it enables an early exit; given: whether
     it was given, not chosen; cuts: over which the choice was repeated, the first of which is timed.
     """
     where = f"In {environment.ran_in} at batch {timing.batch_size}"

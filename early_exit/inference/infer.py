@@ -58,8 +58,8 @@ def all_rows(images: Array, begin: int = 0) -> Rows:
 class Answers:
     """The answers for a batch, in the order of its images.
 
-    logits: (B, K) float32, of the exit each image took, divided by its temperature;
-    exit_index: (B,) int64; score: (B,) float32.
+    logits: (B, K) float32, the criterion's answer at the exit each image took, of most criteria the
+    exit's logits divided by its temperature; exit_index: (B,) int64; score: (B,) float32.
     """
 
     logits: Array

@@ -38,7 +38,8 @@ class Policy:
     criterion: str = "max_prob"
     """Name of the criterion (`early_exit.inference.criteria`)."""
     temperatures: tuple[float, ...] = ()
-    """N temperatures; that of the final exit changes only the reported confidence. Default: 1."""
+    """N temperatures; that of the final exit changes only the reported confidence, unless the
+    answer is made of several exits. Default: 1."""
     enabled: tuple[bool, ...] = ()
     """N - 1 flags. Default: all enabled."""
     guarantee: dict[str, Any] | None = None

@@ -25,6 +25,7 @@ from early_exit.choosing.guarantees import (
 from early_exit.choosing.outcome import apply_policy
 from early_exit.choosing.record import Scores, score_record
 from early_exit.errors import UserError
+from early_exit.inference.criteria import CRITERIA, declare
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.model.cost import Cost
 
@@ -231,6 +232,34 @@ def test_an_exit_that_no_image_may_take_is_disabled(make_record, surest_is_wrong
     outcome = apply_policy(policy, record, record.cost)
     assert (outcome.point.macs_share < 1) == enabled
     assert outcome.point.macs_share <= 1
+
+
+def test_an_answer_made_of_several_exits_keeps_those_that_no_image_may_take(
+    make_record, monkeypatch
+):
+    """The final answer, the mean of the logits, needs them. The early exit gets the surest of 500
+    images wrong by 10, so in the end 12 - 10 are left."""
+
+    @declare(keeps_state=True)
+    def mean(logits, state=None):
+        total = logits if state is None else state + logits
+        mean = total / (1 if state is None else 2)
+        return mean, mean.softmax(-1).amax(-1), total
+
+    monkeypatch.setitem(CRITERIA, "mean", mean)
+    targets = np.zeros(500, np.int64)
+    logits = np.zeros((500, 2, 2), np.float32)
+    logits[:, 0, 0] = np.linspace(1, 8, 500)
+    logits[:, 1, 0] = 12
+    _, certify = fit_and_certify(make_record(logits, targets))
+    logits[certify[0], 0] = [0, 10]
+    record = make_record(logits, targets)
+    goal = Risk(0.004, confidence=0.75, criterion="mean", calibrate=False)
+    policy = choose(record, goal, record.cost)
+    outcome = apply_policy(policy, record, record.cost)
+    assert policy.enabled == (True,)
+    assert set(outcome.exit_index) == {1} and outcome.point.accuracy == 1
+    assert outcome.scored.scores[certify[0], 1] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 def test_two_images_certify_nothing(stored):

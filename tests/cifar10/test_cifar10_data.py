@@ -99,7 +99,7 @@ class TestDigits:
 
 
 def test_an_unknown_data_set_lists_those_that_are():
-    assert_names(refusal(data.load, "cifar100"), "cifar100", "cifar10", "digits", "mnist")
+    assert_names(refusal(data.load, "svhn"), "svhn", *data.LOADERS)
 
 
 class FakeCIFAR10:

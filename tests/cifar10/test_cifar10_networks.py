@@ -136,6 +136,7 @@ def test_a_trial_does_not_change_the_weights():
         ("cifar10", "resnet56", ["resnet20", "resnet32", "resnet44", "resnet56"]),
         ("cifar10", "alexnet", []),
         ("digits", "resnet20", []),
+        ("cifar100", "resnet20", []),
     ],
 )
 def test_the_public_networks_that_one_could_use_instead(dataset, arch, names):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import TINY, assert_names, refusal
 
+from cifar10 import data
 from early_exit.system import locks
 from early_exit.training import checkpoint
 from early_exit.training.train import check_not_overwritten
@@ -35,7 +36,7 @@ class TestErrors:
 
     def test_an_unknown_data_set(self, error, monkeypatch):
         monkeypatch.undo()
-        assert_names(error("--dataset", "svhn"), "svhn", "cifar10", "digits", "mnist")
+        assert_names(error("--dataset", "svhn"), "svhn", *data.LOADERS)
 
     def test_an_unknown_place(self, error):
         assert_names(error(*TINY, "--exits", "layer1", "layr2"), "layr2", "layer2")

@@ -21,7 +21,7 @@ from early_exit.evaluation.markdown import (
     to_markdown,
 )
 from early_exit.evaluation.report import Choice, ClassRow, Report
-from early_exit.evaluation.seconds import segment_table, timing_table
+from early_exit.evaluation.seconds import network_table, segment_table, timing_table
 from early_exit.evaluation.tables import (
     MAX_CLASSES,
     class_table,
@@ -29,6 +29,7 @@ from early_exit.evaluation.tables import (
     exit_table,
     shown_classes,
 )
+from early_exit.evaluation.verdict import verdicts
 from early_exit.inference.latency import BatchSeconds, Timing
 
 
@@ -105,6 +106,22 @@ def timing_of(**changes) -> Timing:
         speedup_range=(1.0, 1.0),
         **changes,
     )
+
+
+def test_the_plain_network_has_the_final_exits_own_accuracy(report):
+    """Whatever the criterion answers there, which may be made of several exits."""
+    live, final = BatchSeconds(0.5, 0.5, 0.5), report.exits[-1]
+    changed = dataclasses.replace(
+        report,
+        exits=(*report.exits[:-1], dataclasses.replace(final, accuracy=0.75)),
+        test=dataclasses.replace(report.test, accuracy=0.5),
+        final_accuracy=0.625,
+        timing=(dataclasses.replace(timing_of(), live=live, speedup_range=(2.0, 2.0)),),
+    )
+    assert_names(network_table(changed).splitlines()[2], "plain network", "75.00 %")
+    (verdict,) = verdicts(changed)
+    assert_names(verdict.words, "25.00 points lost")
+    assert_names(headline(changed), "62.50 %", "12.50 points lost")
 
 
 def test_a_disabled_exit_ends_no_segment(report):
