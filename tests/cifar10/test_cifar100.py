@@ -147,7 +147,7 @@ def test_a_changed_file_is_never_unpickled(monkeypatch, tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("arch", ["resnet20", "msdnet6", "airbench_quarter", "alexnet"])
+@pytest.mark.parametrize("arch", ["resnet20", "msdnet6", "airbench_slim", "alexnet"])
 def test_the_networks_have_a_hundred_classes_and_no_public_accuracy(arch):
     config = Config(data=DataConfig(dataset="cifar100"), model=ModelConfig(arch=arch))
     network = trainer.build_network(config, 100).eval()
@@ -167,7 +167,7 @@ def test_a_run_is_trained_evaluated_exported_compared_and_predicts(monkeypatch, 
         return out
 
     run, where = tmp_path / "run", ("--data", tmp_path, "--threads", 1, "--device", "cpu")
-    flags = ("--dataset", "cifar100", "--arch", "airbench_quarter", "--exits", "group2")
+    flags = ("--dataset", "cifar100", "--arch", "airbench_slim", "--exits", "group2")
     more = ("--head", "pooled", "--epochs", 1, "--amp", "off", "--save-dir", run)
     call(trainer.main, "trainer.py", *flags, *more, *where)
     call(evaluation.main, "eval.py", run, "--thresholds", 0.02, "--no-live", *where)
