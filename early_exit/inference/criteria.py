@@ -116,31 +116,11 @@ def patience(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tenso
     return logits, count.float(), torch.stack([best, count], dim=-1)
 
 
-@declare(lowest=lambda classes, _: 1 / classes, highest=1.0, keeps_state=True)
-def ensemble(logits: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest probability of the ensemble of the exits so far, in [1/K, 1].
-
-    The answer is the logarithm of the normalised geometric mean of their probabilities (Zero Time
-    Waste, arXiv:2106.05409, without its learned weights), at the final exit of all enabled exits.
-
-    state: (B, K + 1), the sum of the exits' log-probabilities, and the number of exits.
-    """
-    import torch
-
-    log_probs = logits.log_softmax(dim=-1)
-    total = torch.cat([log_probs, torch.ones_like(log_probs[:, :1])], dim=-1)
-    if state is not None:
-        total = total + state
-    answer = (total[:, :-1] / total[:, -1:]).log_softmax(dim=-1)
-    return answer, answer.amax(dim=-1).exp(), total
-
-
 CRITERIA: dict[str, Criterion] = {
     "max_prob": max_prob,
     "entropy": entropy,
     "margin": margin,
     "patience": patience,
-    "ensemble": ensemble,
 }
 """Criteria by name. Add yours to the dictionary under a new key before a policy uses it."""
 

@@ -60,13 +60,13 @@ class TestChoice:
     def scored(self, val, goal):
         return score_record(val, calibrated(val, goal))
 
-    @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "patience", "ensemble"])
+    @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "patience"])
     @pytest.mark.parametrize("drop", [0.0, 0.02])
     def test_max_drop(self, val, criterion, drop):
         goal = MaxDrop(drop, criterion=criterion)
         policy = choose(val, goal, COST)
         scored, enabled = self.scored(val, goal), (True,) * 3
-        if criterion not in ("patience", "ensemble"):  # which keep a state
+        if criterion != "patience":
             needed = scored.correct[:, -1].mean() - drop
             enabled = exits_that_pay(scored, COST.mean_macs, cheapest(needed))
         assert policy.enabled == enabled

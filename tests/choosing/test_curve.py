@@ -180,7 +180,7 @@ def test_a_budget_of_exactly_the_lowest_cost_is_met():
     assert for_budget(shared_curve(scored, (True,), (40, 100)), 40) == 0.0
 
 
-@pytest.mark.parametrize("criterion", ["max_prob", "entropy", "margin", "patience", "ensemble"])
+@pytest.mark.parametrize("criterion", ["max_prob", "entropy", "margin", "patience"])
 @pytest.mark.parametrize("enabled", [(True, True, True), (False, True, True)])
 def test_a_policy_with_the_chosen_threshold_does_what_the_curve_says(stored, criterion, enabled):
     macs = (20, 45, 80, 105)

@@ -64,7 +64,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("criterion", "threshold", "highest"),
-        [("max_prob", 1.01, 1), ("ensemble", 1.01, 1), ("margin", 1.5, 1), ("entropy", 0.4, 0)],
+        [("max_prob", 1.01, 1), ("margin", 1.5, 1), ("entropy", 0.4, 0)],
     )
     def test_a_threshold_above_every_score_is_refused(self, criterion, threshold, highest):
         for thresholds in ((threshold,), (highest, threshold)):
@@ -106,7 +106,6 @@ class TestRefusals:
         [
             ("max_prob", 0.0),
             ("max_prob", 0.25),
-            ("ensemble", 0.25),
             ("entropy", -math.log(4)),
             ("entropy", -5.0),
             ("margin", 0.0),
@@ -123,7 +122,6 @@ class TestRefusals:
         ("criterion", "threshold"),
         [
             ("max_prob", 0.26),
-            ("ensemble", 0.26),
             ("max_prob", 1.0),
             ("entropy", -1.38),
             ("entropy", 0.0),

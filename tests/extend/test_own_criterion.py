@@ -82,7 +82,7 @@ class TestCriterion:
         message = refusal(replay, stored, policy)
         assert "silent" in message and "keeps_state=True" in message
 
-    @pytest.mark.parametrize("criterion", ["patience", "votes", "ensemble"])
+    @pytest.mark.parametrize("criterion", ["patience", "votes"])
     @pytest.mark.parametrize(("goal", "value"), [(Budget, 0.8), (MaxDrop, 0.02)])
     def test_no_exit_is_disabled_under_one_that_keeps_a_state(self, stored, criterion, goal, value):
         """With fewer exits the scores would not be those that thresholds were chosen from."""

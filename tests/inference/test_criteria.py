@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 from early_exit.inference.criteria import (
     CRITERIA,
     check_threshold,
-    ensemble,
     entropy,
     get_criterion,
     margin,
@@ -21,8 +20,7 @@ from early_exit.inference.criteria import (
 )
 
 ROW = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=6)
-ROW_VALUES = st.floats(-20, 20, width=32)
-BATCH = arrays("float32", (5, 3), elements=ROW_VALUES).map(torch.from_numpy)
+BATCH = arrays("float32", (5, 3), elements=st.floats(-20, 20, width=32)).map(torch.from_numpy)
 # A softmax of at most six classes and what is made of it, in float32: six exponentials, their sum,
 # a quotient or a logarithm, a sum of six products. Scores are at most about 2 in size.
 ROUNDED = bound(torch.float32, 32)
@@ -51,7 +49,7 @@ SLOW = {"max_prob": slow_max_prob, "entropy": slow_entropy, "margin": slow_margi
 
 
 def test_every_criterion_is_covered_here():
-    assert set(CRITERIA) == {*SLOW, "patience", "ensemble"}
+    assert set(CRITERIA) == {*SLOW, "patience"}
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -142,53 +140,6 @@ def test_patience_has_one_row_of_state_per_image():
     _, _, state = patience(logits_of([2, 0]), None)
     _, _, state = patience(logits_of([2, 1]), state)
     assert state.tolist() == [[2, 1], [1, 0]]  # the last class and the count
-
-
-def log_odds(*odds):
-    """Logits of one image, (1, K), with these odds."""
-    return torch.tensor([[math.log(value) for value in odds]])
-
-
-def test_ensemble_is_the_geometric_mean_of_all_exits_so_far():
-    # 8 : 1, then twice 1 : 1, which halve the logarithm of the odds and make it a third of 8 : 1's
-    found, state = [], None
-    for logits in (log_odds(8, 1), log_odds(3, 3), log_odds(1, 1)):
-        answer, score, state = ensemble(logits, state)
-        found.append(score.item())
-    root = math.sqrt(8)
-    assert found == pytest.approx([8 / 9, root / (root + 1), 2 / 3], abs=2 * ROUNDED)
-    assert answer.tolist()[0] == pytest.approx([math.log(2 / 3), math.log(1 / 3)], abs=4 * ROUNDED)
-
-
-def test_ensemble_may_answer_what_no_exit_does():
-    first, _, state = ensemble(log_odds(5, 4, 1), None)
-    second, _, _ = ensemble(log_odds(1, 4, 5), state)
-    # the roots of 5 x 1, 4 x 4 and 1 x 5
-    assert (first.argmax().item(), second.argmax().item()) == (0, 1)
-    assert second.exp().tolist()[0][1] == pytest.approx(4 / (4 + 2 * math.sqrt(5)), abs=2 * ROUNDED)
-
-
-@given(rows=st.lists(arrays("float32", (3,), elements=ROW_VALUES), min_size=1, max_size=5))
-def test_ensemble_equals_the_formula(rows):
-    state = None
-    for row in rows:
-        answer, score, state = ensemble(torch.from_numpy(row)[None], state)
-    means = [
-        sum(math.log(slow_probs(row.astype(float).tolist())[index]) for row in rows) / len(rows)
-        for index in range(3)
-    ]
-    # logarithms of up to 40 in size: sums of five, a quotient, and a softmax of them
-    bounded = 40 * bound(torch.float32, 8) + 2 * ROUNDED
-    assert score.item() == pytest.approx(max(slow_probs(means)), abs=bounded)
-    assert score.item() == pytest.approx(answer.softmax(dim=-1).max().item(), abs=bounded)
-
-
-def test_ensemble_of_large_logits_is_finite():
-    first = torch.tensor([[1e30, 0.0, -1e30], [1e30, 0.0, 0.0]])
-    answer, score, state = ensemble(first, None)
-    answer, score, _ = ensemble(torch.tensor([[1e30, 0.0, -1e30], [0.0, 1e30, 0.0]]), state)
-    assert score.tolist() == pytest.approx([1, 1 / 2], abs=2 * ROUNDED)
-    assert answer.isfinite().all()
 
 
 @pytest.mark.parametrize("name", CRITERIA)

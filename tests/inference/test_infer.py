@@ -163,30 +163,6 @@ def test_answers_are_the_logits_of_the_exit_of_each_image(exact_net, exact_image
     assert torch.equal(answers.classes, answers.logits.argmax(dim=-1))
 
 
-@pytest.mark.parametrize("enabled", [(True, True, True), (True, False, True)])
-def test_the_final_answer_of_an_ensemble_is_of_all_enabled_exits(
-    exact_net, exact_images, exact_stored, enabled
-):
-    policy = Policy(
-        exit_names=exact_net.exit_names,
-        thresholds=(NEVER,) * 3,
-        criterion="ensemble",
-        temperatures=(0.5, 0.8, 1.0, 1.3),
-        enabled=enabled,
-    )
-    answers = infer(exact_net, exact_images, policy)
-    exits = [index for index in range(4) if policy.is_enabled(index)]
-    logits = torch.from_numpy(exact_stored.logits).double()[:, exits]
-    temperatures = torch.tensor(policy.temperatures, dtype=torch.float64)[exits, None]
-    mean = (logits / temperatures).log_softmax(dim=-1).mean(dim=1)
-    # a softmax of four classes at each exit, the mean of at most four of them, and another softmax
-    assert_close(answers.logits, mean.log_softmax(dim=-1).float(), terms=128)
-    assert (answers.exit_index == 3).all()
-    own = torch.from_numpy(exact_stored.logits[:, 3]).argmax(dim=-1)
-    assert (answers.classes != own).any()  # the test can fail
-    assert np.array_equal(replay(exact_stored, policy).answers, answers.classes.numpy())
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_numpy_arrays_exit_as_tensors_do(exact_net, exact_images, exact_stored, criterion):
     policy, images = make_policy(exact_stored, criterion), exact_images[:64]

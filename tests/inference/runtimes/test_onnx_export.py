@@ -120,7 +120,7 @@ def test_a_segment_is_the_same_for_any_number_of_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["entropy", "margin", "patience", "ensemble"])
+@pytest.mark.parametrize("name", ["entropy", "margin", "patience"])
 def test_criteria_are_part_of_the_model(name):
     first = first_segment(criterion=name)
     features, *_, state = assert_same(first, images(), TERMS)
