@@ -175,7 +175,8 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     partial_training = unfinished(config, network.num_exits, state["position"])
     if partial_training:
         log.warning("%s is not finished: its weights are those of %s", run_dir, partial_training)
-    average = ", running average" if state.get("averaged") else ""
+    kind = "slow weights of Lookahead" if config.optim.lookahead else "running average"
+    average = f", {kind}" if state.get("averaged") else ""
     weights = (
         f"weights {checkpoint.weights_hash(network.state_dict())} of"
         f" {partial_training or 'the last epoch'}{average}"

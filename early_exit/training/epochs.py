@@ -31,6 +31,7 @@ from early_exit.training.state import PhaseState, Position, Run, restore_phase, 
 from early_exit.training.steps import (
     Average,
     Forward,
+    Lookahead,
     Score,
     Tally,
     as_list,
@@ -88,7 +89,7 @@ def run_phase(
     phase, config = run.phases[position.phase], run.config
     stop.raise_if_signalled()  # until the first step is done, which may compile for minutes
     set_training_mode(run.network, phase.backbone_frozen)
-    average = Average(run.network, phase.optim.ema) if phase.optim.ema else None
+    average = make_average(run, phase, position)
     network = run.network.backbone if phase.backbone_only else run.network
     run.network.gradient_flow = gradient_flow(config.loss) if phase.name == "joint" else None
     if config.run.compile:
@@ -128,6 +129,16 @@ def gradient_flow(loss: LossConfig) -> GradientFlow | None:
     """How gradients reach the backbone where heads and backbone are trained together."""
     flow = GradientFlow(loss.equilibrium, loss.detach_heads, loss.detach_rest)
     return None if flow == GradientFlow() else flow
+
+
+def make_average(run: Run, phase: Phase, position: Position) -> Average | None:
+    """The average of the weights that a phase reports, starting at `position`, if it has one."""
+    optim = phase.optim
+    if optim.lookahead:
+        per_epoch = run.data.steps_per_epoch(optim.batch_size)
+        total, done = per_epoch * optim.epochs, per_epoch * position.epoch + position.step
+        return Lookahead(run.network, optim.lookahead, optim.lookahead_decay, total, done)
+    return Average(run.network, optim.ema) if optim.ema else None
 
 
 def wrap_ddp(
