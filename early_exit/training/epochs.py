@@ -151,12 +151,20 @@ def wrap_ddp(
     wrapped = DistributedDataParallel(
         network,
         device_ids=[run.device] if run.device.type == "cuda" else None,
-        # an exit of weight 0 gets no gradient, nor does a stem that is no longer trained; with a
-        # frozen backbone the final exit has no parameters that could wait for one
-        find_unused_parameters=phase.optim.stem_epochs > 0
-        or not all(phase.weights[: -1 if phase.backbone_frozen else None]),
+        find_unused_parameters=may_be_unused(phase),
     )
     return as_list(wrapped, phase.backbone_only), wrapped.no_sync
+
+
+def may_be_unused(phase: Phase) -> bool:
+    """Whether a parameter that requires a gradient when a phase starts may get none in a step.
+
+    An exit of weight 0 gives none, nor does a stem that is no longer trained. A frozen backbone has
+    no parameters that require one, so neither its stem nor its final exit counts.
+    """
+    if phase.backbone_frozen:
+        return not all(phase.weights[:-1])
+    return 0 < phase.optim.stem_epochs < phase.optim.epochs or not all(phase.weights)
 
 
 def epoch_steps(
