@@ -46,7 +46,7 @@ class DataConfig:
     flip: Flip = "random"
     """How train images are flipped, if their data set is. random: each with probability 1/2;
     alternating: each in every second epoch, half of them in the first (arXiv:2404.00498, section
-    3.6)."""
+    3.6); refused for a data set that is never flipped."""
     pad: int | None = None
     """Pixels of padding on each side of a train image before a random crop. Default: the data
     set's own."""
