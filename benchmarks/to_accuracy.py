@@ -36,7 +36,8 @@ from early_exit.errors import UserError
 from early_exit.system.device import PRECISIONS, choose_device, choose_precision, set_up
 from early_exit.system.distributed import Group
 from early_exit.system.signals import StopSignals
-from early_exit.training.epochs import epoch_steps, make_average
+from early_exit.training.averages import make_average
+from early_exit.training.epochs import epoch_steps
 from early_exit.training.optimizer import make_optimizer
 from early_exit.training.state import PhaseState, Position, Run
 from early_exit.training.steps import Tally, as_list, set_training_mode
@@ -89,17 +90,18 @@ def fast_steps(args: argparse.Namespace, stem_frozen: bool) -> Iterator[None]:
     run = start_fast(args)
     (phase,) = run.phases
     set_training_mode(run.network, phase.backbone_frozen)
+    steps = run.data.steps_per_epoch(phase.optim.batch_size)
     state = PhaseState(
         position=Position(epoch=phase.optim.stem_epochs if stem_frozen else 0),
         optimizer=make_optimizer(run.network, phase.optim),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         tally=Tally(run.network.num_exits, run.device),
-        average=make_average(run, phase, Position()),
+        average=make_average(run.network, phase.optim, steps, 0),
     )
     set_training_mode(run.network, phase.backbone_frozen, stem_frozen)
     while True:  # the same epoch again
         for step_done in epoch_steps(
-            run, phase, state, as_list(run.network, False), nullcontext, StopSignals()
+            run, phase, state, as_list(run.network, False), nullcontext, StopSignals(), None
         ):
             if step_done:
                 if state.average:

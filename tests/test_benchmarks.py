@@ -118,7 +118,7 @@ class TestToAccuracy:
     @pytest.mark.parametrize("frozen", [False, True])
     def test_its_steps_are_the_recipes(self, tmp_path, monkeypatch, frozen):
         preset = yaml.safe_load(to_accuracy.PRESET.read_text())
-        preset["model"]["arch"], preset["optim"]["batch_size"] = "airbench_quarter", 8
+        preset["optim"]["batch_size"] = 8
         (tmp_path / "fast.yaml").write_text(yaml.safe_dump(preset))
         monkeypatch.setattr(to_accuracy, "PRESET", tmp_path / "fast.yaml")
         monkeypatch.setattr(to_accuracy, "IMAGES", 40)

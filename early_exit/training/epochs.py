@@ -24,14 +24,13 @@ from early_exit.model.gradients import GradientFlow
 from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
+from early_exit.training.averages import make_average
 from early_exit.training.journal import EpochRecord, Journal, percents
 from early_exit.training.optimizer import lr_at, make_optimizer
 from early_exit.training.phases import Phase
 from early_exit.training.state import PhaseState, Position, Run, restore_phase, save
 from early_exit.training.steps import (
-    Average,
     Forward,
-    Lookahead,
     Score,
     Tally,
     as_list,
@@ -89,7 +88,10 @@ def run_phase(
     phase, config = run.phases[position.phase], run.config
     stop.raise_if_signalled()  # until the first step is done, which may compile for minutes
     set_training_mode(run.network, phase.backbone_frozen)
-    average = make_average(run, phase, position)
+    per_epoch = run.data.steps_per_epoch(phase.optim.batch_size)
+    average = make_average(
+        run.network, phase.optim, per_epoch, per_epoch * position.epoch + position.step
+    )
     network = run.network.backbone if phase.backbone_only else run.network
     run.network.gradient_flow = gradient_flow(config.loss) if phase.name == "joint" else None
     if config.run.compile:
@@ -131,16 +133,6 @@ def gradient_flow(loss: LossConfig) -> GradientFlow | None:
     return None if flow == GradientFlow() else flow
 
 
-def make_average(run: Run, phase: Phase, position: Position) -> Average | None:
-    """The average of the weights that a phase reports, starting at `position`, if it has one."""
-    optim = phase.optim
-    if optim.lookahead:
-        per_epoch = run.data.steps_per_epoch(optim.batch_size)
-        total, done = per_epoch * optim.epochs, per_epoch * position.epoch + position.step
-        return Lookahead(run.network, optim.lookahead, optim.lookahead_decay, total, done)
-    return Average(run.network, optim.ema) if optim.ema else None
-
-
 def wrap_ddp(
     run: Run, phase: Phase, network: nn.Module
 ) -> tuple[Forward, Callable[[], AbstractContextManager]]:
@@ -151,20 +143,9 @@ def wrap_ddp(
     wrapped = DistributedDataParallel(
         network,
         device_ids=[run.device] if run.device.type == "cuda" else None,
-        find_unused_parameters=may_be_unused(phase),
+        find_unused_parameters=phase.may_leave_unused,
     )
     return as_list(wrapped, phase.backbone_only), wrapped.no_sync
-
-
-def may_be_unused(phase: Phase) -> bool:
-    """Whether a parameter that requires a gradient when a phase starts may get none in a step.
-
-    An exit of weight 0 gives none, nor does a stem that is no longer trained. A frozen backbone has
-    no parameters that require one, so neither its stem nor its final exit counts.
-    """
-    if phase.backbone_frozen:
-        return not all(phase.weights[:-1])
-    return 0 < phase.optim.stem_epochs < phase.optim.epochs or not all(phase.weights)
 
 
 def epoch_steps(

@@ -338,7 +338,7 @@ class TestInference:
         (("--arch", "msdnet9", "--regime", "cdl"), "linear", None),
         (("--arch", "resnet20"), "conv", None),
         (("--dataset", "digits"), "conv", ("layer1", "layer2")),
-        (("--arch", "airbench_quarter", "--dataset", "digits"), "conv", None),
+        (("--arch", "airbench", "--dataset", "digits"), "conv", None),
     ],
 )
 def test_the_trainers_defaults(flags, head, exits):

@@ -27,7 +27,6 @@ from early_exit.model.network import MultiExitNetwork
 from early_exit.system import signals
 from early_exit.task import Task
 from early_exit.training import checkpoint
-from early_exit.training.epochs import may_be_unused
 from early_exit.training.phases import Phase
 from early_exit.training.steps import set_training_mode
 
@@ -188,7 +187,7 @@ def test_a_stem_that_is_no_longer_trained_does_not_move(tmp_path, monkeypatch):
 )
 def test_where_a_parameter_may_get_no_gradient(name, weights, stem_epochs, expected):
     phase = Phase(name, OptimConfig(epochs=2, stem_epochs=stem_epochs), weights)
-    assert may_be_unused(phase) == expected
+    assert phase.may_leave_unused == expected
 
 
 @pytest.mark.parametrize("setting", ["bias_lr_scale", "head_lr_scale"])
