@@ -122,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The default settings for the data set and the network that the flags or their preset name."""
     config = settings.resolve_config(args, None, CIFAR10)
-    defaults = DIGITS if config.data.dataset == "digits" else CIFAR10
-    if config.model.arch not in networks.DEFAULT_HEADS:
-        return defaults
-    head = networks.DEFAULT_HEADS[config.model.arch]
-    return configs.merge(defaults, {"model": {"head": [head], "exits": None}})
+    defaults, arch = DIGITS if config.data.dataset == "digits" else CIFAR10, config.model.arch
+    if arch not in resnet.DEPTHS:  # the digits' exits are places of the ResNets
+        defaults = configs.merge(defaults, {"model": {"exits": None}})
+    if arch in networks.DEFAULT_HEADS:
+        defaults = configs.merge(defaults, {"model": {"head": [networks.DEFAULT_HEADS[arch]]}})
+    return defaults

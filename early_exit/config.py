@@ -46,7 +46,7 @@ class DataConfig:
     flip: Flip = "random"
     """How train images are flipped, if their data set is. random: each with probability 1/2;
     alternating: each in every second epoch, half of them in the first (arXiv:2404.00498, section
-    3.6)."""
+    3.6); refused for a data set that is never flipped."""
     pad: int | None = None
     """Pixels of padding on each side of a train image before a random crop. Default: the data
     set's own."""
@@ -135,6 +135,12 @@ class OptimConfig:
     ema: float = 0.0
     """Decay per step of the moving average of the weights, which is then what is reported; 0: no
     average. The decay is smaller in the first steps of a phase."""
+    lookahead: int = 0
+    """Steps between two updates of Lookahead's slow weights, from which training then continues,
+    and which are what is reported (arXiv:1907.08610); 0: none."""
+    lookahead_decay: float = 0.95
+    """Decay per step of the slow weights at the end of a phase; it rises with the third power of
+    the steps done (arXiv:2404.00498, section 3.4)."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
@@ -179,6 +185,16 @@ class OptimConfig:
             self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}"
         )
         _require(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}")
+        _require(self.lookahead >= 0, f"optim.lookahead must be at least 0, got {self.lookahead}")
+        _require(
+            0 <= self.lookahead_decay < 1,
+            f"optim.lookahead_decay must be in [0, 1), got {self.lookahead_decay}",
+        )
+        _require(
+            not (self.ema and self.lookahead),
+            f"optim.ema is {self.ema} and optim.lookahead is {self.lookahead}; each would give the"
+            " weights that are reported, so set one of them to 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

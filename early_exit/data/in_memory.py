@@ -92,8 +92,8 @@ class Data(NormalisedImages):
     def augmented(self, flip: Flip, pad: int | None, pad_mode: PadMode) -> "Data":
         """The same data with another augmentation, as `early_exit.config.DataConfig` describes it.
 
-        flip: has no effect on data that are never flipped. Raises UserError for more pixels of
-        reflection than the images have.
+        Raises UserError for alternating flips of data that are never flipped, and for more pixels
+        of reflection than the images have.
         """
         pad = self.pad if pad is None else pad
         side = min(self.splits["train"].images.shape[2:])
@@ -103,6 +103,11 @@ class Data(NormalisedImages):
                 f" {side - 1}"
             )
         alternate = flip == "alternating"
+        if alternate and not self.flip:
+            raise UserError(
+                f"data.flip is alternating, and the images of {self.name} are never flipped in"
+                " training; set data.flip=random, which leaves them as they are"
+            )
         return dataclasses.replace(self, pad=pad, pad_mode=pad_mode, alternate=alternate)
 
     def size(self, split: str) -> int:

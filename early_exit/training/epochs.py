@@ -24,12 +24,12 @@ from early_exit.model.gradients import GradientFlow
 from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
+from early_exit.training.averages import make_average
 from early_exit.training.journal import EpochRecord, Journal, percents
 from early_exit.training.optimizer import lr_at, make_optimizer
 from early_exit.training.phases import Phase
 from early_exit.training.state import PhaseState, Position, Run, restore_phase, save
 from early_exit.training.steps import (
-    Average,
     Forward,
     Score,
     Tally,
@@ -88,7 +88,10 @@ def run_phase(
     phase, config = run.phases[position.phase], run.config
     stop.raise_if_signalled()  # until the first step is done, which may compile for minutes
     set_training_mode(run.network, phase.backbone_frozen)
-    average = Average(run.network, phase.optim.ema) if phase.optim.ema else None
+    per_epoch = run.data.steps_per_epoch(phase.optim.batch_size)
+    average = make_average(
+        run.network, phase.optim, per_epoch, per_epoch * position.epoch + position.step
+    )
     network = run.network.backbone if phase.backbone_only else run.network
     run.network.gradient_flow = gradient_flow(config.loss) if phase.name == "joint" else None
     if config.run.compile:
@@ -140,10 +143,7 @@ def wrap_ddp(
     wrapped = DistributedDataParallel(
         network,
         device_ids=[run.device] if run.device.type == "cuda" else None,
-        # an exit of weight 0 gets no gradient, nor does a stem that is no longer trained; with a
-        # frozen backbone the final exit has no parameters that could wait for one
-        find_unused_parameters=phase.optim.stem_epochs > 0
-        or not all(phase.weights[: -1 if phase.backbone_frozen else None]),
+        find_unused_parameters=phase.may_leave_unused,
     )
     return as_list(wrapped, phase.backbone_only), wrapped.no_sync
 

@@ -29,6 +29,18 @@ class Phase:
         """Whether the backbone's weights and statistics stay fixed."""
         return self.name == "heads"
 
+    @property
+    def may_leave_unused(self) -> bool:
+        """Whether a parameter that requires a gradient when the phase starts may get none in a
+        step.
+
+        An exit of weight 0 gives none, nor does a stem that is no longer trained. A frozen backbone
+        has no parameters that require one, so neither its stem nor its final exit counts.
+        """
+        if self.backbone_frozen:
+            return not all(self.weights[:-1])
+        return 0 < self.optim.stem_epochs < self.optim.epochs or not all(self.weights)
+
 
 def plan_phases(config: Config, num_exits: int) -> list[Phase]:
     """The phases of a regime.

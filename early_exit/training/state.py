@@ -24,9 +24,10 @@ from early_exit.system.device import autocast_context
 from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.averages import Average
 from early_exit.training.phases import Phase, plan_phases
 from early_exit.training.state_dicts import load_into
-from early_exit.training.steps import Average, Tally
+from early_exit.training.steps import Tally
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ FIXED = (
     "optim.decay_norm",
     "optim.bias_lr_scale",
     "optim.head_lr_scale",
+    "optim.lookahead",  # and its decay: slow weights do not start from an average, nor it from them
 )
 NOT_FIXED = ("data.root", "data.workers", "data.bad_files", "data.check_files")
 SECTIONS = {item.name for item in dataclasses.fields(Config)}

@@ -1,6 +1,5 @@
 """The inner loops: training steps and a pass over held-out images, with what they update."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -122,38 +121,6 @@ class Tally:
         self.loss.fill_(state["loss"])
         self.correct.copy_(torch.tensor(state["correct"]))
         self.in_top5.copy_(torch.tensor(state["among5"]))
-
-
-class Average:
-    """The exponential moving average of a network's weights and BatchNorm statistics.
-
-    The first update copies the network. After n updates the decay is
-    min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten. Integer buffers are
-    copied. (torch's AveragedModel waits for a GPU twice per step, and rounds integer buffers down.)
-    """
-
-    def __init__(self, network: MultiExitNetwork, decay: float) -> None:
-        self.module = copy.deepcopy(network).requires_grad_(False).eval()
-        self.decay, self.steps = decay, 0
-        self._average = self.module.state_dict()  # views of its tensors
-        self._averaged = [
-            name for name, value in self._average.items() if value.is_floating_point()
-        ]
-        self._copied = [name for name in self._average if name not in set(self._averaged)]
-
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Adds the weights after a step."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
-        current = network.state_dict()
-        torch._foreach_lerp_(
-            [self._average[name] for name in self._averaged],
-            [current[name] for name in self._averaged],
-            1 - decay,
-        )
-        for name in self._copied:
-            self._average[name].copy_(current[name])
-        self.steps += 1
 
 
 def as_list(network: nn.Module, backbone_only: bool) -> Forward:

@@ -338,6 +338,7 @@ class TestInference:
         (("--arch", "msdnet9", "--regime", "cdl"), "linear", None),
         (("--arch", "resnet20"), "conv", None),
         (("--dataset", "digits"), "conv", ("layer1", "layer2")),
+        (("--arch", "airbench", "--dataset", "digits"), "conv", None),
     ],
 )
 def test_the_trainers_defaults(flags, head, exits):

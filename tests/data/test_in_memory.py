@@ -298,9 +298,11 @@ class TestAlternatingFlip:
         for (images, _), (wanted, _) in zip(tail, whole[2:], strict=True):
             assert torch.equal(images, wanted)
 
-    def test_data_that_are_not_flipped_stay_so(self, data):
+    def test_data_that_are_not_flipped_are_refused(self, data):
         plain = dataclasses.replace(data, flip=False)
-        assert not any(directions(plain, 0).values()) and not any(directions(plain, 1).values())
+        message = refusal(plain.augmented, "alternating", None, "constant")
+        assert_names(message, "data.flip", "alternating", plain.name)
+        assert not any(directions(plain.augmented("random", 0, "constant"), 0).values())
 
 
 class TestReflection:

@@ -22,11 +22,12 @@ from helpers import (
 from torch import nn
 
 from cifar10.resnet import ResNet
-from early_exit.config import DataConfig
+from early_exit.config import DataConfig, OptimConfig
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system import signals
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.phases import Phase
 from early_exit.training.steps import set_training_mode
 
 
@@ -169,6 +170,24 @@ def test_a_stem_that_is_no_longer_trained_does_not_move(tmp_path, monkeypatch):
         assert torch.equal(first[f"backbone.{name}"], last[f"backbone.{name}"])
     changed = "backbone.layer1.0.conv1.weight"
     assert not torch.equal(first[changed], last[changed])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "stem_epochs", "expected"),
+    [
+        ("joint", (1.0, 1.0), 0, False),
+        ("joint", (1.0, 1.0), 1, True),
+        ("joint", (1.0, 1.0), 2, False),  # of two epochs
+        ("joint", (0.0, 1.0), 0, True),
+        ("joint", (1.0, 0.0), 0, True),
+        ("backbone", (1.0,), 1, True),
+        ("heads", (1.0, 0.0), 1, False),
+        ("heads", (0.0, 1.0, 0.0), 0, True),
+    ],
+)
+def test_where_a_parameter_may_get_no_gradient(name, weights, stem_epochs, expected):
+    phase = Phase(name, OptimConfig(epochs=2, stem_epochs=stem_epochs), weights)
+    assert phase.may_leave_unused == expected
 
 
 @pytest.mark.parametrize("setting", ["bias_lr_scale", "head_lr_scale"])

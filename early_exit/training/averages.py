@@ -1,0 +1,88 @@
+"""Averages of a network's weights over the steps of a phase, which are then what is reported."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from early_exit.config import OptimConfig
+from early_exit.model.network import MultiExitNetwork
+
+
+class Average:
+    """The exponential moving average of a network's weights and BatchNorm statistics.
+
+    The first update copies the network. After n updates the decay is
+    min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten. Integer buffers are
+    copied. (torch's AveragedModel waits for a GPU twice per step, and rounds integer buffers down.)
+    """
+
+    def __init__(self, network: MultiExitNetwork, decay: float) -> None:
+        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay, self.steps = decay, 0
+        self._average = self.module.state_dict()  # views of its tensors
+        self._averaged = [
+            name for name, value in self._average.items() if value.is_floating_point()
+        ]
+        self._copied = [name for name in self._average if name not in set(self._averaged)]
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Adds the weights after a step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
+        self._add(network.state_dict(), decay)
+        self.steps += 1
+
+    def _add(self, current: dict[str, Tensor], decay: float) -> None:
+        """Moves the average towards `current`: with a decay of 1 not at all, with 0 all the way."""
+        torch._foreach_lerp_(
+            [self._average[name] for name in self._averaged],
+            [current[name] for name in self._averaged],
+            1 - decay,
+        )
+        for name in self._copied:
+            self._average[name].copy_(current[name])
+
+
+class Lookahead(Average):
+    """Slow weights, which move towards the network's, the fast ones, every few steps; the fast ones
+    are then set to them (Zhang et al. 2019, arXiv:1907.08610). Momenta are kept.
+
+    The decay of an update is decay**every * (step / total)**3, so that the slow weights first
+    follow the fast ones, and at the end average them (arXiv:2404.00498, section 3.4). As in that
+    paper's code, BatchNorm's statistics are averaged and set as weights are, and fast steps after
+    the last update of a phase are dropped with the fast weights.
+    """
+
+    def __init__(
+        self, network: MultiExitNetwork, every: int, decay: float, total: int, steps: int = 0
+    ) -> None:
+        """every: steps from one update to the next. total: steps of the phase; steps: those that
+        are done."""
+        super().__init__(network, decay)
+        self.every, self.total, self.steps = every, total, steps
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Counts a step; if it is one in `every`, moves the slow weights and sets the fast ones."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        # more than 1 if train images are gone since the start
+        progress = min(1.0, self.steps / self.total)
+        current = network.state_dict()
+        self._add(current, self.decay**self.every * progress**3)
+        torch._foreach_copy_(
+            [current[name] for name in self._averaged],
+            [self._average[name] for name in self._averaged],
+        )
+
+
+def make_average(
+    network: MultiExitNetwork, optim: OptimConfig, steps_per_epoch: int, steps: int
+) -> Average | None:
+    """The average that a phase reports, if it has one. steps: those of the phase that are done."""
+    if optim.lookahead:
+        total = steps_per_epoch * optim.epochs
+        return Lookahead(network, optim.lookahead, optim.lookahead_decay, total, steps)
+    return Average(network, optim.ema) if optim.ema else None
