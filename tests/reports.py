@@ -48,7 +48,9 @@ def made_report(
             {"name": name, "accuracy": value}
             for name, value in zip(names, [*exits, final], strict=True)
         ],
-        "curve": [{"test": point(value, share)} for share, value in curve],
+        "curve": [
+            {"val": point(value, share), "test": point(value, share)} for share, value in curve
+        ],
     }
     for name, value in changes.items():
         sections = (values["run"], values["choice"], values["environment"])
@@ -61,9 +63,21 @@ def point(accuracy: float, share: float) -> dict:
     return {"accuracy": accuracy, "macs_share": share}
 
 
-def timing(size: int, plain: float, live: float) -> dict:
-    """Seconds of the plain network and with exits, at one batch size."""
-    return {"batch_size": size, "plain": {"total": plain}, "live": {"total": live}}
+def timing(size: int, plain: float, live: float, **networks: float) -> dict:
+    """Seconds of the plain network, with exits and of other networks, for one batch of a size."""
+    return {
+        "batch_size": size,
+        "images": size,
+        "plain": {"total": plain},
+        "live": {"total": live},
+        "networks": {name: {"total": total} for name, total in networks.items()},
+    }
+
+
+def public(name: str, accuracy: float, macs: float) -> dict:
+    """A network without exits in a report. macs: in millions."""
+    share = 1e6 * macs / PLAIN_MACS
+    return {"name": name, "accuracy": accuracy, "macs_share": share, "source": "its authors"}
 
 
 def write_run(

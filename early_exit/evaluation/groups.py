@@ -13,14 +13,15 @@ import numpy as np
 
 from early_exit.evaluation.stored import Evaluation, Value
 from early_exit.metrics import mean_std
+from early_exit.system.device import PRECISIONS
 
 GRID = 200  # multiply-adds at which the curves of several seeds are averaged
 
 
 class MeanCurve(NamedTuple):
-    """Mean test accuracy against MACs per image; all (P,). One seed has a deviation of 0."""
+    """Mean test accuracy against a cost per image; all (P,). One seed has a deviation of 0."""
 
-    macs: np.ndarray
+    costs: np.ndarray
     accuracy: np.ndarray
     std: np.ndarray
 
@@ -84,18 +85,23 @@ class Group:
         return Value(plain * share.mean, None if share.std is None else plain * share.std)
 
     def curve(self) -> MeanCurve:
-        """The curve of a shared threshold. Curves of several seeds are interpolated linearly at the
-        same MACs, evenly spaced over the range that all of them cover."""
-        if len(self.members) == 1:
-            macs, accuracy = self.first.curve_macs, self.first.curve_accuracy
-            return MeanCurve(macs, accuracy, np.zeros(len(macs)))
-        low = max(member.curve_macs[0] for member in self.members)
-        high = min(member.curve_macs[-1] for member in self.members)
-        grid = np.unique(np.linspace(low, high, GRID)) if low <= high else np.empty(0)
-        curves = np.array(
-            [np.interp(grid, member.curve_macs, member.curve_accuracy) for member in self.members]
-        )
-        return MeanCurve(grid, curves.mean(axis=0), curves.std(axis=0, ddof=1))
+        """The curve of a shared threshold, against MACs; see `mean_curve`."""
+        return mean_curve([(member.curve_macs, member.curve_accuracy) for member in self.members])
+
+
+def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> MeanCurve:
+    """The mean of curves (cost, accuracy) of several seeds, interpolated linearly at the same
+    costs, evenly spaced over the range that all of them cover; one curve is returned as it is.
+
+    curves: arrays (P,) by rising cost.
+    """
+    if len(curves) == 1:
+        costs, accuracy = curves[0]
+        return MeanCurve(costs, accuracy, np.zeros(len(costs)))
+    low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
+    grid = np.unique(np.linspace(low, high, GRID)) if low <= high else np.empty(0)
+    values = np.array([np.interp(grid, costs, accuracy) for costs, accuracy in curves])
+    return MeanCurve(grid, values.mean(axis=0), values.std(axis=0, ddof=1))
 
 
 def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Group]:
@@ -114,6 +120,19 @@ def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Gr
         repeated = len({member.seed for member in members}) < len(members)
         found += [(member,) for member in members] if repeated else [tuple(members)]
     return [Group(members) for members in found]
+
+
+def across_runtimes(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """The groups, those together that are one evaluation of the same runs in several runtimes, in
+    the order of the first. In 8-bit integers the network is another one, so they stay apart."""
+    found: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        first = group.first
+        name = first.name.removesuffix(f"-{first.runtime}")
+        integers = first.precision == PRECISIONS["int8"]
+        runs = tuple(member.run for member in group.members)
+        found.setdefault((runs, name, integers and first.runtime), []).append(group)
+    return [tuple(together) for together in found.values()]
 
 
 def _group_key(evaluation: Evaluation) -> str:

@@ -1,0 +1,174 @@
+"""What exits save over static networks, and the points of the literature, in Markdown."""
+
+import math
+from collections.abc import Sequence
+
+from early_exit.evaluation.groups import Group
+from early_exit.evaluation.literature import LiteraturePoint
+from early_exit.evaluation.panels import Panel
+from early_exit.evaluation.savings import Saving, macs_savings, seconds_savings
+from early_exit.evaluation.statics import PUBLIC, Static
+from early_exit.evaluation.tables import escaped
+from early_exit.system.text import in_a_line
+
+
+def sections(
+    groups: Sequence[Group], statics: Sequence[Static], panels: Sequence[Panel]
+) -> list[str]:
+    """The tables of what exits save, in multiply-adds and in each panel's seconds, each with what
+    follows from it in one sentence; empty if there are no exits or no static network."""
+    if not statics or all(group.plain for group in groups):
+        return []
+    parts = ["## Exits beside static networks"]
+    parts += _tables(macs_savings(groups, statics), "MACs, millions", "multiply-adds", 1e-6)
+    for panel in panels:
+        tables = _tables(
+            seconds_savings(panel, statics), f"time per image, {panel.unit}", "seconds", 1
+        )
+        if tables:
+            parts += [f"In {panel.title}:", *tables, *_about_panel(panel)]
+    return [*parts, *_notes(groups, statics)]
+
+
+def _tables(savings: Sequence[Saving], heading: str, cost: str, scale: float) -> list[str]:
+    """A table and a sentence for each kind of static network."""
+    parts = []
+    for kind in dict.fromkeys(saving.static.kind for saving in savings):
+        rows = [saving for saving in savings if saving.static.kind == kind]
+        parts += [_table(rows, kind, heading, scale), statement(rows, kind, cost)]
+    return parts
+
+
+def _table(rows: Sequence[Saving], kind: str, heading: str, scale: float) -> str:
+    head = [
+        f"static network ({kind})",
+        "accuracy",
+        heading,
+        "exits at no lower accuracy",
+        "accuracy",
+        heading,
+        "saving",
+    ]
+    lines = [head, ["---", "---:", "---:", "---", "---:", "---:", "---:"]]
+    for row in rows:
+        name = escaped(row.static.name)
+        if row.better:
+            name += f" ({escaped(row.better)} is better)"
+        cells = [name, _percent(row.static.accuracy), f"{scale * row.cost:.2f}"]
+        if row.exits is None or row.saving is None:
+            cells += ["-", "-", "-", "not reached"]
+        else:
+            exits = row.exits
+            cells += [escaped(exits.group.label), _percent(exits.accuracy)]
+            cells += [f"{scale * exits.cost:.2f}", f"{100 * row.saving:.1f} %"]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def statement(rows: Sequence[Saving], kind: str, cost: str) -> str:
+    """What the rows of one kind say, over the accuracies that both reach. Networks than which
+    another is better do not count.
+
+    cost: what is saved, in words.
+    """
+    rivals = [row for row in rows if not row.better]
+    missed = [in_a_line(row.static.name) for row in rivals if row.exits is None]
+    not_reached = f"no policy is as accurate as {' or '.join(missed)}" if missed else ""
+    reached = {row.static.name: row.saving for row in rivals if row.saving is not None}
+    if not reached:
+        return f"{not_reached[:1].upper()}{not_reached[1:]}."
+    accuracies = [row.static.accuracy for row in rivals if row.saving is not None]
+    low, high = min(accuracies), max(accuracies)
+    where = (
+        f"At {_percent(high)} accuracy"
+        if low == high
+        else (f"From {_percent(low)} to {_percent(high)} accuracy")
+    )
+    words = f"{where}, exits need {_least(min(reached.values()), cost)} than the best of the {kind}"
+    wins = [in_a_line(name) for name, saving in reached.items() if saving <= 0]
+    if wins:
+        words += f"; {' and '.join(wins)} {'wins' if len(wins) == 1 else 'win'}"
+    return f"{words}{'; ' if not_reached else ''}{not_reached}."
+
+
+def _least(saving: float, cost: str) -> str:
+    """The smallest saving in words."""
+    if saving >= 0:
+        return f"at least {100 * saving:.1f} % fewer {cost}"
+    return f"up to {-100 * saving:.1f} % more {cost}"
+
+
+def _about_panel(panel: Panel) -> list[str]:
+    """Where the seconds come from."""
+    text = f"Timed on {'; '.join(map(in_a_line, panel.machines))}."
+    if panel.reference is not None:
+        text += (
+            f" Times are shares of {in_a_line(panel.reference[0])}'s time, measured in turns in the"
+            " same process."
+        )
+    if panel.caution:
+        text = f"(!) {panel.caution[0].upper()}{panel.caution[1:]}. {text}"
+    return [text]
+
+
+def _notes(groups: Sequence[Group], statics: Sequence[Static]) -> list[str]:
+    text = (
+        "Each row has the cheapest policy whose accuracy on test is not lower; nothing is"
+        " interpolated. Policies were chosen on val, for a goal or for a budget of multiply-adds,"
+        " and only looked up on test; heads are counted. Evaluations with several cuts, and all"
+        " tables of seconds, count with the evaluated policies alone."
+    )
+    images = [
+        member.test_images
+        for group in groups
+        if not group.plain
+        for member in group.members
+        if member.test_images
+    ]
+    if images:
+        accuracy = max(static.accuracy for static in statics)
+        error = math.sqrt(accuracy * (1 - accuracy) / min(images))
+        text += (
+            f" An accuracy on {min(images):,} images has a standard error of about"
+            f" {100 * error:.2f} points, so smaller differences mean little."
+        )
+    given = [group.label for group in groups if any(member.given for member in group.members)]
+    if given:
+        names = "; ".join(map(in_a_line, given))
+        text += (
+            f" Thresholds or a policy that were given, not chosen on val, do not count: {names}."
+        )
+    parts = [text]
+    public = [static for static in statics if static.kind == PUBLIC]
+    if public:
+        sources = "; ".join(dict.fromkeys(in_a_line(static.source) for static in public))
+        parts.append(
+            "The accuracy of public networks is the one that their source states, on the whole"
+            f" official test set: {sources}."
+        )
+    return parts
+
+
+def literature(points: Sequence[LiteraturePoint]) -> list[str]:
+    """The points of the literature; empty if there are none."""
+    if not points:
+        return []
+    lines = [
+        "| literature, under other rules | accuracy | MACs, millions | time per image | source |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for point in points:
+        macs = "-" if point.macs is None else f"{1e-6 * point.macs:.4g}"
+        time = "-" if point.seconds is None else f"{1000 * point.seconds:.4g} ms"
+        cells = [escaped(point.label), _percent(point.accuracy), macs, time, escaped(point.source)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        "## Literature",
+        "\n".join(lines),
+        "Not measured here: other training, other splits, other counting of multiply-adds, other"
+        " machines.",
+    ]
+
+
+def _percent(accuracy: float) -> str:
+    return f"{100 * accuracy:.2f} %"
