@@ -92,7 +92,12 @@ def _saving_values(saving: Saving) -> dict[str, Any]:
         "better": saving.better,
         "exits": None
         if exits is None
-        else {"label": exits.group.label, "accuracy": exits.accuracy, "cost": exits.cost},
+        else {
+            "label": exits.group.label,
+            "accuracy": exits.accuracy,
+            "cost": exits.cost,
+            "budget_on_val": exits.budget,
+        },
         "saving": saving.saving,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ LITERATURE_STYLE: dict[str, Any] = {
     "ms": 6.5,
 }
 COLUMNS = 3
-MAX_LABEL = 44  # letters of a series in the legend
+LINE = 46  # letters of a line of the legend
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class _Series:
     @property
     def label(self) -> str:
         """matplotlib omits labels that begin with _."""
-        return re.sub("^_", " _", shortened(name_of(self.groups), MAX_LABEL))
+        label = shortened(name_of(self.groups), plots.MAX_TITLE)
+        return re.sub("^_", " _", "\n".join(textwrap.wrap(label, LINE)) or label)
 
 
 @dataclass(frozen=True)

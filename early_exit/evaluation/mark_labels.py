@@ -42,12 +42,15 @@ def place(axes: Axes, marks: Sequence[Mark], others: np.ndarray) -> None:
 
     The limits of the axes must be final. others: (P, 2), in data coordinates.
     """
+    from matplotlib.patheffects import withStroke
+
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     points = np.array([(mark.x, mark.y) for mark in marks]).reshape(-1, 2)
     occupied = axes.transData.transform(np.concatenate([points, others.reshape(-1, 2)]))
+    named = occupied[: len(points)]
     inside = axes.get_window_extent(renderer)
     placed: list[Bbox] = []
-    for mark in marks:
+    for index, mark in enumerate(marks):
         text = axes.annotate(
             mark.name,
             (mark.x, mark.y),
@@ -56,17 +59,22 @@ def place(axes: Axes, marks: Sequence[Mark], others: np.ndarray) -> None:
             fontsize=FONT_SIZE,
             color=mark.colour,
             zorder=6,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         found = []
         for order, (offset, horizontal, vertical) in enumerate(OFFSETS):
             text.set(position=offset, ha=horizontal, va=vertical)
             box = text.get_window_extent(renderer)
-            within = (box.min <= occupied) & (occupied <= box.max)
+            low, high = box.get_points()
+            covered = ((low <= occupied) & (occupied <= high)).all(axis=1)
+            distance = np.hypot(*(named - (low + high) / 2).T)
             cost = (
-                20 * sum(box.overlaps(other) for other in placed)
+                10 * (distance.argmin() != index)  # it would seem to be another mark's
+                + 20 * sum(box.overlaps(other) for other in placed)
                 + 20 * (box.x0 < inside.x0 or box.x1 > inside.x1)
                 + 20 * (box.y0 < inside.y0 or box.y1 > inside.y1)
-                + int(within.all(axis=1).sum())
+                + 8 * int(covered[: len(points)].sum())
+                + int(covered.sum())
             )
             found.append((cost, order, box))
         _, order, box = min(found, key=lambda one: one[:2])

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from early_exit.evaluation.groups import Group
 from early_exit.evaluation.literature import LiteraturePoint
 from early_exit.evaluation.panels import Panel
-from early_exit.evaluation.savings import Saving, macs_savings, seconds_savings
+from early_exit.evaluation.savings import ExitPoint, Saving, macs_savings, seconds_savings
 from early_exit.evaluation.statics import PUBLIC, Static
 from early_exit.evaluation.tables import escaped
 from early_exit.system.text import in_a_line
+
+Comparatives = tuple[str, str]
+"""Less and more of a cost, in words."""
+MACS: Comparatives = ("fewer multiply-adds", "more multiply-adds")
+TIME: Comparatives = ("less time", "more time")
 
 
 def sections(
@@ -20,22 +25,22 @@ def sections(
     if not statics or all(group.plain for group in groups):
         return []
     parts = ["## Exits beside static networks"]
-    parts += _tables(macs_savings(groups, statics), "MACs, millions", "multiply-adds", 1e-6)
+    parts += _tables(macs_savings(groups, statics), "MACs, millions", MACS, 1e-6)
     for panel in panels:
-        tables = _tables(
-            seconds_savings(panel, statics), f"time per image, {panel.unit}", "seconds", 1
-        )
+        tables = _tables(seconds_savings(panel, statics), f"time per image, {panel.unit}", TIME, 1)
         if tables:
             parts += [f"In {panel.title}:", *tables, *_about_panel(panel)]
     return [*parts, *_notes(groups, statics)]
 
 
-def _tables(savings: Sequence[Saving], heading: str, cost: str, scale: float) -> list[str]:
+def _tables(
+    savings: Sequence[Saving], heading: str, words: Comparatives, scale: float
+) -> list[str]:
     """A table and a sentence for each kind of static network."""
     parts = []
     for kind in dict.fromkeys(saving.static.kind for saving in savings):
         rows = [saving for saving in savings if saving.static.kind == kind]
-        parts += [_table(rows, kind, heading, scale), statement(rows, kind, cost)]
+        parts += [_table(rows, kind, heading, scale), statement(rows, kind, words)]
     return parts
 
 
@@ -59,18 +64,23 @@ def _table(rows: Sequence[Saving], kind: str, heading: str, scale: float) -> str
             cells += ["-", "-", "-", "not reached"]
         else:
             exits = row.exits
-            cells += [escaped(exits.group.label), _percent(exits.accuracy)]
+            cells += [escaped(_name(exits)), _percent(exits.accuracy)]
             cells += [f"{scale * exits.cost:.2f}", f"{100 * row.saving:.1f} %"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def statement(rows: Sequence[Saving], kind: str, cost: str) -> str:
-    """What the rows of one kind say, over the accuracies that both reach. Networks than which
-    another is better do not count.
+def _name(exits: ExitPoint) -> str:
+    """The run, and how its policy was chosen."""
+    group = exits.group
+    if exits.budget is None:
+        return group.label
+    return f"{group.name}, budget of {100 * exits.budget / group.first.plain_macs:.1f} % on val"
 
-    cost: what is saved, in words.
-    """
+
+def statement(rows: Sequence[Saving], kind: str, words: Comparatives) -> str:
+    """What the rows of one kind say, over the accuracies that both reach. Networks than which
+    another is better do not count."""
     rivals = [row for row in rows if not row.better]
     missed = [in_a_line(row.static.name) for row in rivals if row.exits is None]
     not_reached = f"no policy is as accurate as {' or '.join(missed)}" if missed else ""
@@ -79,23 +89,16 @@ def statement(rows: Sequence[Saving], kind: str, cost: str) -> str:
         return f"{not_reached[:1].upper()}{not_reached[1:]}."
     accuracies = [row.static.accuracy for row in rivals if row.saving is not None]
     low, high = min(accuracies), max(accuracies)
-    where = (
-        f"At {_percent(high)} accuracy"
-        if low == high
-        else (f"From {_percent(low)} to {_percent(high)} accuracy")
-    )
-    words = f"{where}, exits need {_least(min(reached.values()), cost)} than the best of the {kind}"
-    wins = [in_a_line(name) for name, saving in reached.items() if saving <= 0]
+    span = "At" if low == high else f"From {_percent(low)} to"
+    smallest, (less, more) = min(reached.values()), words
+    needed = f"at least {100 * smallest:.1f} % {less}"
+    if smallest < 0:
+        needed = f"up to {-100 * smallest:.1f} % {more}"
+    parts = [f"{span} {_percent(high)} accuracy, exits need {needed} than the best of the {kind}"]
+    wins = [in_a_line(name) for name, saving in reached.items() if saving < 0]
     if wins:
-        words += f"; {' and '.join(wins)} {'wins' if len(wins) == 1 else 'win'}"
-    return f"{words}{'; ' if not_reached else ''}{not_reached}."
-
-
-def _least(saving: float, cost: str) -> str:
-    """The smallest saving in words."""
-    if saving >= 0:
-        return f"at least {100 * saving:.1f} % fewer {cost}"
-    return f"up to {-100 * saving:.1f} % more {cost}"
+        parts.append(f"{' and '.join(wins)} {'wins' if len(wins) == 1 else 'win'}")
+    return "; ".join([*parts, *([not_reached] if missed else [])]) + "."
 
 
 def _about_panel(panel: Panel) -> list[str]:
