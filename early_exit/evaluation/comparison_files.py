@@ -76,7 +76,7 @@ def _panel_values(panel: Panel, comparison: Comparison) -> dict[str, Any]:
         "unit": panel.unit,
         "machines": panel.machines,
         "caution": panel.caution,
-        "live": {group.label: panel.live(group) for group in panel.groups},
+        "measured": {group.label: panel.measured(group) for group in panel.groups},
         "savings": [_saving_values(saving) for saving in savings],
     }
 

@@ -129,7 +129,7 @@ def _seconds_axis(panel: Panel) -> _Axis:
     return _Axis(
         panel.title + caution,
         f"time per image, {panel.unit}",
-        chosen=lambda group: panel.live(group) if timed(group) else None,
+        chosen=lambda group: panel.measured(group) if timed(group) else None,
         curve=lambda group: panel.curve(group) if timed(group) else None,
         static=panel.static,
         final=False,

@@ -9,7 +9,7 @@
 
 Each point has a label, a data set as reports name it, an accuracy, its source, and `macs_millions`,
 `milliseconds` (per image), or both. Nobody here measured them: the authors train and count by other
-rules, and their milliseconds are those of another machine.
+rules, and their milliseconds, which are those of another machine, are in the table alone.
 """
 
 import difflib

@@ -30,6 +30,8 @@ class Panel:
     """Those of which every member was timed in it."""
     reference: tuple[str, int] | None
     """Name and MACs of the network whose time is the unit; None: milliseconds."""
+    left_out: tuple[Group, ...] = ()
+    """Those evaluated in the runtime that were not timed at the batch size."""
 
     @property
     def members(self) -> list[Evaluation]:
@@ -52,11 +54,16 @@ class Panel:
             return 1000 * seconds
         return 100 * seconds / timed_beside(member, self.batch_size)[self.reference]
 
-    def live(self, group: Group) -> Value:
-        """The measured cost of the chosen policy, with exits taken."""
-        live = group.mean(lambda member: self.cost(member, member.seconds[self.batch_size].live))
-        assert live is not None, "every member was timed"
-        return live
+    def measured(self, group: Group) -> Value:
+        """The measured cost of the chosen policy, with exits taken, or of a plain run's network."""
+
+        def cost(member: Evaluation) -> float:
+            seconds = member.seconds[self.batch_size]
+            return self.cost(member, seconds.plain if group.plain else seconds.live)
+
+        found = group.mean(cost)
+        assert found is not None, "every member was timed"
+        return found
 
     def curve(self, group: Group) -> MeanCurve | None:
         """The curve of a shared threshold against the cost expected from the segments' times; None
@@ -78,7 +85,7 @@ class Panel:
         """
         if static.kind == RUN:
             own = [group for group in self.groups if any(group is run for run in static.groups)]
-            return self.live(own[0]).mean if own else None
+            return self.measured(own[0]).mean if own else None
         if self.precision == PRECISIONS["int8"]:
             return None  # its accuracy in 8-bit integers is not known
         for members in (beside.members if beside else (), self.members):
@@ -126,20 +133,20 @@ def panels_of(groups: Sequence[Group], batch_size: int | None = None) -> list[Pa
     """
     by_runtime: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
-        if any(member.seconds for member in group.members):
-            first = group.first
-            by_runtime.setdefault((first.runtime, first.precision), []).append(group)
+        by_runtime.setdefault((group.first.runtime, group.first.precision), []).append(group)
     found = []
-    for (runtime, precision), timed in by_runtime.items():
-        counts = Counter(size for group in timed for size in _sizes(group))
+    for (runtime, precision), inside in by_runtime.items():
+        counts = Counter(size for group in inside for size in _sizes(group))
         if not counts:
             continue
         size = batch_size
         if size is None:
             size = min(counts, key=lambda size: (-counts[size], size))
-        having = tuple(group for group in timed if size in _sizes(group))
-        if having:
-            found.append(Panel(runtime, precision, size, having, _reference(having, size)))
+        timed = tuple(group for group in inside if size in _sizes(group))
+        others = tuple(group for group in inside if size not in _sizes(group))
+        if timed:
+            reference = _reference(timed, size)
+            found.append(Panel(runtime, precision, size, timed, reference, others))
     return found
 
 

@@ -75,7 +75,7 @@ def seconds_savings(panel: Panel, statics: Sequence[Static]) -> list[Saving]:
         rivals = [
             (
                 panel.static(static, group) or cost,
-                [ExitPoint(panel.live(group).mean, group.accuracy().mean, group)],
+                [ExitPoint(panel.measured(group).mean, group.accuracy().mean, group)],
             )
             for group in filter(_counts, panel.groups)
         ]

@@ -109,6 +109,9 @@ def _about_panel(panel: Panel) -> list[str]:
             f" Times are shares of {in_a_line(panel.reference[0])}'s time, measured in turns in the"
             " same process."
         )
+    if panel.left_out:
+        names = "; ".join(in_a_line(group.label) for group in panel.left_out)
+        text += f" Not timed at this batch size: {names}."
     if panel.caution:
         text = f"(!) {panel.caution[0].upper()}{panel.caution[1:]}. {text}"
     return [text]
@@ -129,10 +132,10 @@ def _notes(groups: Sequence[Group], statics: Sequence[Static]) -> list[str]:
         if member.test_images
     ]
     if images:
-        accuracy = max(static.accuracy for static in statics)
-        error = math.sqrt(accuracy * (1 - accuracy) / min(images))
+        variance = max(static.accuracy * (1 - static.accuracy) for static in statics)
+        error = math.sqrt(variance / min(images))
         text += (
-            f" An accuracy on {min(images):,} images has a standard error of about"
+            f" An accuracy on {min(images):,} images has a standard error of up to"
             f" {100 * error:.2f} points, so smaller differences mean little."
         )
     given = [group.label for group in groups if any(member.given for member in group.members)]

@@ -20,7 +20,7 @@ def run(made_run, name, sizes=(8,), **values):
 def test_one_report_is_in_milliseconds(made_run):
     (panel,) = panels_of(rows(run(made_run, "a", static_networks=NETWORKS)))
     assert (panel.reference, panel.caution) == (None, "")
-    assert panel.live(panel.groups[0]).mean == 2000
+    assert panel.measured(panel.groups[0]).mean == 2000
 
 
 def test_the_unit_is_the_most_expensive_network_that_all_timed(made_run):
@@ -29,7 +29,7 @@ def test_the_unit_is_the_most_expensive_network_that_all_timed(made_run):
     )
     (panel,) = panels_of(groups)
     assert (panel.reference, panel.caution) == (("large", 15_000_000), "")
-    assert panel.live(groups[0]).mean == pytest.approx(100 * 2 / 3)
+    assert panel.measured(groups[0]).mean == pytest.approx(100 * 2 / 3)
     small, _ = static_networks(groups)
     assert panel.static(small) == pytest.approx(100 / 3)
 
@@ -42,7 +42,7 @@ def test_a_plain_network_of_the_same_architecture_is_a_unit(made_run):
     )
     (panel,) = panels_of(groups)
     assert panel.reference == ("net", PLAIN_MACS)
-    assert [panel.live(group).mean for group in groups] == [50, 50]
+    assert [panel.measured(group).mean for group in groups] == [100, 50]
 
 
 def test_without_a_common_network_the_processes_are_told(made_run):
@@ -71,6 +71,7 @@ def test_the_batch_size_is_the_smallest_that_all_have(made_run):
     assert (panel.batch_size, len(panel.groups)) == (64, 2)
     (panel,) = panels_of(groups, 1)
     assert (panel.batch_size, panel.groups) == (1, (groups[0],))
+    assert [group.first.run.name for group in panel.left_out] == ["b"]
     assert panels_of(groups, 3) == []
 
 
