@@ -18,7 +18,8 @@ CAPTION = (
     "Curves are those of one threshold for all exits. Curves of several seeds are interpolated"
     f" linearly at the same {GRID} costs, evenly spaced over the range that all of them cover; line"
     " and band are mean ± standard deviation. Stars with bars: the chosen policies. Diamonds: the"
-    " final exits. Other filled marks: static networks. Hollow marks: the literature, under other"
+    " final exits. Thin lines: the same network in other evaluations, as with other exits enabled."
+    " Other filled marks: static networks. Hollow marks: the literature, under other"
     " rules. Seconds of curves are expected from the segments' times; those of stars and static"
     " networks are measured."
 )

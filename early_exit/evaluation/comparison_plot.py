@@ -13,10 +13,10 @@ import numpy as np
 
 from early_exit.evaluation import mark_labels, plots
 from early_exit.evaluation.comparison import Comparison
-from early_exit.evaluation.groups import Group, MeanCurve, across_runtimes
+from early_exit.evaluation.groups import Group, MeanCurve, names_of, same_networks
 from early_exit.evaluation.mark_labels import Mark
 from early_exit.evaluation.panels import Panel
-from early_exit.evaluation.statics import PUBLIC, Static, name_of
+from early_exit.evaluation.statics import PUBLIC, Static
 from early_exit.evaluation.stored import Value
 from early_exit.system.text import shortened
 
@@ -36,14 +36,17 @@ LITERATURE_STYLE: dict[str, Any] = {
     "ms": 6.5,
 }
 COLUMNS = 3
+SAME = 0.002  # curves of one network that differ by less are drawn once
 LINE = 46  # letters of a line of the legend
 
 
 @dataclass(frozen=True)
 class _Series:
-    """One evaluation in all its runtimes, and how it is drawn."""
+    """One network, its evaluations for several goals and in several runtimes, and how it is
+    drawn."""
 
     groups: tuple[Group, ...]
+    name: str
     index: int
     first_mark: float
     """Where along its curve the markers begin, so that those of close curves do not overlap."""
@@ -59,7 +62,7 @@ class _Series:
     @property
     def label(self) -> str:
         """matplotlib omits labels that begin with _."""
-        label = shortened(name_of(self.groups), plots.MAX_TITLE)
+        label = shortened(self.name, plots.MAX_TITLE)
         return re.sub("^_", " _", "\n".join(textwrap.wrap(label, LINE)) or label)
 
 
@@ -72,18 +75,18 @@ class _Axis:
     chosen: Callable[[Group], Value | None]
     curve: Callable[[Group], MeanCurve | None]
     static: Callable[[Static], float | None]
-    final: bool
-    """Whether the final exits are marked at the ends of the curves."""
+    exact: bool
+    """Whether it is the same in every measurement."""
 
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Test accuracy against MACs, and in a panel for each runtime against seconds: for each
     multi-exit run its curve and its chosen policy; static networks and literature are marks."""
     groups, count = comparison.groups, 1 + len(comparison.panels)
-    together = across_runtimes(groups)
+    networks = same_networks(groups)
     series = [
-        _Series(same, index, 0.02 + 0.14 * index / len(together))
-        for index, same in enumerate(together)
+        _Series(same, name, index, 0.02 + 0.14 * index / len(networks))
+        for index, (same, name) in enumerate(zip(networks, names_of(networks), strict=True))
     ]
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
@@ -117,7 +120,7 @@ def _macs_axis(title: str) -> _Axis:
         chosen=lambda group: _scaled(group.macs(), 1e-6),
         curve=curve,
         static=lambda static: 1e-6 * static.macs,
-        final=True,
+        exact=True,
     )
 
 
@@ -132,7 +135,7 @@ def _seconds_axis(panel: Panel) -> _Axis:
         chosen=lambda group: panel.measured(group) if timed(group) else None,
         curve=lambda group: panel.curve(group) if timed(group) else None,
         static=panel.static,
-        final=False,
+        exact=False,
     )
 
 
@@ -144,20 +147,7 @@ def _draw_panel(
     literature: Sequence[Mark],
 ) -> None:
     for one in series:
-        curves = (axis.curve(group) for group in one.groups if not group.plain)
-        curve = next((curve for curve in curves if curve is not None), None)
-        if curve is not None and len(curve.costs):
-            _draw_curve(axes, one, curve)
-            if axis.final:
-                final = 100 * one.groups[0].final_accuracy().mean
-                style: dict[str, Any] = {
-                    "mfc": one.colour,
-                    "mec": "black",
-                    "mew": 0.7,
-                    "ms": 6,
-                    "zorder": 4,
-                }
-                axes.plot(curve.costs[-1], final, "D", **style)
+        _draw_curves(axes, axis, one)
         for group in one.groups:
             if (chosen := axis.chosen(group)) is not None:
                 _draw_chosen(axes, one, chosen, group)
@@ -172,24 +162,46 @@ def _draw_panel(
     mark_labels.place(axes, [*marks, *literature], others)
 
 
-def _draw_curve(axes: Axes, series: _Series, curve: MeanCurve) -> None:
-    """The curve of a shared threshold and its band over seeds."""
-    costs, accuracy, std = curve.costs, 100 * curve.accuracy, 100 * curve.std
-    axes.plot(
-        costs,
-        accuracy,
-        color=series.colour,
-        lw=1.8,
-        ms=7,
-        mec="white",
-        mew=0.6,
-        ls=DASHES[series.index % len(DASHES)],
-        marker=series.marker,
-        markevery=(series.first_mark, 0.14),
-    )
-    if std.any():
-        band = (accuracy - std, accuracy + std)
-        axes.fill_between(costs, *band, lw=0, color=series.colour, alpha=0.2)
+def _draw_curves(axes: Axes, axis: _Axis, series: _Series) -> None:
+    """The curve of the first evaluation with its band over seeds, those of others that differ, as
+    with other exits enabled, as thin lines, and the final exit."""
+    found = [axis.curve(group) for group in series.groups if not group.plain]
+    curves = [curve for curve in found if curve is not None]
+    for index, curve in enumerate(curves):
+        costs, accuracy, std = curve.costs, 100 * curve.accuracy, 100 * curve.std
+        if index and axis.exact and not any(_close(curve, other) for other in curves[:index]):
+            axes.plot(costs, accuracy, color=series.colour, lw=0.9)
+        if index:
+            continue
+        axes.plot(
+            costs,
+            accuracy,
+            color=series.colour,
+            lw=1.8,
+            ms=7,
+            mec="white",
+            mew=0.6,
+            ls=DASHES[series.index % len(DASHES)],
+            marker=series.marker,
+            markevery=(series.first_mark, 0.14),
+        )
+        if std.any():
+            band = (accuracy - std, accuracy + std)
+            axes.fill_between(costs, *band, lw=0, color=series.colour, alpha=0.2)
+    if curves and axis.exact:
+        first, costs = series.groups[0], curves[0].costs
+        end = costs[-1] if len(costs) else 1e-6 * first.first.plain_macs
+        mark: dict[str, Any] = {"mfc": series.colour, "mec": "black"}
+        axes.plot(end, 100 * first.final_accuracy().mean, "D", ms=6, mew=0.7, zorder=4, **mark)
+
+
+def _close(one: MeanCurve, other: MeanCurve) -> bool:
+    """Whether two curves differ by less than `SAME` over the costs of both."""
+    if not len(one.costs) or not len(other.costs):
+        return not len(one.costs)
+    inside = (one.costs >= other.costs[0]) & (one.costs <= other.costs[-1])
+    expected = np.interp(one.costs[inside], other.costs, other.accuracy)
+    return bool(np.all(np.abs(one.accuracy[inside] - expected) < SAME))
 
 
 def _draw_chosen(axes: Axes, series: _Series, cost: Value, group: Group) -> None:

@@ -122,17 +122,40 @@ def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Gr
     return [Group(members) for members in found]
 
 
-def across_runtimes(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
-    """The groups, those together that are one evaluation of the same runs in several runtimes, in
-    the order of the first. In 8-bit integers the network is another one, so they stay apart."""
+def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """The groups, those together that differ in the goal or in the runtime alone, in the order of
+    the first. In 8-bit integers the network is another one, so they stay apart."""
     found: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
         first = group.first
-        name = first.name.removesuffix(f"-{first.runtime}")
-        integers = first.precision == PRECISIONS["int8"]
-        runs = tuple(member.run for member in group.members)
-        found.setdefault((runs, name, integers and first.runtime), []).append(group)
-    return [tuple(together) for together in found.values()]
+        key = (
+            tuple(member.run for member in group.members),
+            group.name,
+            first.criterion,
+            first.calibrated,
+            first.val_from,
+            first.cuts,
+            first.runtime if _in_integers(group) else "",
+        )
+        found.setdefault(key, []).append(group)
+    return [tuple(same) for same in found.values()]
+
+
+def names_of(networks: Sequence[Sequence[Group]]) -> list[str]:
+    """Names for what `same_networks` gave: the settings in which they differ, and the runtime in
+    8-bit integers; where these are equal, the labels of the first evaluations."""
+    names = [
+        f"{same[0].name}, {same[0].first.runtime}" if _in_integers(same[0]) else same[0].name
+        for same in networks
+    ]
+    return [
+        name if names.count(name) == 1 else same[0].label
+        for name, same in zip(names, networks, strict=True)
+    ]
+
+
+def _in_integers(group: Group) -> bool:
+    return group.first.precision == PRECISIONS["int8"]
 
 
 def _group_key(evaluation: Evaluation) -> str:

@@ -4,7 +4,7 @@ compare with."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from early_exit.evaluation.groups import Group, across_runtimes
+from early_exit.evaluation.groups import Group, names_of, same_networks
 from early_exit.evaluation.stored import Evaluation
 
 RUN, PUBLIC = "plain runs", "public networks"
@@ -23,14 +23,16 @@ class Static:
     source: str
     """Who trained it."""
     groups: tuple[Group, ...] = ()
-    """A run's evaluations, one for each runtime."""
+    """A run's evaluations."""
 
 
 def static_networks(groups: Sequence[Group]) -> list[Static]:
     """The plain runs, then the public networks, each once and by rising MACs."""
+    networks = same_networks(groups)
     runs = [
-        Static(RUN, name_of(same), same[0].accuracy().mean, same[0].first.plain_macs, "", same)
-        for same in across_runtimes([group for group in groups if group.plain])
+        Static(RUN, name, same[0].accuracy().mean, same[0].first.plain_macs, "", same)
+        for name, same in zip(names_of(networks), networks, strict=True)
+        if same[0].plain
     ]
     public: dict[tuple[str, int], Static] = {}
     for group in groups:
@@ -42,16 +44,6 @@ def static_networks(groups: Sequence[Group]) -> list[Static]:
         *sorted(runs, key=lambda static: static.macs),
         *sorted(public.values(), key=lambda static: static.macs),
     ]
-
-
-def name_of(same: Sequence[Group]) -> str:
-    """The label of one evaluation in several runtimes, without the runtime."""
-    label = same[0].label
-    if len(same) == 1:
-        return label
-    first = same[0].first
-    parts = [part for part in label.split(", ") if part not in (first.runtime, first.precision)]
-    return ", ".join(parts).removesuffix(f"-{first.runtime}")
 
 
 Timed = dict[tuple[str, int], float]
