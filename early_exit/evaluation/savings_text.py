@@ -59,13 +59,13 @@ def _table(rows: Sequence[Saving], kind: str, heading: str, scale: float) -> str
         name = escaped(row.static.name)
         if row.better:
             name += f" ({escaped(row.better)} is better)"
-        cells = [name, _percent(row.static.accuracy), f"{scale * row.cost:.2f}"]
+        cells = [name, _percent(row.static.accuracy), f"{scale * row.cost:.4g}"]
         if row.exits is None or row.saving is None:
             cells += ["-", "-", "-", "not reached"]
         else:
             exits = row.exits
             cells += [escaped(_name(exits)), _percent(exits.accuracy)]
-            cells += [f"{scale * exits.cost:.2f}", f"{100 * row.saving:.1f} %"]
+            cells += [f"{scale * exits.cost:.4g}", f"{100 * row.saving:.1f} %"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
