@@ -72,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(HEADING)
     beyond = 0
     for name in dict.fromkeys(args.runtime):
-        trained = load_run(evaluation.parent.parent, task, settings, val_from_of(report), name)
+        trained = load_run(
+            evaluation.parent.parent,
+            task,
+            settings,
+            val_from_of(report),
+            name,
+            report.get("run", {}).get("rounded_to"),
+        )
         test = get_record(trained, "test")
         for batch_size in dict.fromkeys(args.batch_sizes):
             live = run_live(trained, trained.data, test, policy, batch_size)

@@ -20,7 +20,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(MSDNet, layers) for name, layers in LAYERS.items()},
     "airbench": Airbench,
     "airbench_half": partial(Airbench, widths=(32, 128, 128)),
-    "airbench_quarter": partial(Airbench, widths=(16, 64, 64)),
+    "airbench_slim": partial(Airbench, widths=(16, 128, 128)),
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),

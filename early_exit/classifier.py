@@ -42,6 +42,7 @@ from early_exit.trained import (
     in_runtime,
     load_data,
     load_network,
+    record_name,
 )
 
 DEFAULT_EVALUATION = "max-drop-0.5-max_prob"  # if there are several
@@ -118,7 +119,7 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
-    loaded = load_network(directory.parent.parent, task, merged)
+    loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if weights != loaded.weights:
         raise UserError(
             f"the policy in {directory} was chosen for {weights}, and the run now has"
@@ -180,7 +181,7 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
             f"8-bit integers need images of train, for the ranges of values: {error}{elsewhere}"
         ) from None
     for run in dict.fromkeys((loaded.run_dir, source_run(loaded.run_dir))):
-        record = run / "records" / f"test-{runtime}"
+        record = run / "records" / record_name("test", runtime, loaded.rounded_to)
         if record.is_dir() and ExitRecord.load(record).info.calibration != calibration_of(data):
             raise UserError(
                 f"train has other images than those that gave {record} the ranges of values, or it"

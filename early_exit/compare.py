@@ -170,10 +170,10 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
         raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")
     if not found:
         raise UserError(f"none of the {len(runs)} paths has an evaluation; evaluate a run first")
-    weights = {(evaluation.run, evaluation.weights) for evaluation in found.values()}
+    weights = {_weights_of(evaluation) for evaluation in found.values()}
     outdated = {each for each in weights if trained_since(*each)}
     marked = [
-        replace(evaluation, outdated=(evaluation.run, evaluation.weights) in outdated)
+        replace(evaluation, outdated=_weights_of(evaluation) in outdated)
         for evaluation in found.values()
     ]
     runs_on: dict[str, dict[str, None]] = {}
@@ -196,6 +196,11 @@ def timed(groups: Sequence[Group], batch_size: int | None) -> list[Panel]:
         known = f"only at {', '.join(map(str, sizes))}" if sizes else "at all"
         raise UserError(f"nothing was timed at --batch-size {batch_size}, {known}")
     return panels
+
+
+def _weights_of(evaluation: Evaluation) -> tuple[Path, str, str | None]:
+    """The arguments of `trained_since`, equal for evaluations of the same weights."""
+    return evaluation.run, evaluation.weights, evaluation.rounded_to
 
 
 def main(argv: Sequence[str] | None = None) -> None:

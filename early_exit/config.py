@@ -215,6 +215,18 @@ class LossConfig:
     """Weight of the distillation from the final exit to the early exits; 0: none."""
     distill_temperature: float = 3.0
     """Temperature of both softmaxes in the distillation."""
+    teacher: str | None = None
+    """Checkpoint of a trained run whose final exit teaches all exits, as the distillation does."""
+    teacher_weight: float = 1.0
+    """Weight of the distillation from the teacher."""
+    reach: float = 0.0
+    """Share of an exit's weight that goes to images by how likely they reach it, in [0, 1]."""
+    equilibrium: bool = False
+    """Whether gradients are scaled where they meet at an exit (arXiv:1908.06066)."""
+    detach_heads: float = 0.0
+    """Fraction of the channels that heads read without giving them a gradient, from the last."""
+    detach_rest: float = 0.0
+    """Fraction of the channels that the rest of the network reads so, from the first."""
 
     def __post_init__(self) -> None:
         _require(
@@ -226,6 +238,13 @@ class LossConfig:
             self.distill_temperature > 0,
             f"loss.distill_temperature must be positive, got {self.distill_temperature}",
         )
+        _require(
+            self.teacher_weight > 0,
+            f"loss.teacher_weight must be positive, got {self.teacher_weight}",
+        )
+        for name in ("reach", "detach_heads", "detach_rest"):
+            share = getattr(self, name)
+            _require(0 <= share <= 1, f"loss.{name} must be in [0, 1], got {share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,10 +371,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """A run's nested settings without the paths of the machine it was trained on."""
-    backbone = values["model"]["backbone"]
-    return merge(
-        values, {"data": {"root": None}, "model": {"backbone": backbone and Path(backbone).name}}
-    )
+    changes: dict[str, dict[str, Any]] = {"data": {"root": None}}
+    for section, name in (("model", "backbone"), ("loss", "teacher")):
+        if path := values[section].get(name):
+            changes[section] = {name: Path(path).name}
+    return merge(values, changes)
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -49,7 +49,7 @@ def prepare_output(run_dir: Path, out: Path | None = None) -> Path:
         return run_dir
     if not is_writable(out):
         raise UserError(f"{out} cannot be written; choose another --out")
-    if (out / checkpoint.NAME).exists():
+    if checkpoint.exists_in(out):
         raise UserError(f"{out} is a run itself; choose another --out")
     if not (out / LINK).exists():
         with atomic_file(out / LINK) as file:

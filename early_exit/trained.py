@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -74,6 +74,8 @@ class Loaded:
     """Hash of the val images that training held out."""
     unseen_val: str | None
     """Hash of the val images if no weight has seen them."""
+    rounded_to: str | None = field(default=None, kw_only=True)
+    """What the weights were rounded to (`early_exit.training.rounding`)."""
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:
@@ -155,11 +157,14 @@ def training_command(run_dir: Path) -> list[str]:
         return []
 
 
-def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
+def load_network(
+    run_dir: Path, task: Task, overrides: dict, rounded_to: str | None = None
+) -> Loaded:
     """The network of a run's newest checkpoint, using the machine as `EVALUATION` says.
 
     run_dir: the run, which is only read, or the output of its evaluations. overrides: settings of
-    the run that are changed, nested as in a preset.
+    the run that are changed, nested as in a preset. rounded_to: as for `checkpoint.reported`; the
+    weights of an export may have been rounded before.
     """
     source = source_run(run_dir)
     check_run_directory(source)
@@ -171,14 +176,16 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
     device = choose_device(config.run.device)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         network = task.build_network(config, len(state["classes"]))
-    load_into(network, checkpoint.reported(state), path)
+    load_into(network, checkpoint.reported(state, rounded_to), path)
+    rounded_to = rounded_to or state.get("rounded_to")
     partial_training = unfinished(config, network.num_exits, state["position"])
     if partial_training:
         log.warning("%s is not finished: its weights are those of %s", run_dir, partial_training)
     average = ", running average" if state.get("averaged") else ""
+    rounding = f", rounded to {rounded_to}" if rounded_to else ""
     weights = (
         f"weights {checkpoint.weights_hash(network.state_dict())} of"
-        f" {partial_training or 'the last epoch'}{average}"
+        f" {partial_training or 'the last epoch'}{average}{rounding}"
     )
     network.to(device).to(memory_format=config.run.memory_format).eval()
     return Loaded(
@@ -192,6 +199,7 @@ def load_network(run_dir: Path, task: Task, overrides: dict) -> Loaded:
         weights=weights,
         val_hash=state["val_hash"],
         unseen_val=state["unseen_val"],
+        rounded_to=rounded_to,
     )
 
 
@@ -202,17 +210,18 @@ def unfinished_of(weights: str) -> str | None:
     return found and found[1]
 
 
-def trained_since(run_dir: Path, weights: str) -> bool:
+def trained_since(run_dir: Path, weights: str, rounded_to: str | None = None) -> bool:
     """Whether a run has other weights now than those that its report is of; False if the run has no
-    checkpoint or the report does not say."""
+    checkpoint or the report does not say. rounded_to: what the report's were rounded to."""
     found = re.match(r"weights ([0-9a-f]{16})\b", weights)
     try:
         state = checkpoint.newest(source_run(run_dir))[1] if found else None
+        if not found or state is None:
+            return False
+        now = checkpoint.reported(state, rounded_to)
     except UserError:
         return False
-    if not found or state is None:
-        return False
-    return checkpoint.weights_hash(checkpoint.reported(state)) != found[1]
+    return checkpoint.weights_hash(now) != found[1]
 
 
 def load_run(
@@ -221,15 +230,16 @@ def load_run(
     overrides: dict,
     val_from: str = "train",
     runtime: str | None = None,
+    rounded_to: str | None = None,
 ) -> Trained:
     """The network of a run directory and its data, with seeds and threads set.
 
-    val_from: as for `get_splits`; runtime: a name of `early_exit.inference.runtimes.table`;
-    default: torch, compiled and in reduced precision if the settings say so. Raises DataError if
-    the data have other classes, and if val is held out from train and the images that the run held
-    out are not there.
+    rounded_to: as for `load_network`; val_from: as for `get_splits`; runtime: a name of
+    `early_exit.inference.runtimes.table`; default: torch, compiled and in reduced precision if the
+    settings say so. Raises DataError if the data have other classes, and if val is held out from
+    train and the images that the run held out are not there.
     """
-    loaded = load_network(run_dir, task, overrides)
+    loaded = load_network(run_dir, task, overrides, rounded_to)
     set_up(loaded.config.run)
     data, gone = load_data(loaded, task, val_from)
     file_lists.log_changed_test(data, source_run(run_dir))
@@ -302,6 +312,11 @@ def _in_records(runtime: Runtime) -> tuple[str, str, str]:
     return precision, precision, "torch"
 
 
+def record_name(split: str, runtime: str, rounded_to: str | None) -> str:
+    """The name of a record's directory. Weights that were rounded have records of their own."""
+    return f"{split}-{runtime}" + (f"-weights-{rounded_to}" if rounded_to else "")
+
+
 def get_record(trained: Trained, split: str) -> ExitRecord:
     """The record of a split of the run's own data, from the output or the run if it is there."""
     data, network, cost = trained.data, trained.network, trained.cost
@@ -319,7 +334,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         runtime=runtime_name,
         calibration=calibration_of(data) if precision == "int8" else "",
     )
-    name = f"{split}-{suffix}"
+    name = record_name(split, suffix, trained.rounded_to)
     directory = trained.run_dir / "records" / name
     with locked(directory.parent, wait=True):  # another evaluation may be making it
         restore(directory)

@@ -44,7 +44,7 @@ HOUSE = (
     ("trained",),
     ("evaluation",),
     ("classifier",),
-    ("loading", "export_onnx"),
+    ("loading", "export_onnx", "card", "front_matter"),
     ("cli",),
     ("predict", "compare", "export"),
 )
@@ -336,7 +336,7 @@ def policy_of(tiny_net, images, tmp_path, monkeypatch):
             normalisation={},
         )
         data = type("Data", (), {"name": "wallpapers", "classes": tuple("abcd")})()
-        monkeypatch.setattr(evaluation, "load_run", lambda *_: trained)
+        monkeypatch.setattr(evaluation, "load_run", lambda *_, **__: trained)
         splits = Splits(val, test, data, "held out")
         monkeypatch.setattr(evaluation, "get_splits", lambda *_: splits)
         task = Task(build_network=None, load_data=None)

@@ -15,6 +15,7 @@ from early_exit.choosing.goals import Budget, ConditionalDeepLearning, FixedThre
 from early_exit.classifier import load
 from early_exit.config import OptimConfig
 from early_exit.evaluation.evaluate import evaluate
+from early_exit.output import prepare_output
 from early_exit.training import checkpoint
 
 
@@ -38,13 +39,47 @@ class TestExport:
     def test_it_lacks_what_only_training_needs(self, evaluated_run, exported):
         state = checkpoint.load(exported)
         assert not {"optimizer", "scaler", "tally", "average"} & set(state)
+        assert state["rounded_to"] is None
         names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
         assert names == {
             "README.md",
-            "checkpoint.pt",
+            "config.json",
+            "model.safetensors",
             "eval/mine/policy.yaml",
             "eval/mine/report.json",
         }
+
+    def test_an_export_of_before_is_loaded_and_exported_too(
+        self, evaluated_run, exported, tmp_path
+    ):
+        """It had everything in a file of torch.save."""
+        old = tmp_path / "old"
+        shutil.copytree(exported / "eval", old / "eval")
+        state = export.slim(checkpoint.load(evaluated_run))
+        del state["rounded_to"]
+        torch.save(state, old / checkpoint.NAME)
+        assert load(old, task=TASK).loaded.weights == load(exported, task=TASK).loaded.weights
+        export_copy(old, tmp_path / "new")
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "new" / name).read_bytes() == (exported / name).read_bytes()
+
+    def test_its_backbone_is_loaded_as_that_of_a_run(self, evaluated_run, exported):
+        own = load(evaluated_run, "mine", task=TASK).loaded.network.backbone.state_dict()
+        for path in (exported, exported / "model.safetensors"):
+            found, meta = checkpoint.load_backbone(path, own)
+            assert own.keys() == found.keys()
+            assert all(torch.equal(found[name], own[name]) for name in own)
+            # the file alone does not say which images its weights have seen
+            seen = checkpoint.load(evaluated_run)["unseen_val"] if path.is_dir() else None
+            assert meta.get("unseen_val") == seen
+
+    def test_other_outputs_are_not_written_into_it(self, evaluated_run, exported):
+        assert_names(refusal(prepare_output, evaluated_run, exported), exported, "--out")
+
+    def test_a_damaged_copy_is_named(self, exported):
+        path = exported / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert_names(refusal(load, exported, task=TASK), path)
 
     def test_the_running_average_is_what_is_exported(self, evaluated_copy, tmp_path):
         state = checkpoint.load(evaluated_copy)
@@ -84,9 +119,11 @@ class TestExport:
         state = checkpoint.load(evaluated_copy)
         state["config"]["data"]["root"] = "/home/somebody/data"
         state["config"]["model"]["backbone"] = "/home/somebody/resnet.th"
+        state["config"]["loss"]["teacher"] = "/home/somebody/runs/teacher"
         config = export.slim(state)["config"]
         assert config["data"]["root"] is None
         assert config["model"]["backbone"] == "resnet.th"
+        assert config["loss"]["teacher"] == "teacher"
 
     def test_the_card(self, evaluated_run, exported):
         card = " ".join((exported / "README.md").read_text().split())

@@ -7,6 +7,7 @@ from typing import Any
 from early_exit.choosing.guarantees import LOSSES
 from early_exit.cli.flags import Parser, add_data_flag, add_machine_flags, build_parser
 from early_exit.inference.criteria import CRITERIA
+from early_exit.training.rounding import ROUNDINGS
 
 
 def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parser:
@@ -14,11 +15,24 @@ def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parse
     parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
     parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory made by {trainer}")
     add_data_flag(parser)
+    _add_weights_flag(parser)
     _add_choosing_flags(parser)
     _add_measuring_flags(parser)
     _add_output_flags(parser)
     _add_runtime_flag(add_machine_flags(parser, "off"))
     return parser
+
+
+def _add_weights_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=ROUNDINGS,
+        metavar="TYPE",
+        help="float16: round all weights to it first, so that thresholds and numbers are those of"
+        " the rounded network, which an export stores in half the size; running statistics stay as"
+        " they are, and what the network computes in does not change (default: the weights as they"
+        " were trained)",
+    )
 
 
 def _add_choosing_flags(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +217,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         "--name",
         metavar="NAME",
         help="directory under RUN/eval, replaced if it exists; with several runtimes, theirs are"
-        " appended (default: named after the goal and the runtime)",
+        " appended (default: named after the goal, --weights and the runtime)",
     )
     group.add_argument(
         "--out",

@@ -157,6 +157,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "name": name,
         "base": f"policy-{args.policy.stem}" if args.policy else None,  # one for each file
         "out": args.out,
+        "rounded_to": args.weights,
         "batch_sizes": tuple(args.batch_sizes),
         "timing_images": args.timing_images,
         "live": not args.no_live,

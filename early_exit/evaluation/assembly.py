@@ -73,6 +73,7 @@ def make_report(
             weights=trained.weights,
             settings=configs.without_paths(configs.to_dict(trained.config)),
             unfinished=unfinished_of(trained.weights),
+            rounded_to=trained.rounded_to,
         ),
         choice=Choice(
             goal=str(goal),

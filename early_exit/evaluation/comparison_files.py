@@ -111,6 +111,7 @@ def _group_values(group: Group) -> dict[str, Any]:
         "goal": group.goal,
         "runtime": first.runtime,
         "precision": first.precision,
+        "rounded_to": first.rounded_to,
         "evaluations": [
             {
                 "run": str(member.run),

@@ -49,6 +49,7 @@ from early_exit.system.files import write_text
 from early_exit.system.locks import locked
 from early_exit.task import Task
 from early_exit.trained import Trained, cut_record, get_record, get_splits, in_runtime, load_run
+from early_exit.training.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,16 @@ class Options:
     """Whether test is run with exits taken, and timed."""
     draw: bool = True
     """Whether plots and the page are made."""
+    rounded_to: str | None = None
+    """What all weights are rounded to before (`early_exit.training.rounding`); None: nothing."""
 
     def __post_init__(self) -> None:
         if self.val_from not in ("train", "test"):
             raise UserError(f"--val-from is train or test, got {self.val_from!r}")
         if (self.cuts > 1 or self.cut_seed) and self.val_from != "test":
             raise UserError("--cuts and --cut-seed cut the test set and need --val-from test")
+        if self.rounded_to not in (None, *ROUNDINGS):
+            raise UserError(f"--weights is {' or '.join(ROUNDINGS)}, got {self.rounded_to!r}")
 
 
 def evaluate(
@@ -119,8 +124,9 @@ def evaluate_each(
     overrides: settings of the run that are changed, nested as in a preset; precision, device and
     threads that they do not name are as `early_exit.trained.EVALUATION` says. name: of the
     evaluation; the name of the runtime is appended where there are several. base: without a name,
-    what the runtime is appended to; default: made from the goal. out: a directory to write into
-    instead of the run, which is then only read. options: the fields of `Options`.
+    what the rounding of weights and the runtime are appended to; default: made from the goal. out:
+    a directory to write into instead of the run, which is then only read. options: the fields of
+    `Options`.
     """
     if torchrun.world_size() > 1:
         raise UserError("an evaluation runs in one process; start it without torchrun")
@@ -129,6 +135,8 @@ def evaluate_each(
     check_settings(runtimes, overrides or {})
     output = prepare_output(Path(run_dir), None if out is None else Path(out))
     unnamed = base or default_name(goal)
+    if chosen.rounded_to:
+        unnamed += f"-weights-{chosen.rounded_to}"
 
     def directory_in(runtime: str | None) -> Path:
         return output / "eval" / evaluation_name(unnamed, name, runtime, several)
@@ -136,7 +144,7 @@ def evaluate_each(
     for directory in map(directory_in, runtimes):
         if not is_writable(directory):
             raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
-    trained = load_run(output, task, overrides or {}, chosen.val_from)
+    trained = load_run(output, task, overrides or {}, chosen.val_from, rounded_to=chosen.rounded_to)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     names = resolved(trained, runtimes, timed_batch(goal) or chosen.batch_sizes[0])
     directories = list(map(directory_in, names))

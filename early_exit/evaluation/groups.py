@@ -1,7 +1,8 @@
 """Groups of runs that differ only in the seed.
 
 Two evaluations belong to one group if their runs have equal settings (except the seed, and settings
-that do not affect the result) and they have the same name, goal, splits, runtime and precision.
+that do not affect the result) and they have the same name, goal, splits, runtime, precision and
+rounding of weights.
 """
 
 import json
@@ -124,7 +125,7 @@ def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Gr
 
 def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
     """The groups, those together that differ in the goal or in the runtime alone, in the order of
-    the first. In 8-bit integers the network is another one, so they stay apart."""
+    the first. In 8-bit integers or with rounded weights it is another network."""
     found: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
         first = group.first
@@ -135,6 +136,7 @@ def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
             first.calibrated,
             first.val_from,
             first.cuts,
+            first.rounded_to,
             first.runtime if _in_integers(group) else "",
         )
         found.setdefault(key, []).append(group)
@@ -170,5 +172,6 @@ def _group_key(evaluation: Evaluation) -> str:
         evaluation.cuts,
         evaluation.runtime,
         evaluation.precision,
+        evaluation.rounded_to,
     )
     return json.dumps(values, sort_keys=True, default=str)

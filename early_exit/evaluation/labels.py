@@ -48,8 +48,8 @@ def labelled(groups: Sequence[Group], labels: Sequence[str] | None = None) -> li
 
 
 def _goals(groups: Sequence[Group]) -> list[str]:
-    """Each group's goal; with the criterion, "no temperatures", the runtime and the precision if
-    these differ.
+    """Each group's goal; with the criterion, "no temperatures", the runtime, the precision and the
+    rounding of weights if these differ.
 
     If two rows would be equal, the evaluation's name instead. A plain network has no goal, but a
     runtime.
@@ -65,8 +65,11 @@ def _goals(groups: Sequence[Group]) -> list[str]:
 def _goal(group: Group, groups: Sequence[Group]) -> str:
     evaluation = group.first
     runtimes_differ = len({other.first.runtime for other in groups}) > 1
+    rounding = []
+    if evaluation.rounded_to and len({other.first.rounded_to for other in groups}) > 1:
+        rounding = [f"{evaluation.rounded_to} weights"]
     if group.plain:
-        return evaluation.runtime if runtimes_differ else ""
+        return ", ".join([*([evaluation.runtime] if runtimes_differ else []), *rounding])
     with_exits = [other.first for other in groups if not other.plain]
 
     def differ(field: str) -> bool:
@@ -82,7 +85,7 @@ def _goal(group: Group, groups: Sequence[Group]) -> str:
     same_runtime = [other for other in with_exits if other.runtime == evaluation.runtime]
     if len({other.precision for other in same_runtime}) > 1:  # a runtime's name says its own
         parts.append(evaluation.precision)
-    return ", ".join(parts)
+    return ", ".join([*parts, *rounding])
 
 
 def _names(groups: Sequence[Group]) -> list[str]:

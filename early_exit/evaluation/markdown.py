@@ -77,9 +77,11 @@ def cautions(unfinished: str | None, left_out: Sequence[str]) -> list[str]:
 
 
 def title(report: Report) -> str:
-    """The title of the page, with the runtime unless it is torch."""
+    """The title of the page, with the runtime unless it is torch, and the rounding of weights."""
     run, runtime = report.run, report.environment.runtime
     where = "" if runtime == "torch" else f", in {runtime}"
+    if run.rounded_to:
+        where += f", weights rounded to {run.rounded_to}"
     return in_a_line(f"{run.arch} on {run.dataset}, {run.regime}: {report.choice.goal}{where}")
 
 

@@ -42,6 +42,8 @@ class RunInfo:
     """The run's configuration, as it was evaluated."""
     unfinished: str | None = None
     """How far it was trained, such as `epoch 3 of 10, phase joint`; None if to its end."""
+    rounded_to: str | None = None
+    """What the weights were rounded to (`early_exit.training.rounding`)."""
 
 
 @dataclass(frozen=True)

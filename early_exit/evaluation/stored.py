@@ -93,6 +93,8 @@ class Evaluation:
     """Images of val and test that could not be read."""
     weights: str = ""
     """Hash of the weights, and which they are."""
+    rounded_to: str | None = None
+    """What the weights were rounded to."""
     outdated: bool
     """Whether the run was trained further since then (`early_exit.trained.trained_since`)."""
 
@@ -209,6 +211,7 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         unfinished=report["run"].get("unfinished"),
         left_out=len(choice.get("left_out", ())),
         weights=str(report["run"].get("weights", "")),
+        rounded_to=report["run"].get("rounded_to"),
         outdated=False,
     )
 

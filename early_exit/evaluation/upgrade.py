@@ -48,6 +48,7 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     run, choice = report.get("run"), report.get("choice")
     if isinstance(run, dict) and "weights" in run:  # fields that format 2 has got since
         run.setdefault("unfinished", unfinished_of(str(run["weights"])))
+        run.setdefault("rounded_to", None)
     if isinstance(choice, dict):
         choice.setdefault("left_out", [])
     return of_a_runtime(report)

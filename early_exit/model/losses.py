@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,6 +64,9 @@ def joint_loss(
     label_smoothing: float = 0.0,
     distill: float = 0.0,
     distill_temperature: float = 3.0,
+    teacher: Tensor | None = None,
+    teacher_weight: float = 1.0,
+    reach: float = 0.0,
 ) -> Tensor:
     """Weighted sum of every exit's cross-entropy (arXiv:1709.01686, equation 1), a scalar.
 
@@ -70,19 +74,52 @@ def joint_loss(
     weights: N. `distill` > 0 adds, for every early exit, `weight * distill * temperature**2` times
     the Kullback-Leibler divergence between its softmax and that of the final exit, both at
     `distill_temperature` (Hinton et al., arXiv:1503.02531; from the network's own final exit, Zhang
-    et al., arXiv:1905.08094). The final exit gets no gradient from it.
+    et al., arXiv:1905.08094). The final exit gets no gradient from it. With the logits (B, K) of a
+    `teacher`, every exit gets the same from those, times `teacher_weight`.
+
+    reach: the share of an exit's weight that is given to images by how likely they reach it, as
+    `reach_weights` says; 0: all images count equally.
     """
-    terms = [
-        weight * F.cross_entropy(exit_logits.float(), target, label_smoothing=label_smoothing)
-        for weight, exit_logits in zip(weights, logits, strict=True)
-        if weight
-    ]
-    loss: Tensor = sum(terms)  # type: ignore[assignment]
-    if distill:
-        temperature = distill_temperature
-        teacher = F.log_softmax(logits[-1].detach().float() / temperature, dim=-1)
-        for weight, exit_logits in zip(weights[:-1], logits[:-1], strict=True):
-            student = F.log_softmax(exit_logits.float() / temperature, dim=-1)
-            divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            loss = loss + weight * distill * temperature**2 * divergence
+    images = reach_weights(logits, reach) if reach else []
+    sources = [(logits[-1].detach(), distill, len(logits) - 1)] if distill else []
+    if teacher is not None:
+        sources.append((teacher, teacher_weight, len(logits)))
+    loss: Tensor = 0  # type: ignore[assignment]
+    for number, (weight, exit_logits) in enumerate(zip(weights, logits, strict=True)):
+        if not weight:
+            continue
+        exit_logits = exit_logits.float()
+        losses = F.cross_entropy(
+            exit_logits, target, label_smoothing=label_smoothing, reduction="none"
+        )
+        for source, scale, taught in sources:
+            if number < taught:
+                losses = losses + scale * divergence(exit_logits, source, distill_temperature)
+        if reach:
+            losses = losses * images[number]
+        loss = loss + weight * losses.mean()
     return loss
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`temperature**2` times the Kullback-Leibler divergence of two softmaxes at `temperature`,
+    from logits (B, K) to (B,)."""
+    log_probs = F.log_softmax(student.float() / temperature, dim=-1)
+    taught = F.log_softmax(teacher.float() / temperature, dim=-1)
+    terms = F.kl_div(log_probs, taught, reduction="none", log_target=True)
+    return temperature**2 * terms.sum(dim=-1)
+
+
+def reach_weights(logits: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Per exit, a weight (B,) of every image, with a mean of 1.
+
+    An image reaches an exit with the product, over the exits before, of 1 minus the probability of
+    their best class; its weight is 1 - share, plus share times that over the batch's mean. Without
+    a gradient.
+    """
+    reaching = torch.ones(len(logits[0]), device=logits[0].device)
+    weights = []
+    for exit_logits in logits:
+        weights.append(1 - share + share * reaching / reaching.mean())
+        reaching = reaching * (1 - exit_logits.detach().float().softmax(dim=-1).amax(dim=-1))
+    return weights

@@ -1,4 +1,8 @@
-"""Checkpoints: plain dictionaries, written whole or not at all, read with weights_only."""
+"""Checkpoints: plain dictionaries, written whole or not at all, read with weights_only.
+
+A run has them in `checkpoint.pt`, an export of a run in the files of
+`early_exit.training.exported`. Both are read here.
+"""
 
 import hashlib
 import logging
@@ -13,7 +17,8 @@ from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system.disk_errors import IN_USE, write_errors
 from early_exit.system.files import atomic_file, move
-from early_exit.training import weight_files
+from early_exit.training import exported, weight_files
+from early_exit.training.rounding import rounded
 from early_exit.training.state_dicts import Weights, check_finite, find_weights, load_into
 
 NAME = "checkpoint.pt"
@@ -57,16 +62,29 @@ def load(path: Path) -> dict[str, Any]:
         _, state = newest(path)
         if state is not None:
             return state
-        raise UserError(f"{path} holds no {NAME}; expected a run directory or a file of weights")
-    state = weight_files.read(path)
+        raise UserError(
+            f"{path} holds no {NAME} or {exported.WEIGHTS}; expected a run directory, an export or"
+            " a file of weights"
+        )
+    return _checked(weight_files.read(path), path)
+
+
+def _checked(state: Any, path: Path) -> dict[str, Any]:
+    """What was read at `path`, if it is a checkpoint of this program; else raises UserError."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         hint = "; a trainer loads other weights with --backbone" if isinstance(state, dict) else ""
         raise UserError(f"{path} is not a checkpoint of this program{hint}")
     return state
 
 
+def exists_in(directory: Path) -> bool:
+    """Whether a directory is a run or an export."""
+    return (directory / NAME).exists() or exported.is_exported(directory)
+
+
 def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """The path and content of a directory's newest complete checkpoint; (None, None) without one.
+    """The path and content of the newest complete checkpoint of a run, or of that of an export;
+    (None, None) without one.
 
     If the newest is damaged, the previous one is returned, with a warning. Raises UserError if all
     are damaged.
@@ -86,12 +104,20 @@ def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
         return path, state
     if problem:
         raise problem
+    if exported.is_exported(directory):
+        path = directory / exported.WEIGHTS
+        return path, _checked(exported.read(directory), directory / exported.SETTINGS)
     return None, None
 
 
-def reported(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint that are reported: the average's if there is one."""
-    return state.get("average") or state["network"]
+def reported(state: dict[str, Any], rounded_to: str | None = None) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are reported: the average's if there is one.
+
+    rounded_to: one of `early_exit.training.rounding.ROUNDINGS`; None: as they are. Raises UserError
+    if they cannot be rounded.
+    """
+    weights = state.get("average") or state["network"]
+    return rounded(weights) if rounded_to else weights
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from early_exit.config import LossConfig
 from early_exit.data.splits import Shard, seed_of
+from early_exit.model.gradients import GradientFlow
 from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
@@ -40,6 +43,7 @@ from early_exit.training.stopping import (
     stop_if_signalled,
     stop_while_waiting,
 )
+from early_exit.training.teacher import load_teacher
 from early_exit.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -86,9 +90,11 @@ def run_phase(
     set_training_mode(run.network, phase.backbone_frozen)
     average = Average(run.network, phase.optim.ema) if phase.optim.ema else None
     network = run.network.backbone if phase.backbone_only else run.network
+    run.network.gradient_flow = gradient_flow(config.loss) if phase.name == "joint" else None
     if config.run.compile:
         network.compile()
     forward, no_sync = wrap_ddp(run, phase, network)
+    teacher = load_teacher(run, Path(config.loss.teacher)) if config.loss.teacher else None
     state = PhaseState(
         position=position,
         optimizer=make_optimizer(network, phase.optim),
@@ -103,7 +109,7 @@ def run_phase(
         stem_frozen = 0 < phase.optim.stem_epochs <= position.epoch
         set_training_mode(run.network, phase.backbone_frozen, stem_frozen)
         reset_peak_memory(run.device)
-        steps = epoch_steps(run, phase, state, forward, no_sync, stop)
+        steps = epoch_steps(run, phase, state, forward, no_sync, stop, teacher)
         trained = train_epoch(run, phase, state, steps, stop)
         val = validate(run, phase, state, stop)
         if journal:
@@ -116,6 +122,12 @@ def run_phase(
         state.tally = Tally(len(phase.weights), run.device)
     if average:
         run.network.load_state_dict(average.module.state_dict())
+
+
+def gradient_flow(loss: LossConfig) -> GradientFlow | None:
+    """How gradients reach the backbone where heads and backbone are trained together."""
+    flow = GradientFlow(loss.equilibrium, loss.detach_heads, loss.detach_rest)
+    return None if flow == GradientFlow() else flow
 
 
 def wrap_ddp(
@@ -143,6 +155,7 @@ def epoch_steps(
     forward: Forward,
     no_sync: Callable[[], AbstractContextManager],
     stop: signals.StopSignals,
+    teacher: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[bool]:
     """The steps of one epoch from the state's position on, as `train_steps` yields them."""
     config, optim, here = run.config, phase.optim, state.position
@@ -155,6 +168,8 @@ def epoch_steps(
         label_smoothing=optim.label_smoothing,
         distill=config.loss.distill,
         distill_temperature=config.loss.distill_temperature,
+        **({"reach": config.loss.reach} if config.loss.reach else {}),
+        **({"teacher_weight": config.loss.teacher_weight} if teacher else {}),
         **run.task_loss_settings,
     )
     return train_steps(
@@ -168,6 +183,7 @@ def epoch_steps(
         state.tally,
         optim.accumulate,
         no_sync,
+        teacher,
     )
 
 

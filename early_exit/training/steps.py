@@ -13,7 +13,7 @@ from early_exit.model.network import MultiExitNetwork
 from early_exit.system.distributed import Group
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
-Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
+Loss = Callable[..., Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -172,13 +172,15 @@ def train_steps(
     tally: Tally,
     micro_batches: int = 1,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[bool]:
     """Trains: one optimiser step for every `micro_batches` of the `batches`.
 
     Yields after each batch whether it completed a step, so that the caller can act in between.
     forward: images (B, 3, H, W) -> N logits (B, K). learning_rates: one per step; training ends
     after the last. no_sync: the context of all but the last micro-batch of a step, in which
-    gradients are not averaged over processes.
+    gradients are not averaged over processes. teacher: images -> logits (B, K), which the loss then
+    gets by this name.
     """
     rates, step_done = iter(learning_rates), True
     for number, (images, target) in enumerate(batches, 1):
@@ -195,7 +197,8 @@ def train_steps(
         with nullcontext() if step_done else no_sync():
             with autocast():
                 logits = forward(images)
-            loss = loss_fn(logits, target)
+            taught = {"teacher": teacher(images)} if teacher else {}
+            loss = loss_fn(logits, target, **taught)
             scaler.scale(loss / micro_batches).backward()
         if step_done:
             scaler.step(optimizer)

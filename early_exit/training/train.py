@@ -121,6 +121,11 @@ def start_position(
             f"process {run.group.rank} finds another checkpoint in {run.directory} than the main"
             " process; the run directory must be on storage that all machines share"
         )
+    if saved and "optimizer" not in saved:
+        raise UserError(
+            f"{path} is of an export, which lacks what training needs; resume the run that it was"
+            " made of, or train from its weights with --backbone and --regime mixed or frozen"
+        )
     if saved and start_epoch:
         raise UserError(f"--start-epoch is for a fresh run; this one resumes from {path}")
     to_device(run, saved)

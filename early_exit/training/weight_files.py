@@ -1,4 +1,7 @@
-"""Files of weights: read without running anything in them, or named for what they are instead."""
+"""Files of weights: read without running anything in them, or named for what they are instead.
+
+Those in the format of safetensors are written here too.
+"""
 
 import json
 import pickle
@@ -6,7 +9,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +62,8 @@ SAFETENSORS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+METADATA = {"__metadata__": {"format": "pt"}}  # which other readers of the format ask for
 
 
 class Blank:
@@ -215,3 +220,31 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         # clone: aligned; a wrong number of values does not fit the shape
         tensors[name] = values[begin:end].clone().view(dtype).reshape(shape)
     return tensors
+
+
+def safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a file in the format of safetensors, which `read` reads.
+
+    The header lists the tensors in their order. Their values begin with those of the widest type,
+    so that all are aligned, as other readers need. Raises UserError for a type that the format has
+    not.
+    """
+    names, values = {dtype: name for name, dtype in SAFETENSORS.items()}, []
+    offsets, end = {}, 0
+    for name, value in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        if value.dtype not in names:
+            raise UserError(f"{name} is of {value.dtype}, which safetensors files cannot hold")
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        offsets[name], end = [end, end + len(raw)], end + len(raw)
+        values.append(raw)
+    header = METADATA | {
+        name: {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": offsets[name],
+        }
+        for name, value in tensors.items()
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *values))

@@ -233,11 +233,16 @@ class TestEvaluationOptions:
             "name": None,
             "base": None,
             "out": None,
+            "rounded_to": None,
             "batch_sizes": (1, 256),
             "timing_images": 2000,
             "live": True,
             "draw": True,
         }
+
+    def test_weights_can_be_rounded(self):
+        found = settings.evaluation_options(parsed("--weights", "float16"))
+        assert found["rounded_to"] == "float16"
 
     def test_several_runtimes_are_named_after_one_flag_or_several(self):
         flags = ("--runtime", "torch", "onnxruntime", "--runtime", "openvino-bf16")

@@ -72,6 +72,7 @@ def test_a_report_of_version_0_1_is_upgraded():
         "weights": OLD["weights"],
         "settings": OLD["settings"],
         "unfinished": None,
+        "rounded_to": None,
     }
     assert new["choice"]["goal"] == OLD["chosen_by"] and new["choice"]["test_images"] == 360
     assert new["environment"]["command"] == OLD["command"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.errors import UserError
-from early_exit.model.losses import joint_loss, resolve_weights, weights_at
+from early_exit.model.losses import joint_loss, reach_weights, resolve_weights, weights_at
 
 EVEN = [[0.0, 0.0]]  # probabilities 1/2, 1/2
 LEANING = [[math.log(3), 0.0]]  # probabilities 3/4, 1/4
@@ -180,3 +180,36 @@ def test_distillation_from_a_teacher_of_weight_zero_still_teaches():
     taught = joint_loss(logits, FIRST, (1.0, 0.0), distill=1.0, distill_temperature=1.0)
     distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert taught.item() == pytest.approx(math.log(2) + distance, rel=ROUNDED)
+
+
+def test_a_teacher_teaches_every_exit():
+    logits = [torch.tensor(EVEN), torch.tensor(EVEN)]
+    plain = joint_loss(logits, FIRST, (0.5, 1.0))
+    taught = joint_loss(
+        logits,
+        FIRST,
+        (0.5, 1.0),
+        distill_temperature=1.0,
+        teacher=torch.tensor(LEANING),
+        teacher_weight=2.0,
+    )
+    distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert (taught - plain).item() == pytest.approx(2.0 * 1.5 * distance, rel=ROUNDED)
+
+
+def test_images_weigh_by_how_likely_they_reach_an_exit():
+    # the first exit leaves 1/2 of the first image and 1/4 of the second: weights 4/3 and 2/3
+    first = torch.tensor([EVEN[0], LEANING[0]])
+    weights = reach_weights([first, first], 1.0)
+    assert weights[0].tolist() == [1, 1]
+    assert weights[1].tolist() == pytest.approx([4 / 3, 2 / 3], rel=ROUNDED)
+    half = reach_weights([first, first], 0.5)
+    assert half[1].tolist() == pytest.approx([7 / 6, 5 / 6], rel=ROUNDED)
+
+
+def test_the_loss_takes_those_weights():
+    first = torch.tensor([EVEN[0], LEANING[0]])
+    target = torch.tensor([0, 0])
+    weighted = joint_loss([first, first], target, (0.0, 1.0), reach=1.0)
+    expected = (4 / 3 * math.log(2) + 2 / 3 * math.log(4 / 3)) / 2
+    assert weighted.item() == pytest.approx(expected, rel=ROUNDED)

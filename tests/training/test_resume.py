@@ -16,6 +16,7 @@ from helpers import (
     crash,
     mixed_config,
     read_journal,
+    refusal,
     require_precision,
     resume_run,
     run_main,
@@ -27,7 +28,7 @@ from early_exit.config import (
 )
 from early_exit.errors import UserError
 from early_exit.system import signals
-from early_exit.training import checkpoint
+from early_exit.training import checkpoint, exported
 from early_exit.training.checkpoint import NAME
 from early_exit.training.state import Position
 
@@ -223,3 +224,18 @@ class TestPaths:
 
 def test_a_position_starts_at_the_beginning():
     assert Position() == Position(phase=0, epoch=0, step=0)
+
+
+def test_an_export_cannot_be_resumed(whole, tmp_path):
+    state = checkpoint.load(whole)
+    kept = {name: state[name] for name in (*exported.TYPES, "network")}
+    directory = tmp_path / "export"
+    directory.mkdir()
+    exported.write(directory, kept)
+    message = refusal(resume_run, directory)
+    assert_names(message, exported.WEIGHTS, "--backbone")
+    assert sorted(path.name for path in directory.iterdir()) == [
+        ".lock",
+        exported.SETTINGS,
+        exported.WEIGHTS,
+    ]

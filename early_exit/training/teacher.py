@@ -1,0 +1,46 @@
+"""A trained network whose final exit teaches another one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from early_exit import config as configs
+from early_exit.errors import UserError
+from early_exit.training import checkpoint
+from early_exit.training.state import Run
+from early_exit.training.state_dicts import load_into
+
+
+def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
+    """What gives the logits (B, K) of the final exit of the run at `path`, for images normalised as
+    those of `run`, without a gradient.
+
+    Raises UserError if it has other classes, or takes images normalised otherwise.
+    """
+    state = checkpoint.load(path)
+    if list(state["classes"]) != list(run.data.classes):
+        raise UserError(
+            f"the teacher {path} has other classes ({len(state['classes'])}) than the data"
+            f" ({len(run.data.classes)}); name one that was trained on the same data"
+        )
+    own = {"mean": list(run.data.mean), "std": list(run.data.std)}
+    if state["normalisation"] != own:
+        raise UserError(
+            f"the teacher {path} takes images normalised by {state['normalisation']}, and the"
+            f" network by {own}; name one that was trained on the same data"
+        )
+    config = configs.build(type(run.config), state["config"])
+    with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
+        network = run.task.build_network(config, len(run.data.classes))
+    load_into(network, checkpoint.reported(state), path)
+    backbone = network.backbone.requires_grad_(False).eval()
+    backbone.to(run.device).to(memory_format=run.config.run.memory_format)
+
+    @torch.no_grad()
+    def teach(images: Tensor) -> Tensor:
+        with run.autocast():
+            return backbone(images)
+
+    return teach

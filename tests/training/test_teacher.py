@@ -1,0 +1,53 @@
+"""A trained run that teaches another one."""
+
+import pytest
+import torch
+from helpers import TASK, ask_to_stop, assert_same_run, at_batch, refusal, resume_run
+
+from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.system import signals
+from early_exit.training import checkpoint
+from early_exit.training.train import train
+
+
+def config(**loss) -> Config:
+    """Two epochs of three steps with one early exit."""
+    return Config(
+        data=DataConfig(dataset="digits"),
+        model=ModelConfig(arch="resnet20", exits=("layer1",)),
+        optim=OptimConfig(epochs=2, batch_size=16, lr=0.05, schedule="cosine"),
+        loss=LossConfig(**loss),
+        run=RunConfig(amp="off", device="cpu", threads=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The run that teaches."""
+    directory = tmp_path_factory.mktemp("teacher") / "run"
+    return train(config(), TASK, runs=directory, run_dir=directory)
+
+
+def test_it_is_learnt_from_and_resumed_to_the_last_bit(teacher, tmp_path, monkeypatch):
+    taught = config(teacher=str(teacher / checkpoint.NAME), teacher_weight=0.5)
+    whole = train(taught, TASK, runs=tmp_path, run_dir=tmp_path / "whole")
+    alone = checkpoint.load(teacher)["network"]
+    assert any(
+        not torch.equal(value, alone[name])
+        for name, value in checkpoint.load(whole)["network"].items()
+    )
+    with monkeypatch.context() as patch:
+        at_batch(patch, 4, ask_to_stop)
+        with pytest.raises(signals.Stopped):
+            resume_run(tmp_path / "part", taught)
+    resumed = resume_run(tmp_path / "part", taught)
+    assert_same_run(resumed, whole)
+
+
+def test_other_classes_are_refused(teacher, tmp_path):
+    state = checkpoint.load(teacher)
+    path = tmp_path / "other.pt"
+    torch.save({**state, "classes": ["a", "b"]}, path)
+    message = refusal(train, config(teacher=str(path)), TASK, runs=tmp_path, run_dir=tmp_path / "r")
+    assert "2" in message
+    assert "classes" in message
