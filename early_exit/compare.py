@@ -6,6 +6,13 @@
     python -m early_exit.compare runs/a-0 runs/a-1 --each             the same, one row per run
     python -m early_exit.compare runs/a/eval/risk1 runs/b --labels certified cheap
     python -m early_exit.compare runs/*                               all runs that are evaluated
+    python -m early_exit.compare runs/* --points benchmarks/literature.yaml
+
+Besides the table it makes one figure: accuracy against multiply-adds, and against seconds in each
+runtime that something was timed in. Multi-exit runs are curves; plain runs (--exits none) and the
+public networks that the reports name are single marks; points of the literature, from --points, are
+hollow ones. A second table tells for each static network which policy is as accurate and what it
+saves (`early_exit.evaluation.savings`).
 
 Runs whose settings differ only in the seed, evaluated under the same name, form one group. Policies
 were chosen on val when the runs were evaluated; test is only reported. Of several RUNs, as from
@@ -28,10 +35,14 @@ from pathlib import Path
 
 from early_exit.cli import flags
 from early_exit.errors import UserError
-from early_exit.evaluation import comparison, comparison_plot
+from early_exit.evaluation import comparison, comparison_files, comparison_plot
+from early_exit.evaluation.comparison import Comparison
 from early_exit.evaluation.decoration import optional
 from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
+from early_exit.evaluation.literature import read_points
+from early_exit.evaluation.panels import Panel, panels_of
+from early_exit.evaluation.statics import static_networks
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.directories import atomic_directory
 from early_exit.system.disk_errors import is_writable
@@ -43,7 +54,7 @@ from early_exit.trained import evaluations, trained_since
 log = logging.getLogger(__name__)
 
 PROG = "early_exit.compare"
-FILES = ("table.md", "table.csv", "table.json", comparison.FIGURE)
+FILES = ("table.md", "table.csv", "table.json", comparison_files.FIGURE)
 
 
 def default_directory(groups: Sequence[Group]) -> Path:
@@ -54,7 +65,7 @@ def default_directory(groups: Sequence[Group]) -> Path:
     return first.parent / "compare" / (words or "comparison")
 
 
-def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -> bool:
+def write(compared: Comparison, out: Path, command: str, with_figure: bool) -> bool:
     """Writes the files of a comparison into `out`, all or none, replacing an earlier comparison.
     Returns whether the figure is among them; it is left out, with one line, if it cannot be drawn.
 
@@ -67,12 +78,12 @@ def write(groups: Sequence[Group], out: Path, command: str, with_figure: bool) -
     drawn = False
     with atomic_directory(out) as partial:
         if with_figure:
-            with optional(str(out / comparison.FIGURE)):
-                comparison_plot.draw(groups, partial / comparison.FIGURE)
+            with optional(str(out / comparison_files.FIGURE)):
+                comparison_plot.draw(compared, partial / comparison_files.FIGURE)
                 drawn = True
-        write_text(partial / "table.md", comparison.to_markdown(groups, command, drawn))
-        write_text(partial / "table.csv", comparison.to_csv(groups))
-        write_text(partial / "table.json", comparison.to_json(groups))
+        write_text(partial / "table.md", comparison_files.to_markdown(compared, command, drawn))
+        write_text(partial / "table.csv", comparison.to_csv(compared.groups))
+        write_text(partial / "table.json", comparison_files.to_json(compared))
     return drawn
 
 
@@ -99,6 +110,19 @@ def parser() -> flags.Parser:
         nargs="+",
         metavar="LABEL",
         help="names of the rows, in their order (default: the settings in which the runs differ)",
+    )
+    parser.add_argument(
+        "--points",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of points of the literature, as benchmarks/literature.yaml",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="batch size of the seconds (default: for each runtime the smallest that all"
+        " evaluations in it were timed at)",
     )
     parser.add_argument(
         "--out",
@@ -164,6 +188,16 @@ def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluat
     return marked
 
 
+def timed(groups: Sequence[Group], batch_size: int | None) -> list[Panel]:
+    """The panels of seconds. Raises UserError if nothing was timed at the given batch size."""
+    panels = panels_of(groups, batch_size)
+    if batch_size is not None and not panels:
+        sizes = sorted({size for group in groups for size in group.batch_sizes})
+        known = f"only at {', '.join(map(str, sizes))}" if sizes else "at all"
+        raise UserError(f"nothing was timed at --batch-size {batch_size}, {known}")
+    return panels
+
+
 def _weights_of(evaluation: Evaluation) -> tuple[Path, str, str | None]:
     """The arguments of `trained_since`, equal for evaluations of the same weights."""
     return evaluation.run, evaluation.weights, evaluation.rounded_to
@@ -173,15 +207,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the evaluations, writes the comparison and prints the table."""
     args = parser().parse_args(argv)
     groups = labelled(group_runs(read_evaluations(args.runs, args.eval), args.each), args.labels)
+    compared = Comparison(
+        groups,
+        static_networks(groups),
+        timed(groups, args.batch_size),
+        read_points(args.points, groups[0].first.dataset) if args.points else (),
+    )
     out = Path(os.path.abspath(args.out)) if args.out else default_directory(groups)
     if not is_writable(out):
         raise UserError(f"{out} cannot be written; name another directory with --out")
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "early_exit.compare", *map(str, words)])
-    drawn = write(groups, out, command, with_figure=not args.no_plots)
+    drawn = write(compared, out, command, with_figure=not args.no_plots)
     for caution in comparison.cautions(groups):
         log.warning("%s", caution)
-    print("\n\n".join([comparison.table(groups), *comparison.notes(groups)]))
+    parts = [
+        comparison.table(groups),
+        *comparison.notes(groups),
+        *comparison_files.others(compared),
+    ]
+    print("\n\n".join(parts))
     print(f"\ntable:  {in_a_line(out / 'table.md')}, .csv and .json")
     if drawn:
-        print(f"figure: {in_a_line(out / comparison.FIGURE)}")
+        print(f"figure: {in_a_line(out / comparison_files.FIGURE)}")

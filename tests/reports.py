@@ -19,13 +19,15 @@ def made_report(
     final: float = 0.95,
     exits: tuple[float, ...] = (0.6,),
     curve: list[tuple[float, float]] | None = None,
+    val_curve: list[tuple[float, float]] | None = None,
     names: tuple[str, ...] = tuple("abcdef"),
     **changes: object,
 ) -> dict:
     """A report.
 
     exits: the accuracy of each early exit; names: their names; curve: points (share of MACs,
-    accuracy); changes: other values, of whatever section.
+    accuracy) on test; val_curve: the same on val, by default equal; changes: other values, of
+    whatever section.
     """
     names = (*names[: len(exits)], "final")
     curve = curve or [(1.0, final), (0.2, exits[0] if exits else final)]
@@ -37,8 +39,16 @@ def made_report(
             "criterion": "max_prob",
             "calibrated": True,
             "val_from": "held out from train",
+            "thresholds_given": False,
+            "policy_given": False,
+            "test_images": 10_000,
         },
-        "environment": {"device": "a CPU", "precision": "float32", "runtime": "torch"},
+        "environment": {
+            "device": "a CPU",
+            "precision": "float32",
+            "runtime": "torch",
+            "versions": {},
+        },
         "plain_macs": PLAIN_MACS,
         "test": point(accuracy, share),
         "final_accuracy": final,
@@ -48,7 +58,10 @@ def made_report(
             {"name": name, "accuracy": value}
             for name, value in zip(names, [*exits, final], strict=True)
         ],
-        "curve": [{"test": point(value, share)} for share, value in curve],
+        "curve": [
+            {"val": point(*on_val[::-1]), "test": point(*on_test[::-1])}
+            for on_val, on_test in zip(val_curve or curve, curve, strict=True)
+        ],
     }
     for name, value in changes.items():
         sections = (values["run"], values["choice"], values["environment"])
@@ -61,9 +74,21 @@ def point(accuracy: float, share: float) -> dict:
     return {"accuracy": accuracy, "macs_share": share}
 
 
-def timing(size: int, plain: float, live: float) -> dict:
-    """Seconds of the plain network and with exits, at one batch size."""
-    return {"batch_size": size, "plain": {"total": plain}, "live": {"total": live}}
+def timing(size: int, plain: float, live: float, **networks: float) -> dict:
+    """Seconds of the plain network, with exits and of other networks, for one batch of a size."""
+    return {
+        "batch_size": size,
+        "images": size,
+        "plain": {"total": plain},
+        "live": {"total": live},
+        "networks": {name: {"total": total} for name, total in networks.items()},
+    }
+
+
+def public(name: str, accuracy: float, macs: float) -> dict:
+    """A network without exits in a report. macs: in millions."""
+    share = 1e6 * macs / PLAIN_MACS
+    return {"name": name, "accuracy": accuracy, "macs_share": share, "source": "its authors"}
 
 
 def write_run(

@@ -5,14 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
-from helpers import assert_names, refusal, run_main
+from helpers import ROOT, assert_names, refusal, run_main
 from matplotlib.figure import Figure
-from reports import rows, seeds, write_run
+from reports import public, rows, seeds, timing, write_run
 
 from early_exit import compare
-from early_exit.evaluation import comparison
+from early_exit.evaluation import comparison, comparison_plot
+from early_exit.evaluation.comparison import Comparison
+from early_exit.evaluation.literature import read_points
+from early_exit.evaluation.panels import panels_of
+from early_exit.evaluation.statics import static_networks
 from early_exit.system import files
 
 
@@ -163,6 +168,59 @@ def test_the_figure_of_many_groups(made_run, compared, tmp_path, number):
     runs = [made_run(f"r{i}", settings={"optim": {"lr": 0.01 * (i + 1)}}) for i in range(number)]
     assert compared(*runs, "--out", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def everything(made_run, tmp_path):
+    """Two seeds, another run and a plain one in two runtimes, and a file of the literature."""
+    common = {
+        "static_networks": [public("small", 0.91, 5), public("large", 0.96, 15)],
+        "timing": [timing(8, 4.0, 2.0, small=1.0, large=3.0)],
+        "curve_seconds": [{"batch_size": 8, "plain": 4.0, "val": [1, 0.2], "test": [1, 0.2]}],
+    }
+    runs = [
+        made_run("a-0", 0, runtime="openvino", **common),
+        made_run("a-1", 1, runtime="openvino", accuracy=0.91, **common),
+        made_run("b", settings={"optim": {"epochs": 3}}, runtime="onnxruntime", **common),
+        made_run("plain", exits=(), share=1.0, accuracy=0.95, evaluation="plain"),
+    ]
+    text = (ROOT / "benchmarks" / "literature.yaml").read_text("utf-8")
+    points = tmp_path / "points.yaml"
+    points.write_text(text.replace("dataset: cifar10", "dataset: shapes"))
+    return runs, points
+
+
+@pytest.mark.slow
+def test_the_figure_of_everything_is_drawn_without_warnings(everything, tmp_path, caplog):
+    runs, points = everything
+    groups, path = rows(*runs), tmp_path / "figure.png"
+    compared = Comparison(
+        groups, static_networks(groups), panels_of(groups), read_points(points, "shapes")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        comparison_plot.draw(compared, path)
+    assert path.stat().st_size > 30_000 and not caplog.records
+
+
+def test_static_networks_and_the_literature_are_shown_and_written(everything, compared, tmp_path):
+    runs, points = everything
+    out = tmp_path / "out"
+    code, shown, _ = compared(*runs, "--points", points, "--out", out, "--no-plots")
+    page, values = (out / "table.md").read_text(), json.loads((out / "table.json").read_text())
+    assert code == 0
+    for text in (shown, page):
+        assert "arXiv:1703.09844" in text and "its authors" in text
+    assert [row["static_network"] for row in values["savings"]["macs"]][-2:] == ["small", "large"]
+    assert [len(panel["savings"]) for panel in values["savings"]["seconds"]] == [2, 2]
+    assert len(values["literature"]) == 5
+
+
+def test_a_batch_size_that_was_not_timed_is_an_error(made_run, compared):
+    run = made_run("a", timing=[timing(8, 4.0, 2.0), timing(64, 4.0, 2.0)])
+    code, _, err = compared(run, "--batch-size", 3)
+    assert code == 2 and err.count("\n") == 1
+    assert_names(err, "--batch-size", 3, 8, 64)
 
 
 @pytest.mark.slow

@@ -1,23 +1,32 @@
-"""The table of a comparison of groups of runs, and the notes below it."""
+"""A comparison of groups of runs: its table, and the notes below it."""
 
 import csv
-import dataclasses
 import functools
 import io
-import json
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from early_exit.evaluation.groups import GRID, Group
+from early_exit.evaluation.groups import Group
 from early_exit.evaluation.labels import differing_settings
-from early_exit.evaluation.markdown import code
+from early_exit.evaluation.literature import LiteraturePoint
+from early_exit.evaluation.panels import Panel
+from early_exit.evaluation.statics import Static
 from early_exit.evaluation.stored import Value
 from early_exit.system.text import in_a_line
 
-FIGURE = "curves.png"
 MAX_EXIT_COLUMNS = 8  # with more early exits, their accuracies are only in the CSV and the JSON
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    groups: Sequence[Group]
+    statics: Sequence[Static] = ()
+    """The plain runs among the groups and the public networks of their reports."""
+    panels: Sequence[Panel] = ()
+    """The runtimes in which anything was timed."""
+    points: Sequence[LiteraturePoint] = ()
 
 
 @dataclass(frozen=True)
@@ -203,33 +212,6 @@ def _about_splits(groups: Sequence[Group]) -> list[str]:
     return [" ".join(["The rows do not share the same test images.", *rows])]
 
 
-CAPTION = (
-    "Curves are those of one threshold for all exits. Curves of several seeds are interpolated"
-    f" linearly at the same {GRID} MACs, evenly spaced over the range that all of them cover; line"
-    " and band are mean ± standard deviation. Stars with bars: the chosen policies. Diamonds: the"
-    " final exits."
-)
-
-
-def to_markdown(groups: Sequence[Group], command: str, with_figure: bool) -> str:
-    """table.md."""
-    runs = [
-        f"- {in_a_line(group.label)}: "
-        + ", ".join(code(str(member.path.parent)) for member in group.members)
-        for group in groups
-    ]
-    figure = [f"![Test accuracy against multiply-adds]({FIGURE})", CAPTION]
-    parts = [
-        "# " + " / ".join(in_a_line(group.label) for group in groups),
-        table(groups),
-        *notes(groups),
-        *(figure if with_figure else []),
-        "## How this was made",
-        "\n".join([*runs, f"- command: {code(command)}"]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def to_csv(groups: Sequence[Group]) -> str:
     """table.csv: one row per group; means and deviations in columns of their own."""
     columns, text = [*exit_columns(groups), *policy_columns(groups)], io.StringIO()
@@ -243,58 +225,3 @@ def to_csv(groups: Sequence[Group]) -> str:
         row = [group.name, group.goal, first.name, first.runtime, seeds, first.cuts, *numbers]
         writer.writerow([*row, "; ".join(cautions([group]))])
     return text.getvalue()
-
-
-def to_json(groups: Sequence[Group]) -> str:
-    """table.json: all numbers, as fractions; `std` is null with one seed and no cuts."""
-    values = {
-        "dataset": groups[0].first.dataset,
-        "groups": [_group_values(group) for group in groups],
-        "notes": notes(groups),
-    }
-    return json.dumps(values, indent=1, allow_nan=False, default=dataclasses.asdict) + "\n"
-
-
-def _group_values(group: Group) -> dict[str, Any]:
-    first, curve = group.first, group.curve()
-    return {
-        "group": group.name,
-        "label": group.label,
-        "goal": group.goal,
-        "runtime": first.runtime,
-        "precision": first.precision,
-        "rounded_to": first.rounded_to,
-        "evaluations": [
-            {
-                "run": str(member.run),
-                "evaluation": member.name,
-                "seed": member.seed,
-                "unfinished": member.unfinished,
-                "outdated": member.outdated,
-                "left_out": member.left_out,
-            }
-            for member in group.members
-        ],
-        "seeds": len(group.members),
-        "cuts": first.cuts,
-        "val_from": first.val_from,
-        "plain_macs": first.plain_macs,
-        "accuracy": group.accuracy(),
-        "final_accuracy": group.final_accuracy(),
-        "macs_share": group.macs_share(),
-        "macs": group.macs(),
-        "exit_accuracy": {
-            name: group.mean(operator.methodcaller("accuracy_of_exit", index))
-            for index, name in enumerate(first.exit_accuracy)
-        },
-        "speedup": {
-            size: group.mean(lambda member, size=size: member.speedups.get(size))  # type: ignore[misc]
-            for size in group.batch_sizes
-        },
-        "curve": {
-            "macs": curve.macs.tolist(),
-            "accuracy": curve.accuracy.tolist(),
-            "std": curve.std.tolist() if len(group.members) > 1 else None,
-        },
-        "settings": first.settings,
-    }

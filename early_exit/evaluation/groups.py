@@ -14,14 +14,15 @@ import numpy as np
 
 from early_exit.evaluation.stored import Evaluation, Value
 from early_exit.metrics import mean_std
+from early_exit.system.device import PRECISIONS
 
 GRID = 200  # multiply-adds at which the curves of several seeds are averaged
 
 
 class MeanCurve(NamedTuple):
-    """Mean test accuracy against MACs per image; all (P,). One seed has a deviation of 0."""
+    """Mean test accuracy against a cost per image; all (P,). One seed has a deviation of 0."""
 
-    macs: np.ndarray
+    costs: np.ndarray
     accuracy: np.ndarray
     std: np.ndarray
 
@@ -85,18 +86,23 @@ class Group:
         return Value(plain * share.mean, None if share.std is None else plain * share.std)
 
     def curve(self) -> MeanCurve:
-        """The curve of a shared threshold. Curves of several seeds are interpolated linearly at the
-        same MACs, evenly spaced over the range that all of them cover."""
-        if len(self.members) == 1:
-            macs, accuracy = self.first.curve_macs, self.first.curve_accuracy
-            return MeanCurve(macs, accuracy, np.zeros(len(macs)))
-        low = max(member.curve_macs[0] for member in self.members)
-        high = min(member.curve_macs[-1] for member in self.members)
-        grid = np.unique(np.linspace(low, high, GRID)) if low <= high else np.empty(0)
-        curves = np.array(
-            [np.interp(grid, member.curve_macs, member.curve_accuracy) for member in self.members]
-        )
-        return MeanCurve(grid, curves.mean(axis=0), curves.std(axis=0, ddof=1))
+        """The curve of a shared threshold, against MACs; see `mean_curve`."""
+        return mean_curve([(member.curve_macs, member.curve_accuracy) for member in self.members])
+
+
+def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> MeanCurve:
+    """The mean of curves (cost, accuracy) of several seeds, interpolated linearly at the same
+    costs, evenly spaced over the range that all of them cover; one curve is returned as it is.
+
+    curves: arrays (P,) by rising cost.
+    """
+    if len(curves) == 1:
+        costs, accuracy = curves[0]
+        return MeanCurve(costs, accuracy, np.zeros(len(costs)))
+    low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
+    grid = np.unique(np.linspace(low, high, GRID)) if low <= high else np.empty(0)
+    values = np.array([np.interp(grid, costs, accuracy) for costs, accuracy in curves])
+    return MeanCurve(grid, values.mean(axis=0), values.std(axis=0, ddof=1))
 
 
 def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Group]:
@@ -115,6 +121,43 @@ def group_runs(evaluations: Sequence[Evaluation], each: bool = False) -> list[Gr
         repeated = len({member.seed for member in members}) < len(members)
         found += [(member,) for member in members] if repeated else [tuple(members)]
     return [Group(members) for members in found]
+
+
+def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """The groups, those together that differ in the goal or in the runtime alone, in the order of
+    the first. In 8-bit integers or with rounded weights it is another network."""
+    found: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        first = group.first
+        key = (
+            tuple(member.run for member in group.members),
+            group.name,
+            first.criterion,
+            first.calibrated,
+            first.val_from,
+            first.cuts,
+            first.rounded_to,
+            first.runtime if _in_integers(group) else "",
+        )
+        found.setdefault(key, []).append(group)
+    return [tuple(same) for same in found.values()]
+
+
+def names_of(networks: Sequence[Sequence[Group]]) -> list[str]:
+    """Names for what `same_networks` gave: the settings in which they differ, and the runtime in
+    8-bit integers; where these are equal, the labels of the first evaluations."""
+    names = [
+        f"{same[0].name}, {same[0].first.runtime}" if _in_integers(same[0]) else same[0].name
+        for same in networks
+    ]
+    return [
+        name if names.count(name) == 1 else same[0].label
+        for name, same in zip(names, networks, strict=True)
+    ]
+
+
+def _in_integers(group: Group) -> bool:
+    return group.first.precision == PRECISIONS["int8"]
 
 
 def _group_key(evaluation: Evaluation) -> str:

@@ -8,32 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from early_exit import config as configs
 from early_exit.choosing.goals import Goal
-from early_exit.config import Config
 from early_exit.errors import UserError
+from early_exit.evaluation.stored_seconds import Seconds, read_seconds
+from early_exit.evaluation.stored_settings import read_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.manifest import refuse_deployed
-from early_exit.model.losses import resolve_weights
 from early_exit.output import source_run
 from early_exit.system.directories import restore_all
 from early_exit.trained import evaluations, training_command
-
-# Settings that change the speed or the output of a training, not what is learned.
-IGNORED_SETTINGS = {
-    "data.root",
-    "data.workers",
-    "data.bad_files",
-    "data.check_files",
-    "run.device",
-    "run.threads",
-    "run.compile",
-    "run.channels_last",
-    "run.deterministic",
-    "run.save_every",
-    "run.print_freq",
-    "run.tensorboard",
-}
 
 
 @dataclass(frozen=True)
@@ -42,6 +25,17 @@ class Value:
 
     mean: float
     std: float | None = None
+
+
+@dataclass(frozen=True)
+class PublicNetwork:
+    """A network without exits, trained by others, that a report compares with."""
+
+    name: str
+    accuracy: float
+    """On the official test set, as its source states it."""
+    macs: int
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +58,10 @@ class Evaluation:
     """Where val came from; if it was half of the official test set, test is the other half."""
     cuts: int
     """Number of cuts that the values are means over; 0 if there is one split."""
+    given: bool
+    """Whether the user gave the thresholds or the policy, so they were not chosen on val."""
+    test_images: int | None
+    """None: the report does not say."""
     accuracy: Value
     macs_share: Value
     """Of the plain network's MACs."""
@@ -74,10 +72,19 @@ class Evaluation:
     curve_macs: np.ndarray
     """MACs of the outcomes of a shared threshold, rising."""
     curve_accuracy: np.ndarray
+    curve_val: np.ndarray | None
+    """(2, P): MACs and accuracy on val of the same thresholds, in the same order; None if the
+    report does not say."""
     speedups: dict[int, float]
     """Over the plain network, by batch size."""
+    seconds: dict[int, Seconds]
+    """By batch size."""
+    public: tuple[PublicNetwork, ...]
+    """The networks that it was compared with."""
     precision: str
     device: str
+    versions: dict[str, str]
+    """Of the packages that it was made with."""
     runtime: str = "torch"
     """What ran the network."""
     unfinished: str | None = None
@@ -167,10 +174,10 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
     run = path.parent.parent.parent if path.parent.parent.name == "eval" else path.parent
-    settings = _settings(source_run(run), report)
+    settings = read_settings(source_run(run), report)
     choice, environment = report["choice"], report["environment"]
     cuts = report.get("cuts")
-    macs, accuracy = _curve(report)
+    macs, accuracy, val, order = _curve(report)
     return Evaluation(
         path=path,
         run=run,
@@ -183,17 +190,23 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         calibrated=choice.get("calibrated", True),
         val_from=str(choice["val_from"]),
         cuts=int(cuts["count"]) if cuts else 0,
+        given=bool(choice.get("thresholds_given") or choice.get("policy_given")),
+        test_images=choice.get("test_images"),
         **_test_values(report),
         plain_macs=int(report["plain_macs"]),
         exit_accuracy={str(row["name"]): float(row["accuracy"]) for row in report["exits"][:-1]},
         curve_macs=macs,
         curve_accuracy=accuracy,
+        curve_val=val,
         speedups={
             int(timing["batch_size"]): timing["plain"]["total"] / timing["live"]["total"]
             for timing in report.get("timing", ())
         },
+        seconds=read_seconds(report, order),
+        public=_public(report),
         precision=environment.get("precision", "unknown"),
         device=environment.get("device", "unknown"),
+        versions=environment.get("versions", {}),
         runtime=environment.get("runtime", "torch"),
         unfinished=report["run"].get("unfinished"),
         left_out=len(choice.get("left_out", ())),
@@ -218,42 +231,30 @@ def _test_values(report: dict[str, Any]) -> dict[str, Value]:
     }
 
 
-def _curve(report: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """MACs and test accuracy of the report's curve, (P,) each, by rising MACs."""
-    plain_macs = int(report["plain_macs"])
-    points = [
-        (point["test"]["macs_share"] * plain_macs, point["test"]["accuracy"])
-        for point in report["curve"]
-    ]
-    macs, accuracy = np.array(sorted(points), dtype=float).T
-    return macs, accuracy
+def _curve(
+    report: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """The report's curve by rising MACs on test: MACs and accuracy on test, (P,) each, the same on
+    val, (2, P), and which point of the report each is, (P,)."""
+    plain_macs, points = int(report["plain_macs"]), report["curve"]
+
+    def values(split: str) -> np.ndarray:
+        pairs = [(plain_macs * p[split]["macs_share"], p[split]["accuracy"]) for p in points]
+        return np.array(pairs, dtype=float).T
+
+    macs, accuracy = values("test")
+    order = np.lexsort((accuracy, macs))
+    val = values("val")[:, order] if all("val" in point for point in points) else None
+    return macs[order], accuracy[order], val, order
 
 
-def _settings(run: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The run's settings by dotted name. Those that an older run does not have are set to their
-    defaults, and settings that mean the same are written in the same way."""
-    exits = [row["name"] for row in report["exits"][:-1]]
-    path = run / "config.yaml"
-    if not path.is_file():
-        return {
-            "model.arch": report["run"]["arch"],
-            "run.regime": report["run"]["regime"],
-            "model.exits": exits,
-        }
-    nested = configs.merge(configs.to_dict(Config()), configs.load_preset(path))
-    if not all(isinstance(section, dict) for section in nested.values()):
-        raise UserError(f"{path} is not the configuration of a run")
-    settings = {
-        f"{section}.{name}": value
-        for section, values in nested.items()
-        for name, value in values.items()
-        if f"{section}.{name}" not in IGNORED_SETTINGS
-    }
-    heads = settings["model.head"]
-    heads = [heads] if isinstance(heads, str) else heads
-    weights = settings["loss.weights"] if exits else None  # no effect on a plain network
-    return settings | {
-        "model.exits": exits,
-        "model.head": heads[:1] if len(set(heads)) == 1 else heads,
-        "loss.weights": list(resolve_weights(weights, len(exits) + 1)),
-    }
+def _public(report: dict[str, Any]) -> tuple[PublicNetwork, ...]:
+    return tuple(
+        PublicNetwork(
+            str(row["name"]),
+            float(row["accuracy"]),
+            round(row["macs_share"] * int(report["plain_macs"])),
+            str(row["source"]),
+        )
+        for row in report.get("static_networks", ())
+    )

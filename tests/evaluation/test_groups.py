@@ -9,6 +9,7 @@ import yaml
 from helpers import assert_names
 from reports import PLAIN_MACS, made_report, rows, seeds
 
+from early_exit.evaluation.groups import names_of, same_networks
 from early_exit.evaluation.stored import Value
 
 
@@ -25,6 +26,31 @@ def test_seeds_of_a_group_are_one_row_with_mean_and_deviation(made_run):
 def test_one_seed_has_no_deviation(made_run):
     [row] = rows(made_run("net"))
     assert row.accuracy() == Value(0.9, None)
+
+
+def test_evaluations_of_a_run_for_other_goals_and_in_other_runtimes_are_one_network(made_run):
+    integers = {"runtime": "openvino-int8", "precision": "8-bit integers"}
+    runs = [
+        made_run("a"),
+        moved(made_run("b", goal="max drop 1 points"), "a", "second"),
+        moved(made_run("c", runtime="openvino"), "a", "third"),
+        moved(made_run("d", **integers), "a", "integers"),
+        moved(made_run("e", criterion="entropy"), "a", "entropy"),
+        made_run("f", settings={"optim": {"epochs": 3}}),
+    ]
+    groups = rows(runs[0], runs[-1])
+    networks = same_networks(groups)
+    assert [len(same) for same in networks] == [3, 1, 1, 1]
+    names = names_of(networks)
+    assert len(set(names)) == 4
+    assert_names(names[1], "entropy")
+    assert_names(names[2], "openvino-int8")
+
+
+def moved(run, other, name):
+    """Moves the evaluation of a run to another run, under another name."""
+    (run / "eval" / "budget-50").rename(run.parent / other / "eval" / name)
+    return run
 
 
 def test_settings_that_do_not_affect_the_result_do_not_split_a_group(made_run):

@@ -1,0 +1,140 @@
+"""What exits save over static networks, computed by hand; a plain network has 20 million MACs."""
+
+import pytest
+from helpers import assert_names
+from reports import public, rows, timing
+
+from early_exit.evaluation.panels import panels_of
+from early_exit.evaluation.savings import budgets, macs_savings, seconds_savings
+from early_exit.evaluation.savings_text import MACS, sections, statement
+from early_exit.evaluation.statics import PUBLIC, RUN, static_networks
+
+CURVE = [(1.0, 0.95), (0.5, 0.92), (0.3, 0.90), (0.2, 0.60)]
+NETWORKS = [public("low", 0.90, 5), public("middle", 0.91, 15), public("high", 0.96, 30)]
+
+
+def found(groups) -> dict[str, tuple]:
+    """By static network: accuracy and millions of MACs of the policy, and what it saves."""
+    return {
+        row.static.name: row.exits
+        and (row.exits.accuracy, 1e-6 * row.exits.cost, pytest.approx(row.saving))
+        for row in macs_savings(groups, static_networks(groups))
+    }
+
+
+def test_the_cheapest_policy_of_no_lower_accuracy_and_what_it_saves(made_run):
+    groups = rows(made_run("exits", curve=CURVE, static_networks=NETWORKS))
+    assert found(groups) == {
+        "low": (0.90, 6.0, 1 - 6 / 5),  # equally accurate, and more expensive
+        "middle": (0.92, 10.0, 1 - 10 / 15),  # not interpolated between 0.90 and 0.92
+        "high": None,
+    }
+
+
+def test_the_best_of_several_runs_counts(made_run):
+    cheaper = made_run("b", curve=[(0.4, 0.93)], val_curve=[(0.9, 0.5)], share=0.9)
+    groups = rows(made_run("a", curve=CURVE, static_networks=NETWORKS), cheaper)
+    assert found(groups)["middle"][:2] == (0.93, 8.0)
+
+
+def test_thresholds_are_chosen_on_val(made_run):
+    """The second is cheaper and more accurate on test, but no budget on val chooses it."""
+    on_val = [(1.0, 0.95), (0.5, 0.80), (0.4, 0.85), (0.2, 0.6)]
+    curve = [(1.0, 0.95), (0.3, 0.94), (0.45, 0.92), (0.2, 0.6)]
+    groups = rows(made_run("exits", curve=curve, val_curve=on_val, static_networks=NETWORKS))
+    assert found(groups)["middle"][:2] == (0.92, 9.0)
+
+
+def test_budgets_of_several_seeds_are_means_of_what_each_chooses(made_run):
+    groups = rows(
+        made_run("a-0", 0, curve=[(0.2, 0.6), (0.6, 0.9)]),
+        made_run("a-1", 1, curve=[(0.3, 0.7), (0.5, 0.8)]),
+    )
+    points = [
+        (1e-6 * point.budget, 1e-6 * point.cost, point.accuracy) for point in budgets(groups[0])
+    ]
+    assert points == [
+        pytest.approx((6, (4 + 6) / 2, (0.6 + 0.7) / 2)),
+        pytest.approx((10, (4 + 10) / 2, (0.6 + 0.8) / 2)),
+        pytest.approx((12, (12 + 10) / 2, (0.9 + 0.8) / 2)),
+    ]
+
+
+def test_of_several_cuts_only_the_evaluated_policy_counts(made_run):
+    cuts = {
+        "count": 10,
+        "accuracy": {"mean": 0.915, "std": 0.01},
+        "macs_share": {"mean": 0.7, "std": 0.02},
+        "final_accuracy": {"mean": 0.94, "std": 0.0},
+    }
+    groups = rows(made_run("exits", curve=CURVE, static_networks=NETWORKS, cuts=cuts))
+    assert found(groups)["middle"][:2] == (0.915, 14.0)
+
+
+@pytest.mark.parametrize("given", ["thresholds_given", "policy_given"])
+def test_what_was_not_chosen_on_val_does_not_count_and_is_named(made_run, given):
+    groups = rows(made_run("mine", curve=CURVE, static_networks=NETWORKS, **{given: True}))
+    assert set(found(groups).values()) == {None}
+    (note,) = [part for part in sections(groups, static_networks(groups), ()) if "given" in part]
+    assert_names(note, "mine")
+
+
+def test_a_plain_run_is_a_static_network_once_for_all_its_runtimes(made_run):
+    plain = {"exits": (), "accuracy": 0.91, "share": 1.0, "final": 0.91}
+    run = made_run("plain", evaluation="eval", **plain)
+    other = made_run("other", evaluation="eval-openvino", runtime="openvino", **plain)
+    (other / "eval" / "eval-openvino").rename(run / "eval" / "eval-openvino")
+    groups = rows(run, made_run("exits", curve=CURVE))
+    (static,) = static_networks(groups)
+    assert (static.kind, static.accuracy, static.macs) == (RUN, 0.91, 20_000_000)
+    assert len(static.groups) == 2 and "openvino" not in static.name
+    assert found(groups) == {static.name: (0.92, 10.0, 0.5)}
+
+
+def test_a_network_than_which_another_is_better_is_named(made_run):
+    networks = [public("good", 0.92, 10), public("bad", 0.91, 15), public("twin", 0.92, 10)]
+    groups = rows(made_run("exits", curve=CURVE, static_networks=networks))
+    better = {row.static.name: row.better for row in macs_savings(groups, static_networks(groups))}
+    assert better == {"good": "", "bad": "good", "twin": ""}
+
+
+@pytest.mark.parametrize(
+    ("networks", "named"),
+    [
+        ((NETWORKS[1],), ("91.00", "33.3", "fewer", PUBLIC)),
+        ((NETWORKS[0], NETWORKS[1]), ("90.00", "91.00", "20.0", "more", "low")),
+        ((NETWORKS[2],), ("high",)),
+        # the second is no rival, although exits save most beside it
+        ((public("a", 0.92, 12), public("b", 0.90, 20)), ("92.00", "16.7", "fewer")),
+    ],
+)
+def test_the_statement_is_about_the_worst_accuracy(made_run, networks, named):
+    groups = rows(made_run("exits", curve=CURVE, static_networks=list(networks)))
+    words = statement(macs_savings(groups, static_networks(groups)), PUBLIC, MACS)
+    assert_names(words, *named)
+
+
+def test_seconds_are_compared_within_a_process(made_run):
+    """The second run was measured on a machine that is three times as slow."""
+    networks = [public("net", 0.90, 15), public("unit", 0.99, 20)]
+    common = {"runtime": "onnxruntime", "static_networks": networks, "accuracy": 0.91}
+    fast = made_run("a", timing=[timing(8, 5.0, 3.0, net=4.0, unit=5.0)], **common)
+    slow = made_run(
+        "b",
+        timing=[timing(8, 15.0, 6.0, net=12.0, unit=15.0)],
+        settings={"optim": {"epochs": 3}},
+        **common,
+    )
+    groups = rows(fast, slow)
+    (panel,) = panels_of(groups)
+    row, missed = seconds_savings(panel, static_networks(groups))
+    assert (row.static.name, row.saving) == ("net", pytest.approx(1 - 6 / 12))
+    assert row.exits.group is groups[1]
+    assert (row.cost, row.exits.cost) == (pytest.approx(80), pytest.approx(40))  # % of "unit"
+    assert (missed.static.name, missed.exits) == ("unit", None)
+
+
+def test_without_exits_or_static_networks_there_is_no_section(made_run):
+    assert not sections(rows(made_run("exits")), [], [])
+    plain = rows(made_run("plain", exits=(), static_networks=NETWORKS))
+    assert not sections(plain, static_networks(plain), [])
