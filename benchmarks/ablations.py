@@ -36,22 +36,23 @@ BASE = ("--config", str(ROOT / "cifar10" / "configs" / "fast.yaml"), *EXITS)
 EVALUATION = "budget-50-max_prob"
 
 
-def weights(*values: float) -> tuple[str, ...]:
-    """The flags for these loss weights."""
-    return ("--loss-weights", *(f"{value:g}" for value in values))
+def weights(*shares: float, total: float = 2.0) -> tuple[str, ...]:
+    """The flags for loss weights in proportion to `shares`, of this sum: the rate suits it."""
+    return ("--loss-weights", *(f"{total * share / sum(shares):.4g}" for share in shares))
 
 
-EQUAL = weights(1, 1, 1, 1)
+EQUAL, HALVED = weights(1, 1, 1, 1), weights(1, 1, 1, 1, total=1.0)
 ARMS: dict[str, tuple[str, ...]] = {
     "base": EQUAL,
     "weights-0.1": weights(0.1, 0.1, 0.1, 1),
     "weights-0.3": weights(0.3, 0.3, 0.3, 1),
     "weights-3": weights(3, 3, 3, 1),
-    "weights-by-depth": weights(0.25, 0.5, 0.75, 1),
+    "weights-by-depth": weights(1, 2, 3, 4),
     "start-0.01": (*EQUAL, "--set", "loss.start=0.01"),
     "mixed": (*EQUAL, "--regime", "mixed", "--epochs", "5", "--backbone-epochs", "5"),
-    "distill": (*EQUAL, "--distill", "1"),
-    "teacher": (*EQUAL, "--set", "loss.teacher={teacher}"),
+    # the early exits' two losses have together the weight that they had alone
+    "distill": (*weights(1, 1, 1, 2, total=1.25), "--distill", "1"),
+    "teacher": (*HALVED, "--set", "loss.teacher={teacher}"),
     "equilibrium": (*EQUAL, "--set", "loss.equilibrium=true"),
     "detach-heads": (*EQUAL, "--set", "loss.detach_heads=1"),
     "surgery": (*EQUAL, "--set", "loss.detach_heads=0.5", "loss.detach_rest=0.5"),
