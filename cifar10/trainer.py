@@ -62,17 +62,17 @@ def load_data(config: DataConfig) -> data.Data:
 
 
 def static_networks(config: Config, _num_classes: int) -> list[StaticNetwork]:
-    """The CIFAR ResNets with a public checkpoint, up to the depth of the configuration's network;
-    none if that is another network or the data set is not CIFAR-10."""
-    known, arch = networks.PUBLIC_ACCURACY, config.model.arch
-    if config.data.dataset != "cifar10" or arch not in known:
+    """The CIFAR ResNets with a public checkpoint, up to the depth of the configuration's network,
+    or to ResNet-110 if that is no ResNet; none if the data set is not CIFAR-10."""
+    if config.data.dataset != "cifar10":
         return []
+    depth = resnet.DEPTHS.get(config.model.arch, resnet.DEPTHS["resnet110"])
     return [
         StaticNetwork(
             name, accuracy, networks.PUBLIC_SOURCE, partial(networks.build_backbone, name)
         )
-        for name, accuracy in known.items()
-        if resnet.DEPTHS[name] <= resnet.DEPTHS[arch]
+        for name, accuracy in networks.PUBLIC_ACCURACY.items()
+        if resnet.DEPTHS[name] <= depth
     ]
 
 

@@ -28,6 +28,7 @@ from early_exit.evaluation.report import (
     StaticRow,
 )
 from early_exit.evaluation.verdict import verdicts
+from early_exit.inference.runtimes.table import packages_of
 from early_exit.inference.segment_times import SegmentTimes
 from early_exit.model import energy
 from early_exit.output import source_run
@@ -92,7 +93,7 @@ def make_report(
             device=describe_device(trained.device),
             precision=PRECISIONS[trained.runtime.runtime.precision],
             runtime=trained.runtime.runtime.name,
-            versions=provenance.versions(),
+            versions=provenance.versions(*packages_of(trained.runtime.runtime.name)),
             command=shlex.join(["python", *sys.argv]),
         ),
         plain_macs=cost.plain_macs,

@@ -135,7 +135,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class StaticRow:
-    """A network without exits of the same family, trained by others, that could be used instead."""
+    """A network without exits, trained by others, that could be used instead."""
 
     name: str
     accuracy: float

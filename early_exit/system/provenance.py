@@ -41,10 +41,11 @@ def check_torchvision() -> None:
         ) from None
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and the main packages, and the git revision of this source tree."""
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python, the main packages and `more`, and the git revision of this source
+    tree."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy"):
+    for package in ("torch", "torchvision", "numpy", *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # built from source

@@ -241,3 +241,12 @@ def test_static_networks_much_more_expensive_than_the_plain_one_are_not_shown():
     ]
     found = rows.static_networks(known, network, network_cost(network))
     assert [(row.name, row.macs_share) for row, _ in found] == [("1", 1.0)]  # the same network
+
+
+def test_the_smallest_static_network_is_shown_where_all_are_more_expensive():
+    network = tiny_network(Config(model=ModelConfig(exits=NAMES[:-1])), 10)
+    known = [
+        StaticNetwork(f"{blocks}", 0.5, "somebody", partial(ResNet, blocks)) for blocks in (3, 2)
+    ]
+    found = rows.static_networks(known, network, network_cost(network))
+    assert [row.name for row, _ in found] == ["2"]

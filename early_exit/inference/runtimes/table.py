@@ -70,6 +70,11 @@ def check_name(name: str, known: Sequence[str] = RUNTIMES) -> None:
         raise UserError(f"there is no runtime {name!r}; {hint}runtimes are {', '.join(known)}")
 
 
+def packages_of(name: str) -> tuple[str, ...]:
+    """The packages beside torch that run the segments of the runtime called `name`."""
+    return (split_name(name)[0],) if name in DEPLOYABLE else ()
+
+
 def torch_name(compiled: bool, amp: str) -> str:
     """The name of torch's runtime, compiled or not. amp: bf16, fp16 or off."""
     name = "compile" if compiled else "torch"
