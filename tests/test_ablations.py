@@ -1,4 +1,4 @@
-"""The comparison of ways to train: what its table says, what it refuses, that it can be continued."""
+"""The comparison of ways to train: its table, what it refuses, and how it is continued."""
 
 import json
 
