@@ -27,6 +27,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from early_exit.cli import flags
 from early_exit.errors import Failed, UserError
 
@@ -87,9 +89,9 @@ def parser() -> flags.Parser:
     parser.add_argument(
         "--out",
         type=flags.absolute,
-        default=ROOT / "runs" / "ablations",
         metavar="DIR",
-        help="directory of the runs (default: runs/ablations)",
+        help="directory of the runs, of one --arch and one --teacher (default:"
+        " runs/ablations-ARCH)",
     )
     parser.add_argument(
         "--data",
@@ -120,6 +122,14 @@ def train_and_evaluate(directory: Path, args: argparse.Namespace, arm: str, seed
         command = [sys.executable, str(ROOT / "cifar10" / script), *rest, *machine]
         if subprocess.run(command).returncode:
             raise Failed(f"the arm {arm} stopped with seed {seed}; the last lines say why")
+
+
+def check_arch(out: Path, arch: str) -> None:
+    """Raises UserError if `out` has runs of another network."""
+    for path in out.glob("*-seed*/config.yaml"):
+        found = yaml.safe_load(path.read_text())["model"]["arch"]
+        if found != arch:
+            raise UserError(f"{path.parent} is of {found}, not of {arch}; name another --out")
 
 
 def merits(out: Path, arm: str, seeds: Sequence[int]) -> dict[int, tuple[float, float, float]]:
@@ -168,12 +178,13 @@ def table(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not there yet, one run after the other, and prints the table."""
     args = parser().parse_args(argv)
-    out = Path(args.out)
+    out = Path(args.out or ROOT / "runs" / f"ablations-{args.arch}")
     unknown = [arm for arm in args.arms if arm not in ARMS]
     if unknown:
         raise UserError(f"there is no arm {unknown[0]!r}; choose of {', '.join(ARMS)}")
     if "teacher" in args.arms and not (args.teacher or args.table):
         raise UserError("the arm teacher needs --teacher FILE, the checkpoint of a trained run")
+    check_arch(out, args.arch)
     if not args.table:
         for seed in args.seeds:
             for arm in args.arms:

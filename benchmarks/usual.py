@@ -1,7 +1,7 @@
 """The usual training loop, with which the benchmarks of training compare ours.
 
-PIL transforms in a DataLoader with 2 workers, float32, contiguous, SGD, batch 128, as in
-akamaster's script for the CIFAR ResNets.
+PIL transforms in a DataLoader, float32, contiguous, SGD, batch 128, as in akamaster's script for
+the CIFAR ResNets; the DataLoader has 2 workers, for machines of two cores.
 """
 
 import argparse

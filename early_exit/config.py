@@ -238,7 +238,7 @@ class LossConfig:
     reach: float = 0.0
     """Share of an exit's weight that goes to images by how likely they reach it, in [0, 1]."""
     equilibrium: bool = False
-    """Whether gradients are scaled where they meet at an exit (arXiv:1908.06066)."""
+    """Whether gradients are scaled where they meet at an exit (arXiv:1908.06294)."""
     detach_heads: float = 0.0
     """Fraction of the channels that heads read without giving them a gradient, from the last."""
     detach_rest: float = 0.0

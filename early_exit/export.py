@@ -41,18 +41,7 @@ from early_exit.training import checkpoint, exported
 
 PROG = "early_exit.export"
 # The entries of a checkpoint that the copy has too, beside the weights.
-COPIED = (
-    "format",
-    "position",
-    "config",
-    "exit_names",
-    "classes",
-    "normalisation",
-    "val_hash",
-    "unseen_val",
-    "versions",
-    "averaged",
-)
+COPIED = (*exported.TYPES, *exported.OPTIONAL)
 
 
 def parser() -> flags.Parser:

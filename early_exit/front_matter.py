@@ -36,7 +36,17 @@ def front_matter(report: dict[str, Any], licence: str, data_id: str | None = Non
     licence: as the user states it; data_id: the data set's identifier on a hub; default: its name
     in the report.
     """
-    run, test = report["run"], report["test"]
+    run, test, exits = report["run"], report["test"], report["exits"]
+    taken = [
+        _metric("accuracy", "accuracy with exits taken", test["accuracy"]),
+        _metric("accuracy", "accuracy of the final exit", exits[-1]["accuracy"]),
+        _metric(
+            "macs_share",
+            "multiply-adds per image, share of the plain network's",
+            test["macs_share"],
+        ),
+    ]
+    plain = len(exits) == 1
     data_id = data_id or _slug(run["dataset"], "._/-")
     fields: dict[str, Any] = {
         **licence_fields(licence),
@@ -44,7 +54,7 @@ def front_matter(report: dict[str, Any], licence: str, data_id: str | None = Non
         "pipeline_tag": TASK["type"],
         "datasets": [data_id],
         "metrics": ["accuracy"],
-        "tags": [LIBRARY, "multi-exit", in_a_line(str(run["arch"]))],
+        "tags": [LIBRARY, *([] if plain else ["multi-exit"]), in_a_line(str(run["arch"]))],
         "model-index": [
             {
                 "name": in_a_line(f"{run['arch']}, {run['dataset']}"),
@@ -56,17 +66,9 @@ def front_matter(report: dict[str, Any], licence: str, data_id: str | None = Non
                             "name": _images(report),
                             "split": "test",
                         },
-                        "metrics": [
-                            _metric("accuracy", "accuracy with exits taken", test["accuracy"]),
-                            _metric(
-                                "accuracy", "accuracy of the final exit", report["final_accuracy"]
-                            ),
-                            _metric(
-                                "macs_share",
-                                "multiply-adds per image, share of the plain network's",
-                                test["macs_share"],
-                            ),
-                        ],
+                        "metrics": [_metric("accuracy", "accuracy", test["accuracy"])]
+                        if plain
+                        else taken,
                     }
                 ],
             }

@@ -51,7 +51,7 @@ def test_a_seed_that_base_lacks_is_in_no_difference(tmp_path):
     assert (reach[1], reach[3]) == ("2", "-2.00")
 
 
-@pytest.mark.parametrize("arm", ["distill", "teacher", "weights-3"])
+@pytest.mark.parametrize("arm", ablations.ARMS)
 def test_the_losses_of_every_arm_have_one_sum(arm):
     flags = [float(word) for word in ablations.ARMS[arm][1:5]]
     twice = {"distill": 3, "teacher": 4}.get(arm, 0)  # exits with two losses
@@ -63,6 +63,14 @@ def test_the_losses_of_every_arm_have_one_sum(arm):
 )
 def test_mistakes_end_in_one_line(tmp_path, flags, named):
     assert_names(refusal(ablations.main, [*flags, "--out", str(tmp_path)]), named)
+
+
+def test_runs_of_another_network_are_refused(tmp_path):
+    made(tmp_path, "base", 0, 0.80, 0.90)
+    config = {"model": {"arch": "airbench_half"}}
+    (tmp_path / "base-seed0" / "config.yaml").write_text(json.dumps(config))
+    message = refusal(ablations.main, ["--table", "--out", str(tmp_path)])
+    assert_names(message, "airbench_half", "airbench_slim", "--out")
 
 
 def test_what_is_evaluated_is_not_trained_again(tmp_path, monkeypatch, capsys):

@@ -78,3 +78,18 @@ def test_odd_names_are_valid_yaml(report):
 
 def test_no_value_is_written_as_a_reference(report):
     assert "&id" not in front_matter(report, "MIT") and "*id" not in front_matter(report, "MIT")
+
+
+def test_a_plain_network_takes_no_exits(report):
+    plain = {**report, "exits": report["exits"][-1:]}
+    fields = parsed(front_matter(plain, "MIT"))
+    assert "multi-exit" not in fields["tags"]
+    (metric,) = fields["model-index"][0]["results"][0]["metrics"]
+    assert (metric["type"], metric["name"]) == ("accuracy", "accuracy")
+
+
+def test_the_final_exit_has_its_own_accuracy(report):
+    other = {**report, "final_accuracy": 0.123}  # of answers that are made of several exits
+    metrics = parsed(front_matter(other, "MIT"))["model-index"][0]["results"][0]["metrics"]
+    (final,) = [one["value"] for one in metrics if one["name"] == "accuracy of the final exit"]
+    assert final == pytest.approx(report["exits"][-1]["accuracy"], abs=1e-6)

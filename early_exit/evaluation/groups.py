@@ -131,7 +131,6 @@ def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
         first = group.first
         key = (
             tuple(member.run for member in group.members),
-            group.name,
             first.criterion,
             first.calibrated,
             first.val_from,

@@ -17,11 +17,10 @@ class GradientFlow:
     inference is not changed.
 
     equilibrium: where n exits are still to come, this one included, the gradient of the head is
-    scaled by 1 / n and that of the rest by (n - 1) / n (Li et al., ICCV 2019, arXiv:1908.06066,
-    section 3.2). detach_heads: the fraction of the channels, from the last, that heads read without
-    a gradient. detach_rest: the fraction, from the first, that the rest of the network reads
-    without one; half and half divides the channels between both (deep feature surgery, Gong et al.,
-    ECCV 2024).
+    scaled by 1 / n and that of the rest by (n - 1) / n (Li et al., ICCV 2019, arXiv:1908.06294).
+    detach_heads: the fraction of the channels, from the last, that heads read without a gradient.
+    detach_rest: the fraction, from the first, that the rest of the network reads without one; half
+    and half divides the channels between both (deep feature surgery, Gong et al., ECCV 2024).
     """
 
     equilibrium: bool = False
@@ -31,7 +30,8 @@ class GradientFlow:
     def split(self, features: Features, to_come: int) -> tuple[Features, Features]:
         """The features as the head reads them, and as the rest of the network does.
 
-        features: (B, C, ...), or a tuple of such tensors; to_come: exits, this one included.
+        features: (B, C, H, W), tokens (B, T, C), or a tuple of such tensors; to_come: exits, with
+        this one.
         """
         return (
             _each(features, lambda part: self._for_head(part, to_come)),
@@ -40,15 +40,24 @@ class GradientFlow:
 
     def _for_head(self, features: Tensor, to_come: int) -> Tensor:
         if self.detach_heads:
-            kept = features.shape[1] - round(self.detach_heads * features.shape[1])
-            features = torch.cat([features[:, :kept], features[:, kept:].detach()], dim=1)
+            dim = _channels(features)
+            cut = features.shape[dim] - round(self.detach_heads * features.shape[dim])
+            kept, detached = features.tensor_split([cut], dim)
+            features = torch.cat([kept, detached.detach()], dim)
         return scale_gradient(features, 1 / to_come) if self.equilibrium else features
 
     def _for_rest(self, features: Tensor, to_come: int) -> Tensor:
         if self.detach_rest:
-            cut = round(self.detach_rest * features.shape[1])
-            features = torch.cat([features[:, :cut].detach(), features[:, cut:]], dim=1)
+            dim = _channels(features)
+            cut = round(self.detach_rest * features.shape[dim])
+            detached, kept = features.tensor_split([cut], dim)
+            features = torch.cat([detached.detach(), kept], dim)
         return scale_gradient(features, 1 - 1 / to_come) if self.equilibrium else features
+
+
+def _channels(features: Tensor) -> int:
+    """The dimension of the channels: the last of tokens (B, T, C), else the second."""
+    return 2 if features.ndim == 3 else 1
 
 
 def scale_gradient(features: Tensor, factor: float) -> Tensor:

@@ -120,6 +120,9 @@ def reach_weights(logits: Sequence[Tensor], share: float) -> list[Tensor]:
     reaching = torch.ones(len(logits[0]), device=logits[0].device)
     weights = []
     for exit_logits in logits:
-        weights.append(1 - share + share * reaching / reaching.mean())
+        mean = reaching.mean()
+        # where every image is certain to have left, all count equally
+        relative = torch.where(mean > 0, reaching / mean, 1.0)
+        weights.append(1 - share + share * relative)
         reaching = reaching * (1 - exit_logits.detach().float().softmax(dim=-1).amax(dim=-1))
     return weights

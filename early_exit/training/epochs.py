@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,16 +42,21 @@ from early_exit.training.stopping import (
     stop_if_signalled,
     stop_while_waiting,
 )
-from early_exit.training.teacher import load_teacher
 from early_exit.training.validation import validate
 
 log = logging.getLogger(__name__)
 
 
-def run_phases(run: Run, position: Position, saved: dict[str, Any] | None) -> None:
+def run_phases(
+    run: Run,
+    position: Position,
+    saved: dict[str, Any] | None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Trains every phase from `position` on.
 
-    saved: the checkpoint that the position comes from. Raises Diverged if the loss is not finite,
+    saved: the checkpoint that the position comes from. teacher: images (B, 3, H, W) to logits
+    (B, K), which the loss gets. Raises Diverged if the loss is not finite,
     and signals.Stopped after a signal.
     """
     start = (position.phase, position.epoch)
@@ -64,7 +68,7 @@ def run_phases(run: Run, position: Position, saved: dict[str, Any] | None) -> No
             if index > position.phase:
                 position, saved = Position(index), None
             try:
-                run_phase(run, position, saved, stop, journal)
+                run_phase(run, position, saved, stop, journal, teacher)
             except signals.Interrupted:
                 stop.raise_at_once = False
                 signum = stop.signum or signal.SIGTERM
@@ -83,6 +87,7 @@ def run_phase(
     saved: dict[str, Any] | None,
     stop: signals.StopSignals,
     journal: Journal | None,
+    teacher: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Trains the epochs of one phase from `position` on."""
     phase, config = run.phases[position.phase], run.config
@@ -97,7 +102,6 @@ def run_phase(
     if config.run.compile:
         network.compile()
     forward, no_sync = wrap_ddp(run, phase, network)
-    teacher = load_teacher(run, Path(config.loss.teacher)) if config.loss.teacher else None
     state = PhaseState(
         position=position,
         optimizer=make_optimizer(network, phase.optim),

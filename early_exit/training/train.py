@@ -41,6 +41,7 @@ from early_exit.training.state import (
 )
 from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally
+from early_exit.training.teacher import load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def train(
             group.barrier()  # no process reads the directory before it is locked
             position, saved = start_position(run, resume, start_epoch)
             check_step_size(config, run.data.size("train"), group)  # files may be gone since then
+            teacher = load_teacher(run, Path(config.loss.teacher)) if config.loss.teacher else None
             if check:
                 log_plan(run)
                 check_files(run)
@@ -107,7 +109,7 @@ def train(
                 if group.is_main:
                     write_settings(run, fresh=saved is None)
                 log_network(run)
-                run_phases(run, position, saved)
+                run_phases(run, position, saved, teacher)
     return directory
 
 
@@ -227,8 +229,18 @@ def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Pa
 
 
 def check_settings(run: Run) -> None:
-    """Raises UserError for settings that the device does not support."""
+    """Raises UserError for settings that the device or the regime does not support."""
     config, device = run.config, run.device
+    flow = [
+        f"loss.{name}"
+        for name in ("equilibrium", "detach_heads", "detach_rest")
+        if getattr(config.loss, name)
+    ]
+    if flow and run.phases[-1].name != "joint":
+        raise UserError(
+            f"{' and '.join(flow)} has no effect: no phase trains heads and backbone together;"
+            " remove it, or use --regime joint or mixed"
+        )
     pooled = set(config.model.head) & set(POOLED) and run.phases[-1].name == "joint"
     if config.run.deterministic and device.type == "cuda" and pooled:
         raise UserError(

@@ -57,6 +57,7 @@ def score_until_signalled(
     checks = math.ceil(run.data.size("val") / (run.data.eval_batch * run.group.world))
     try:
         # a batch may compile for minutes; several processes can only stop together
+        stop.raise_at_once = False
         if run.group.world == 1:
             stop.raise_if_signalled()
         for _ in itertools.zip_longest(range(checks), batches):

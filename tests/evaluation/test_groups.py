@@ -10,6 +10,7 @@ from helpers import assert_names
 from reports import PLAIN_MACS, made_report, rows, seeds
 
 from early_exit.evaluation.groups import names_of, same_networks
+from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.stored import Value
 
 
@@ -45,6 +46,13 @@ def test_evaluations_of_a_run_for_other_goals_and_in_other_runtimes_are_one_netw
     assert len(set(names)) == 4
     assert_names(names[1], "entropy")
     assert_names(names[2], "openvino-int8")
+
+
+def test_labels_do_not_make_two_networks_of_one(made_run):
+    run = made_run("a")
+    moved(made_run("b", runtime="openvino"), "a", "second")
+    groups = rows(run)
+    assert len(same_networks(labelled(groups, ["one", "two"]))) == 1
 
 
 def moved(run, other, name):

@@ -89,6 +89,13 @@ def test_values_do_not_change(flow):
         assert all(torch.equal(new, old) for new, old in zip(read, features, strict=True))
 
 
+def test_the_channels_of_tokens_are_the_last_dimension():
+    tokens = torch.ones(1, 5, 4, requires_grad=True)
+    _, rest = GradientFlow(detach_rest=0.5).split(tokens, 2)
+    rest.sum().backward()
+    assert tokens.grad[0].tolist() == 5 * [[0, 0, 1, 1]]
+
+
 def test_a_scaled_gradient_of_a_tensor():
     features = torch.tensor([2.0], requires_grad=True)
     (3 * scale_gradient(features, 0.25)).backward()

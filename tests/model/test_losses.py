@@ -207,6 +207,11 @@ def test_images_weigh_by_how_likely_they_reach_an_exit():
     assert half[1].tolist() == pytest.approx([7 / 6, 5 / 6], rel=ROUNDED)
 
 
+def test_images_that_all_have_left_count_equally():
+    certain = torch.tensor([[200.0, 0.0], [200.0, 0.0]])  # a probability of 1 in float32
+    assert reach_weights([certain, certain], 1.0)[1].tolist() == [1, 1]
+
+
 def test_the_loss_takes_those_weights():
     first = torch.tensor([EVEN[0], LEANING[0]])
     target = torch.tensor([0, 0])

@@ -47,7 +47,7 @@ class TestStopSignals:
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_an_exception_that_python_drops_is_raised_again(self, monkeypatch):
-        monkeypatch.setattr(signals, "PATIENCE", 0.05)
+        monkeypatch.setattr(signals, "PATIENCE", 1.0)
 
         class Dropped:
             def __del__(self):
@@ -55,12 +55,20 @@ class TestStopSignals:
 
         with signals.StopSignals() as stop:
             stop.raise_if_signalled()
-            Dropped()  # whose __del__ raises Interrupted in vain
-            assert stop.signum == signal.SIGTERM
             with pytest.raises(signals.Interrupted):
-                signal.pause()
+                Dropped()  # whose __del__ raises Interrupted in vain
+                while True:
+                    signal.pause()
             stop.raise_at_once = False
-            signal.pause()
+            assert stop.signum == signal.SIGTERM
+
+    def test_after_that_it_is_not_raised_again(self):
+        with signals.StopSignals() as stop:
+            stop.raise_if_signalled()
+            with pytest.raises(signals.Interrupted):
+                stop._give_up(signal.SIGALRM, None)
+            stop.raise_at_once = False
+            stop._give_up(signal.SIGALRM, None)
 
     def test_one_that_came_before_raises_too(self):
         with signals.StopSignals() as stop:
