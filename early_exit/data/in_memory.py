@@ -119,19 +119,26 @@ class Data(NormalisedImages):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from `first_step` on: images (B, C, H, W), normalised, and targets
         (B,); of each step the micro-batches of `shard`."""
-        train = self.splits["train"]
+        train, steps = self.splits["train"], range(first_step, self.steps_per_epoch(batch_size))
+        if not steps:
+            return
+        device, size = train.images.device, min(batch_size, len(train))
         order = torch.randperm(len(train), generator=_generator(seed, epoch))
-        flipped = flipped_in(epoch, len(train), seed)[order] if self.alternate else None
-        order = order.to(train.images.device)
-        for step in range(first_step, self.steps_per_epoch(batch_size)):
-            span = slice(step * batch_size, (step + 1) * batch_size)
-            rows = order[span]
-            # counted from 1: (seed, epoch, 0) seeds as (seed, epoch) does, which seeds the order
-            augmentation = Augmentation.draw(len(rows), self.pad, _generator(seed, epoch, step + 1))
-            if flipped is not None:
-                augmentation = dataclasses.replace(augmentation, flipped=flipped[span])
-            for part in shard.slices(len(rows)):
-                selected, drawn = rows[part], augmentation.select(part)
+        # counted from 1: (seed, epoch, 0) seeds as (seed, epoch) does, which seeds the order
+        augmentation = Augmentation.cat(
+            [Augmentation.draw(size, self.pad, _generator(seed, epoch, step + 1)) for step in steps]
+        )
+        if self.alternate:
+            flipped = flipped_in(epoch, len(train), seed)[order]
+            span = slice(steps.start * size, steps.stop * size)
+            augmentation = dataclasses.replace(augmentation, flipped=flipped[span])
+        # once an epoch: copies to a GPU in each step would wait for the step before
+        order, augmentation = order.to(device), augmentation.to(device)
+        for step in steps:
+            rows, first = order[step * size : (step + 1) * size], (step - first_step) * size
+            for part in shard.slices(size):
+                selected = rows[part]
+                drawn = augmentation.select(slice(first + part.start, first + part.stop))
                 images = train.images[selected]
                 images = augment(images, drawn, self.pad, self.flip, self.pad_mode)
                 yield self.normalise(images), train.targets[selected]
@@ -179,6 +186,18 @@ class Augmentation:
         offsets = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
         return cls(offsets, torch.rand(count, generator=generator) < 0.5)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Augmentation"]) -> "Augmentation":
+        """Those of several steps, one after the other."""
+        return cls(
+            torch.cat([part.offsets for part in parts], dim=1),
+            torch.cat([part.flipped for part in parts]),
+        )
+
+    def to(self, device: torch.device) -> "Augmentation":
+        """The same on another device."""
+        return Augmentation(self.offsets.to(device), self.flipped.to(device))
+
     def select(self, rows: slice) -> "Augmentation":
         """The crops and flips of these rows."""
         return Augmentation(self.offsets[:, rows], self.flipped[rows])
@@ -207,16 +226,15 @@ def augment(
 
     With black padding the distribution is that of torchvision's RandomCrop(H, padding=pad) and
     RandomHorizontalFlip, for a whole batch at once. images: (B, C, H, W) uint8. flip: whether flips
-    are applied.
+    are applied. `augmentation` is on the device of the images.
     """
     count, _, height, width = images.shape
-    top, left = augmentation.offsets.to(images.device, non_blocking=True)
+    top, left = augmentation.offsets
     padded = F.pad(images, (pad,) * 4, mode=pad_mode)
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, offsets, offsets, H, W)
     images = crops[torch.arange(count, device=images.device), :, top, left]  # (B, C, H, W)
     if flip:
-        flipped = augmentation.flipped.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-        images = torch.where(flipped, images.flip(-1), images)
+        images = torch.where(augmentation.flipped.view(-1, 1, 1, 1), images.flip(-1), images)
     return images
 
 

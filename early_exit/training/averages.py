@@ -40,8 +40,11 @@ class Average:
             [current[name] for name in self._averaged],
             1 - decay,
         )
-        for name in self._copied:
-            self._average[name].copy_(current[name])
+        if self._copied:
+            torch._foreach_copy_(
+                [self._average[name] for name in self._copied],
+                [current[name] for name in self._copied],
+            )
 
 
 class Lookahead(Average):
