@@ -19,6 +19,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, depth) for name, depth in DEPTHS.items()},
     **{name: partial(MSDNet, layers) for name, layers in LAYERS.items()},
     "airbench": Airbench,
+    "airbench_mid": partial(Airbench, widths=(48, 144, 144)),
     "airbench_half": partial(Airbench, widths=(32, 128, 128)),
     "airbench_slim": partial(Airbench, widths=(16, 128, 128)),
     "alexnet": AlexNet,

@@ -59,7 +59,7 @@ def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        torch.cuda.set_device(device)  # otherwise "the current GPU" would be the first one
+        torch.cuda.set_device(device.index or 0)  # otherwise "the current GPU" would be the first one
     precision = choose_precision(settings.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     torch.backends.cudnn.allow_tf32 = precision != "off"  # float32 means float32

@@ -115,6 +115,16 @@ class TestSeeds:
         seed_everything(0, deterministic)
         assert torch.are_deterministic_algorithms_enabled() is deterministic
 
+    def test_set_up_makes_the_gpu_current_by_its_number(self, monkeypatch):
+        current = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        for name in ("benchmark", "allow_tf32"):  # put back afterwards
+            monkeypatch.setattr(torch.backends.cudnn, name, False)
+        assert set_up(RunConfig(amp="off"))[0] == CUDA
+        assert current == [0]  # torch refuses the device "cuda", which has none
+
     def test_set_up_seeds_and_sets_threads(self):
         settings = RunConfig(device="cpu", amp="bf16", threads=2, seed=3)
         threads = torch.get_num_threads()
