@@ -59,7 +59,8 @@ def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        torch.cuda.set_device(device.index or 0)  # otherwise "the current GPU" would be the first one
+        # otherwise "the current GPU" would be the first one; "cuda" has no index, which torch refuses
+        torch.cuda.set_device(device.index or 0)
     precision = choose_precision(settings.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     torch.backends.cudnn.allow_tf32 = precision != "off"  # float32 means float32
