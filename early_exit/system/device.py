@@ -59,7 +59,7 @@ def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        # otherwise "the current GPU" would be the first one; "cuda" has no index, which torch refuses
+        # otherwise "the current GPU" would be the first one; torch refuses "cuda", without a number
         torch.cuda.set_device(device.index or 0)
     precision = choose_precision(settings.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
