@@ -55,9 +55,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     # the early exits' two losses have together the weight that they had alone
     "distill": (*weights(1, 1, 1, 2, total=1.25), "--distill", "1"),
     "teacher": (*HALVED, "--set", "loss.teacher={teacher}"),
-    "equilibrium": (*EQUAL, "--set", "loss.equilibrium=true"),
-    "detach-heads": (*EQUAL, "--set", "loss.detach_heads=1"),
-    "surgery": (*EQUAL, "--set", "loss.detach_heads=0.5", "loss.detach_rest=0.5"),
     "reach": (*EQUAL, "--set", "loss.reach=0.5"),
     "first-block": (*EQUAL, "--exits", "group1.0", "group2.0", "group3.0"),
 }

@@ -135,12 +135,6 @@ class OptimConfig:
     ema: float = 0.0
     """Decay per step of the moving average of the weights, which is then what is reported; 0: no
     average. The decay is smaller in the first steps of a phase."""
-    lookahead: int = 0
-    """Steps between two updates of Lookahead's slow weights, from which training then continues,
-    and which are what is reported (arXiv:1907.08610); 0: none."""
-    lookahead_decay: float = 0.95
-    """Decay per step of the slow weights at the end of a phase; it rises with the third power of
-    the steps done (arXiv:2404.00498, section 3.4)."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs must be at least 1, got {self.epochs}")
@@ -185,16 +179,6 @@ class OptimConfig:
             self.accumulate >= 1, f"optim.accumulate must be at least 1, got {self.accumulate}"
         )
         _require(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}")
-        _require(self.lookahead >= 0, f"optim.lookahead must be at least 0, got {self.lookahead}")
-        _require(
-            0 <= self.lookahead_decay < 1,
-            f"optim.lookahead_decay must be in [0, 1), got {self.lookahead_decay}",
-        )
-        _require(
-            not (self.ema and self.lookahead),
-            f"optim.ema is {self.ema} and optim.lookahead is {self.lookahead}; each would give the"
-            " weights that are reported, so set one of them to 0",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +221,6 @@ class LossConfig:
     """Weight of the distillation from the teacher."""
     reach: float = 0.0
     """Share of an exit's weight that goes to images by how likely they reach it, in [0, 1]."""
-    equilibrium: bool = False
-    """Whether gradients are scaled where they meet at an exit (arXiv:1908.06294)."""
-    detach_heads: float = 0.0
-    """Fraction of the channels that heads read without giving them a gradient, from the last."""
-    detach_rest: float = 0.0
-    """Fraction of the channels that the rest of the network reads so, from the first."""
 
     def __post_init__(self) -> None:
         _require(
@@ -258,9 +236,7 @@ class LossConfig:
             self.teacher_weight > 0,
             f"loss.teacher_weight must be positive, got {self.teacher_weight}",
         )
-        for name in ("reach", "detach_heads", "detach_rest"):
-            share = getattr(self, name)
-            _require(0 <= share <= 1, f"loss.{name} must be in [0, 1], got {share}")
+        _require(0 <= self.reach <= 1, f"loss.reach must be in [0, 1], got {self.reach}")
 
 
 @dataclass(frozen=True, kw_only=True)

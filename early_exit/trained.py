@@ -181,8 +181,7 @@ def load_network(
     partial_training = unfinished(config, network.num_exits, state["position"])
     if partial_training:
         log.warning("%s is not finished: its weights are those of %s", run_dir, partial_training)
-    kind = "slow weights of Lookahead" if config.optim.lookahead else "running average"
-    average = f", {kind}" if state.get("averaged") else ""
+    average = ", running average" if state.get("averaged") else ""
     rounding = f", rounded to {rounded_to}" if rounded_to else ""
     weights = (
         f"weights {checkpoint.weights_hash(network.state_dict())} of"

@@ -189,8 +189,6 @@ class TestChecks:
             (DataConfig, "pad", -1, 0),
             (OptimConfig, "label_smoothing", -0.1, 0.0),
             (OptimConfig, "momentum", -0.1, 0.0),
-            (OptimConfig, "lookahead", -1, 0),
-            (OptimConfig, "lookahead_decay", -0.1, 0.0),
             (BackbonePhaseConfig, "epochs", 0, 1),
             (LossConfig, "distill", -0.1, 0.0),
             (RunConfig, "save_every", 0, 1),
@@ -217,7 +215,7 @@ class TestChecks:
         message = refusal(cls, **{setting: bad})
         assert setting in message and f"{bad:g}" in message
 
-    @pytest.mark.parametrize("setting", ["momentum", "label_smoothing", "lookahead_decay"])
+    @pytest.mark.parametrize("setting", ["momentum", "label_smoothing"])
     def test_below_one(self, setting):
         assert_names(refusal(OptimConfig, **{setting: 1.0}), f"optim.{setting}", "1.0")
 
@@ -228,10 +226,6 @@ class TestChecks:
     def test_nesterov_needs_a_momentum(self):
         message = refusal(OptimConfig, nesterov=True, momentum=0.0)
         assert_names(message, "optim.nesterov", "optim.momentum")
-
-    def test_one_kind_of_average_is_reported(self):
-        message = refusal(OptimConfig, ema=0.9, lookahead=5)
-        assert_names(message, "optim.ema", 0.9, "optim.lookahead", 5)
 
     @pytest.mark.parametrize(
         "milestones", [(0.75, 0.5), (100.0, 150.0), (0.0, 0.5), (0.5, 1.0), (float("nan"),)]
@@ -278,8 +272,6 @@ optims = st.builds(
     milestones=st.lists(st.floats(0.01, 0.99), max_size=4).map(lambda marks: (*sorted(marks),)),
     warmup_epochs=st.floats(0, 100),
     label_smoothing=st.floats(0, 0.99),
-    lookahead=st.integers(0, 10),
-    lookahead_decay=st.floats(0, 0.99),
 )
 whole_configs = st.builds(
     Config,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from early_exit.errors import UserError
 from early_exit.model.features import Features, describe_shape, shape_of
-from early_exit.model.gradients import GradientFlow
 from early_exit.model.heads import HeadKind, build_head
 
 FINAL = "final"
@@ -95,7 +94,6 @@ class MultiExitNetwork(nn.Module):
         self.exit_names = (*cuts, FINAL)
         self.num_classes = num_classes
         self.image_shape = tuple(example.shape[1:])
-        self.gradient_flow: GradientFlow | None = None  # None: gradients add up as they are
         modules = list(units.values())
         starts = [0, *(cut + 1 for cut in cuts.values())]
         ends = [*starts[1:], len(modules)]
@@ -115,14 +113,10 @@ class MultiExitNetwork(nn.Module):
 
         images: (B, 3, H, W), normalised. Returns N tensors of shape (B, K).
         """
-        flow = self.gradient_flow
-        features: Any = images
-        logits = []
-        for index, stage in enumerate(self.stages):
-            features = read = stage.body(features)  # (B, C, H', W')
-            if flow and stage.head is not None:
-                read, features = flow.split(features, self.num_exits - index)
-            logits.append(read if stage.head is None else stage.head(read))  # (B, K)
+        features, logits = images, []
+        for stage in self.stages:
+            features, exit_logits = stage(features)  # (B, C, H', W'), (B, K)
+            logits.append(exit_logits)
         return logits
 
 

@@ -47,45 +47,6 @@ class Average:
             )
 
 
-class Lookahead(Average):
-    """Slow weights, which move towards the network's, the fast ones, every few steps; the fast ones
-    are then set to them (Zhang et al. 2019, arXiv:1907.08610). Momenta are kept.
-
-    The decay of an update is decay**every * (step / total)**3, so that the slow weights first
-    follow the fast ones, and at the end average them (arXiv:2404.00498, section 3.4). As in that
-    paper's code, BatchNorm's statistics are averaged and set as weights are, and fast steps after
-    the last update of a phase are dropped with the fast weights.
-    """
-
-    def __init__(
-        self, network: MultiExitNetwork, every: int, decay: float, total: int, steps: int = 0
-    ) -> None:
-        """every: steps from one update to the next. total: steps of the phase; steps: those that
-        are done."""
-        super().__init__(network, decay)
-        self.every, self.total, self.steps = every, total, steps
-
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Counts a step; if it is one in `every`, moves the slow weights and sets the fast ones."""
-        self.steps += 1
-        if self.steps % self.every:
-            return
-        # more than 1 if train images are gone since the start
-        progress = min(1.0, self.steps / self.total)
-        current = network.state_dict()
-        self._add(current, self.decay**self.every * progress**3)
-        torch._foreach_copy_(
-            [current[name] for name in self._averaged],
-            [self._average[name] for name in self._averaged],
-        )
-
-
-def make_average(
-    network: MultiExitNetwork, optim: OptimConfig, steps_per_epoch: int, steps: int
-) -> Average | None:
-    """The average that a phase reports, if it has one. steps: those of the phase that are done."""
-    if optim.lookahead:
-        total = steps_per_epoch * optim.epochs
-        return Lookahead(network, optim.lookahead, optim.lookahead_decay, total, steps)
+def make_average(network: MultiExitNetwork, optim: OptimConfig) -> Average | None:
+    """The average that a phase reports, if it has one."""
     return Average(network, optim.ema) if optim.ema else None

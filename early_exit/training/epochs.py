@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from early_exit.config import LossConfig
 from early_exit.data.splits import Shard, seed_of
-from early_exit.model.gradients import GradientFlow
 from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
@@ -93,12 +91,8 @@ def run_phase(
     phase, config = run.phases[position.phase], run.config
     stop.raise_if_signalled()  # until the first step is done, which may compile for minutes
     set_training_mode(run.network, phase.backbone_frozen)
-    per_epoch = run.data.steps_per_epoch(phase.optim.batch_size)
-    average = make_average(
-        run.network, phase.optim, per_epoch, per_epoch * position.epoch + position.step
-    )
+    average = make_average(run.network, phase.optim)
     network = run.network.backbone if phase.backbone_only else run.network
-    run.network.gradient_flow = gradient_flow(config.loss) if phase.name == "joint" else None
     if config.run.compile:
         network.compile()
     forward, no_sync = wrap_ddp(run, phase, network)
@@ -129,12 +123,6 @@ def run_phase(
         state.tally = Tally(len(phase.weights), run.device)
     if average:
         run.network.load_state_dict(average.module.state_dict())
-
-
-def gradient_flow(loss: LossConfig) -> GradientFlow | None:
-    """How gradients reach the backbone where heads and backbone are trained together."""
-    flow = GradientFlow(loss.equilibrium, loss.detach_heads, loss.detach_rest)
-    return None if flow == GradientFlow() else flow
 
 
 def wrap_ddp(

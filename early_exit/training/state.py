@@ -42,7 +42,6 @@ FIXED = (
     "optim.decay_norm",
     "optim.bias_lr_scale",
     "optim.head_lr_scale",
-    "optim.lookahead",  # and its decay: slow weights do not start from an average, nor it from them
 )
 NOT_FIXED = ("data.root", "data.workers", "data.bad_files", "data.check_files")
 SECTIONS = {item.name for item in dataclasses.fields(Config)}

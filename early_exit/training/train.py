@@ -89,7 +89,6 @@ def train(
         )
         check_settings(run)
         check_step_size(config, data.size("train"), group)
-        check_lookahead(run)
         check_not_overwritten(directory, resume)
         check_writable(directory)
         with locked(directory) if group.is_main and not check else nullcontext():
@@ -231,16 +230,6 @@ def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Pa
 def check_settings(run: Run) -> None:
     """Raises UserError for settings that the device or the regime does not support."""
     config, device = run.config, run.device
-    flow = [
-        f"loss.{name}"
-        for name in ("equilibrium", "detach_heads", "detach_rest")
-        if getattr(config.loss, name)
-    ]
-    if flow and run.phases[-1].name != "joint":
-        raise UserError(
-            f"{' and '.join(flow)} has no effect: no phase trains heads and backbone together;"
-            " remove it, or use --regime joint or mixed"
-        )
     pooled = set(config.model.head) & set(POOLED) and run.phases[-1].name == "joint"
     if config.run.deterministic and device.type == "cuda" and pooled:
         raise UserError(
@@ -267,19 +256,6 @@ def check_step_size(config: Config, images: int, group: Group) -> None:
         raise UserError(
             f"a step of {size} images is more than the {images} train images; lower --batch-size"
         )
-
-
-def check_lookahead(run: Run) -> None:
-    """Raises UserError if a phase has too few steps for an update of Lookahead's slow weights, so
-    that it would report the weights it starts from."""
-    every, size = run.config.optim.lookahead, run.config.optim.batch_size
-    for phase in run.phases:
-        steps = run.data.steps_per_epoch(size) * phase.optim.epochs
-        if steps < every:
-            raise UserError(
-                f"optim.lookahead is {every} steps, and the phase {phase.name} has only {steps};"
-                " lower it, or train for more epochs"
-            )
 
 
 def check_not_overwritten(directory: Path, resume: str | None) -> None:

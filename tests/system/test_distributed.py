@@ -104,11 +104,11 @@ def test_two_processes_train_as_one_with_two_micro_batches(pair, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_two_processes_train_a_short_recipe_as_one(pair, tmp_path, frozen):
-    """The first block is trained in the first of two epochs, or the backbone in none; with
-    Lookahead. The frozen backbone is one and the same, because BatchNorm's statistics, which it
-    uses, are updated by the main process's images alone."""
+    """The first block is trained in the first of two epochs, or the backbone in none. The
+    frozen backbone is one and the same, because BatchNorm's statistics, which it uses, are updated
+    by the main process's images alone."""
     flags = ("--regime", "frozen", "--backbone", pair) if frozen else ()
-    flags += ("--set", "optim.stem_epochs=1", "optim.lookahead=4")
+    flags += ("--set", "optim.stem_epochs=1")
     for name, options in (("two", {}), ("one", {"processes": 0})):
         more = () if name == "two" else ("--accumulate", 2)
         done = finish(launch(tmp_path / name, *flags, *more, **options))

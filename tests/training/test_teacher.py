@@ -1,7 +1,5 @@
 """A trained run that teaches another one."""
 
-import dataclasses
-
 import pytest
 import torch
 from helpers import TASK, ask_to_stop, assert_same_run, at_batch, refusal, resume_run
@@ -54,12 +52,3 @@ def test_other_classes_are_refused(teacher, tmp_path):
     assert "2" in message
     assert "classes" in message
     assert not (tmp_path / "r" / "config.yaml").exists()  # it can be corrected and started again
-
-
-@pytest.mark.parametrize("setting", ["equilibrium", "detach_heads", "detach_rest"])
-def test_gradients_that_never_meet_are_not_to_be_changed(tmp_path, setting):
-    frozen = dataclasses.replace(
-        config(**{setting: 1.0}), run=RunConfig(regime="frozen", amp="off", device="cpu", threads=1)
-    )
-    message = refusal(train, frozen, TASK, runs=tmp_path, run_dir=tmp_path / "r")
-    assert f"loss.{setting}" in message
