@@ -37,6 +37,7 @@ HOUSE = (
     ("data",),
     ("manifest", "prediction"),
     ("deployed",),
+    ("serving",),
     ("choosing",),
     ("task",),
     ("training",),
