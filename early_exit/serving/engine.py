@@ -64,10 +64,11 @@ class EngineState:
     answered: tuple[int, ...]
     """Rows answered at each exit."""
     runs: tuple[int, ...]
+    """Of each segment so far; failed ones are not counted."""
     rows: tuple[int, ...]
-    """Of all runs."""
+    """Of these runs together."""
     seconds: tuple[float, ...]
-    """Of all runs."""
+    """Of these runs together."""
 
 
 class Overloaded(Exception):

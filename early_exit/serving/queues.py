@@ -69,10 +69,10 @@ class WaitingRows:
         """Removes the rows whose numbers are in a range, and returns their numbers."""
         kept, removed = [], []
         for first, since, rows in self._parts:
-            is_removed = (rows.index >= numbers.start) & (rows.index < numbers.stop)
-            if not is_removed.any():
+            if first >= numbers.stop or rows.index[-1] < numbers.start:
                 kept.append((first, since, rows))
                 continue
+            is_removed = (rows.index >= numbers.start) & (rows.index < numbers.stop)
             removed += rows.index[is_removed].tolist()
             if not is_removed.all():
                 rest = rows.select(np.flatnonzero(~is_removed))  # a copy, which frees the others
