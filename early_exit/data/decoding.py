@@ -82,12 +82,12 @@ def read_image(source: ImageSource) -> Image.Image:
     return image
 
 
-def decode(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+def decode(source: ImageSource, max_pixels: int | None = None) -> tuple[Image.Image, str]:
     """The first frame of an image file, or an image, as RGB, rotated as its EXIF data say; and the
     warning about the file, or "".
 
-    max_pixels: at most `MAX_PIXELS`. Raises Unreadable for a file that cannot be decoded or whose
-    header gives more pixels, and OSError for errors that are not the file's (`NOT_THE_FILE`).
+    max_pixels: by the header; default and maximum: `MAX_PIXELS`. Raises Unreadable for a file that
+    cannot be decoded or has more, and OSError for errors that are not the file's (`NOT_THE_FILE`).
     """
     with _opened(source, max_pixels) as (file, notices):
         image = rgb.as_rgb(file)
@@ -127,7 +127,7 @@ def _name_of(source: ImageSource) -> str:
 
 @contextlib.contextmanager
 def _opened(
-    source: ImageSource, max_pixels: int = MAX_PIXELS
+    source: ImageSource, max_pixels: int | None = None
 ) -> Iterator[tuple[Image.Image, list[str]]]:
     """The image, not yet decoded, and its warnings, which are complete when the context ends.
     Errors are raised as Unreadable."""
@@ -144,7 +144,7 @@ def _opened(
             caught = stack.enter_context(_pillow_at_defaults())
             if opened is not source:
                 opened = stack.enter_context(Image.open(opened))
-            _check(opened, max_pixels)
+            _check(opened, max_pixels or MAX_PIXELS)
             yield opened, notices
     except Exception as error:  # arbitrary bytes can raise anything in a decoder
         if getattr(error, "errno", None) in NOT_THE_FILE:
@@ -165,8 +165,8 @@ def _check(image: Image.Image, max_pixels: int) -> None:
     rgb.check_white(image)
 
 
-def _too_many(pixels: int, limit: int = MAX_PIXELS) -> str:
-    return f"it has {pixels:,} pixels, and at most {limit:,} are decoded"
+def _too_many(pixels: int, max_pixels: int) -> str:
+    return f"it has {pixels:,} pixels, and at most {max_pixels:,} are decoded"
 
 
 def _orientation(image: Image.Image, notices: list[str]) -> int:
@@ -190,7 +190,7 @@ def _reason(error: Exception, source: ImageSource, warned: list[str]) -> str:
             return _joined(["its content is of no kind that Pillow decodes", *warned])
         case Image.DecompressionBombError():
             found = re.search(r"\d+", text)
-            return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
+            return _too_many(int(found[0]) if found else MAX_PIXELS + 1, MAX_PIXELS)
         case MemoryError():
             return "there is not enough memory to decode it"
         case OSError() if text.startswith("decoder error"):

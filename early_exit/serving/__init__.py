@@ -1,1 +1,1 @@
-"""A deployed model as a service: the engine that runs its segments, and HTTP around it."""
+"""Serving a deployed model: rows of different requests share the runs of the segments."""

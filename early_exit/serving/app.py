@@ -63,8 +63,7 @@ class Service:
             manifest.input.shape,
             len(manifest.classes),
         )
-        exit_names = manifest.exit_names
-        self.metrics = Metrics(engine, [exit_names[last] for last, _ in model.segments])
+        self.metrics = Metrics(engine, manifest)
         self.admission = Admission(
             LARGEST_BODIES * limits.max_body, max_rows, lambda: engine.expected_wait
         )
@@ -211,8 +210,7 @@ async def _answer(service: Service, handler: Handler, request: Request, body: Bo
             response = _error(error.status, str(error), error.retry_after)
         except Overloaded as error:
             response = _error(503, str(error), error.retry_after)
-        except SegmentFailed as error:
-            log.error("%s", error)
+        except SegmentFailed as error:  # which the engine logs
             response = _error(500, str(error))
         except ClientGone:
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,14 +14,15 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from early_exit.manifest import Manifest
+from early_exit.serving.adapt import val_point
 from early_exit.serving.engine import Engine
 
 
 class Metrics:
     """The numbers of a service: those of requests are counted here, the others are the engine's."""
 
-    def __init__(self, engine: Engine, segment_exits: Sequence[str]) -> None:
-        """segment_exits: the name of the exit that each segment ends at."""
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
@@ -41,7 +42,7 @@ class Metrics:
             "Requests refused because the service is overloaded",
             registry=self.registry,
         )
-        self.registry.register(_EngineMetrics(engine, segment_exits))
+        self.registry.register(_EngineMetrics(engine, manifest))
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """Counts a request. route: as in the table of routes, without names that clients give."""
@@ -60,13 +61,14 @@ class Metrics:
 class _EngineMetrics(Collector):
     """The engine's numbers, read when they are asked for."""
 
-    def __init__(self, engine: Engine, segment_exits: Sequence[str]) -> None:
-        self.engine, self.segment_exits = engine, segment_exits
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self.engine, self.manifest = engine, manifest
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
         state, policy = self.engine.snapshot(), self.engine.policy
-        exits, segments = policy.exit_names, self.segment_exits
+        exits = policy.exit_names
+        segments = [exits[segment.last] for segment in self.manifest.segments]
         thresholds = [
             (name, threshold)
             for name, threshold, enabled in zip(
@@ -88,6 +90,14 @@ class _EngineMetrics(Collector):
             CounterMetricFamily("early_exit_answered_rows", "Images answered", labels=("exit",)),
             zip(exits, state.answered, strict=True),
         )
+        val = val_point(self.manifest, policy)
+        if val is not None and val.exit_shares is not None:
+            family = GaugeMetricFamily(
+                "early_exit_val_share",
+                "Share of val that exits here by the policy now; other traffic is not like val",
+                labels=("exit",),
+            )
+            yield _family(family, zip(exits, val.exit_shares, strict=True))
         waiting = GaugeMetricFamily(
             "early_exit_waiting_rows", "Images that wait for a segment", labels=("segment",)
         )
@@ -97,8 +107,8 @@ class _EngineMetrics(Collector):
             ("rows", "Images in them", state.rows),
             ("seconds", "Seconds in them", state.seconds),
         ):
-            family = CounterMetricFamily(f"early_exit_segment_{name}", text, labels=("segment",))
-            yield _family(family, zip(segments, values, strict=True))
+            total = CounterMetricFamily(f"early_exit_segment_{name}", text, labels=("segment",))
+            yield _family(total, zip(segments, values, strict=True))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -105,10 +105,10 @@ async def _reload(service: Service, directory: Path) -> None:
     """Reads the policy again. If it cannot be used, the one before stays."""
     try:
         policy = await asyncio.to_thread(load_policy, directory, service.model.manifest)
+        service.engine.set_policy(policy)
     except (UserError, OSError) as error:
         log.error("the policy stays as it was: %s", error)
         return
-    service.engine.set_policy(policy)
     log.info("policy.yaml was read again; its thresholds are %s", policy.thresholds)
 
 
