@@ -25,6 +25,7 @@ import numpy as np
 
 from early_exit import deployed
 from early_exit.cli import flags
+from early_exit.data.decoding import MAX_PIXELS
 from early_exit.deployed import DeployedClassifier
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.packages import import_package
@@ -166,6 +167,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
     if args.port > 65535:
         raise UserError(f"--port must be at most 65535, got {args.port}")
+    if args.max_pixels > MAX_PIXELS:
+        raise UserError(f"--max-pixels must be at most {MAX_PIXELS}, got {args.max_pixels}")
     if args.max_images > args.max_rows:
         raise UserError(
             f"--max-images {args.max_images} is more than --max-rows {args.max_rows}: such a"
@@ -183,7 +186,7 @@ def _name_of(args: argparse.Namespace) -> str:
     name = args.model.resolve().name if args.name is None else args.name
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(
-            f"the model's name is {name!r}; pass a --name of letters, digits, dots, - and _"
+            f"the model's name is {name!r}; pass a --name of A-Z, a-z, 0-9, dots, - and _"
         )
     return name
 

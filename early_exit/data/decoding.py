@@ -144,7 +144,7 @@ def _opened(
             caught = stack.enter_context(_pillow_at_defaults())
             if opened is not source:
                 opened = stack.enter_context(Image.open(opened))
-            _check(opened, max_pixels or MAX_PIXELS)
+            _check(opened, min(max_pixels or MAX_PIXELS, MAX_PIXELS))
             yield opened, notices
     except Exception as error:  # arbitrary bytes can raise anything in a decoder
         if getattr(error, "errno", None) in NOT_THE_FILE:

@@ -24,7 +24,7 @@ from early_exit.deployed import DeployedClassifier
 from early_exit.serving import protocol, uploads
 from early_exit.serving.body import Body
 from early_exit.serving.engine import Engine, Overloaded, RowAnswer, SegmentFailed
-from early_exit.serving.limits import LARGEST_BODIES, Admission, Limits
+from early_exit.serving.limits import LARGEST_BODIES, MAX_HEADERS, Admission, Limits
 from early_exit.serving.metrics import Metrics
 from early_exit.serving.refused import ClientGone, Refused
 from early_exit.serving.waiting import answers_of, while_connected
@@ -93,33 +93,38 @@ class Service:
         return JSONResponse({"predictions": rows})
 
     async def _classify(self, content_type: str, content: bytes) -> list[RowAnswer]:
-        files = await self._in_pool(uploads.files_of, content_type, content, self.limits.max_images)
-        with self.admission.hold_rows(len(files)):
-            image_input = self.model.manifest.input
-            images = await self._in_pool(uploads.pixels_of, files, image_input, self.limits)
-            return await answers_of(self.engine, images)
+        with self.admission.hold_rows(1):  # its others are not known yet
+            files = await self._in_pool(
+                uploads.files_of, content_type, content, self.limits.max_images
+            )
+            with self.admission.hold_rows(len(files) - 1):
+                image_input = self.model.manifest.input
+                images = await self._in_pool(uploads.pixels_of, files, image_input, self.limits)
+                return await answers_of(self.engine, images)
 
     async def infer(self, request: Request, body: Body) -> Response:
         """POST /v2/models/NAME/infer."""
         self._check_name(request)
         content, length = await body.read(), request.headers.get(protocol.HEADER_LENGTH)
-        payload, header = await while_connected(request.receive, self._infer(content, length))
+        asked, answers = await while_connected(request.receive, self._infer(content, length))
+        payload, header = protocol.write_response(asked, self.signature, *_arrays(answers))
         if header is None:
             return Response(payload, media_type="application/json")
         return Response(
             payload, media_type=protocol.BINARY, headers={protocol.HEADER_LENGTH: str(header)}
         )
 
-    async def _infer(self, content: bytes, length: str | None) -> tuple[bytes, int | None]:
-        asked = await self._in_pool(
-            protocol.read_request, content, length, self.signature, self.limits.max_images
-        )
-        with self.admission.hold_rows(len(asked.images)):
-            images = await self._in_pool(self.model.manifest.input.array, asked.images)
-            answers = await answers_of(self.engine, images)
-        return await self._in_pool(
-            protocol.write_response, asked, self.signature, *_arrays(answers)
-        )
+    async def _infer(
+        self, content: bytes, length: str | None
+    ) -> tuple[protocol.InferRequest, list[RowAnswer]]:
+        """Tensors do not wait for the images that are decoded."""
+        with self.admission.hold_rows(1):
+            asked = await asyncio.to_thread(
+                protocol.read_request, content, length, self.signature, self.limits.max_images
+            )
+            with self.admission.hold_rows(len(asked.images) - 1):
+                images = await asyncio.to_thread(self.model.manifest.input.array, asked.images)
+                return asked, await answers_of(self.engine, images)
 
     async def server_metadata(self, _request: Request, _body: Body) -> Response:
         """GET /v2."""
@@ -169,7 +174,7 @@ def build_app(service: Service) -> Starlette:
 
     async def unknown(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        service.metrics.count(OTHER, error.status_code, 0.0)
+        service.metrics.count(OTHER, error.status_code)
         return _error(error.status_code, error.detail, headers=error.headers)
 
     routes = [
@@ -205,6 +210,7 @@ async def _answer(service: Service, handler: Handler, request: Request, body: Bo
     """What the handler answers, or its error as an answer."""
     try:
         try:
+            _check_headers(request)
             return await handler(request, body)
         except Refused as error:
             response = _error(error.status, str(error), error.retry_after)
@@ -225,6 +231,19 @@ async def _answer(service: Service, handler: Handler, request: Request, body: Bo
         return response
     except ClientGone:
         return Response(status_code=GONE)
+    except asyncio.CancelledError:  # the grace period is over
+        if not service.stopping:
+            raise
+        response = _error(503, "the server is ending", retry_after=1)
+        response.headers["connection"] = "close"
+        return response
+
+
+def _check_headers(request: Request) -> None:
+    """Raises Refused for long headers. Those that arrive in parts were refused before."""
+    size = sum(len(name) + len(value) for name, value in request.headers.raw)
+    if size > MAX_HEADERS:
+        raise Refused(431, f"the headers have {size} bytes; at most {MAX_HEADERS} are accepted")
 
 
 def _error(

@@ -44,10 +44,11 @@ class Metrics:
         )
         self.registry.register(_EngineMetrics(engine, manifest))
 
-    def count(self, route: str, status: int, seconds: float) -> None:
+    def count(self, route: str, status: int, seconds: float | None = None) -> None:
         """Counts a request. route: as in the table of routes, without names that clients give."""
         self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        if seconds is not None:
+            self._seconds.labels(route).observe(seconds)
 
     def count_rejected(self) -> None:
         """Counts a request that was refused because the service is overloaded."""

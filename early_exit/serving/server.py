@@ -71,6 +71,7 @@ async def serve(
         log_level="error",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_graceful_shutdown=grace - 1,  # the engine's end is within the grace period too
     )
@@ -81,8 +82,7 @@ async def serve(
     def stop() -> None:
         nonlocal end
         server.force_exit = service.stopping  # the second signal
-        if not service.stopping:
-            end = time.monotonic() + grace
+        end = time.monotonic() + (0 if service.stopping else grace)
         service.stopping = server.should_exit = True
 
     reloading: set[asyncio.Task] = set()

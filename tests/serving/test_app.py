@@ -149,6 +149,10 @@ class TestLimits:
         (response,) = call(app, classify(files=form(picture(RED), picture(RED)[:45])))
         assert_names(refused(response, 422), "image 2 of 2")
 
+    def test_long_headers(self, app):
+        (response,) = call(app, classify(headers={**PNG, "x": "x" * 2**14}))
+        assert_names(refused(response, 431), 2**14)
+
     def test_an_empty_body(self, app):
         (response,) = call(app, classify(content=b""))
         assert_names(refused(response, 400), "empty")
@@ -347,6 +351,16 @@ def test_metrics(app, engine):
         'early_exit_segment_seconds_total{segment="final"} 0.25',
     } <= lines
     assert "secret" not in response.text
+
+
+def test_the_shares_of_val_are_shown_where_they_are_stored(model, engine, service):
+    assert b"val_share" not in service.metrics.text()
+    row = {"threshold": 0.9, "accuracy": 0.5, "macs_share": 0.8, "exit_shares": [0.75, 0.25]}
+    val = {"temperatures": [1.0, 1.0]}
+    manifest = dataclasses.replace(model.manifest, val=val, val_curve=[row])
+    lines = type(service.metrics)(engine, manifest).text().decode().splitlines()
+    assert 'early_exit_val_share{exit="layer1"} 0.75' in lines
+    assert 'early_exit_val_share{exit="final"} 0.25' in lines
 
 
 def test_nothing_is_held_afterwards(service, app):

@@ -61,7 +61,7 @@ class Server:
 @pytest.fixture
 def start():
     """A function that starts a server, which is killed after the test."""
-    for package in ("uvicorn", *serve.PACKAGES, "onnxruntime", "httpx"):
+    for package in (*serve.PACKAGES, "onnxruntime", "httpx"):
         pytest.importorskip(package)
     started: list[Server] = []
 
@@ -148,7 +148,6 @@ def test_requests_of_many_clients(deployed_model, expected, start):
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'early_exit_requests_total{route="/v1/classify",status="200"} 192.0' in metrics
     assert "early_exit_rows_in_flight 0.0" in metrics
-    assert 'early_exit_val_share{exit="final"}' in metrics or "val_share" not in metrics
     assert server.stop() == 0
     assert list(server.log.queue) == []
 
@@ -202,8 +201,11 @@ def test_what_was_accepted_is_answered_after_a_signal(deployed_model, expected, 
 @pytest.mark.slow
 def test_a_client_that_does_not_finish_does_not_hold_up_the_end(deployed_model, start):
     server = start(deployed_model, "--grace", 2)
-    with contextlib.closing(begin_upload(server.port, b"x" * 100)):
+    with contextlib.closing(begin_upload(server.port, b"x" * 100)) as connection:
         assert server.stop() == 0
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503")
+    (line,) = server.log.queue
+    assert "Traceback" not in line
 
 
 @pytest.mark.slow
@@ -291,7 +293,8 @@ def test_malformed_requests_end_nothing(deployed_model, expected, start):
     ):
         with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
             connection.sendall(garbage + b"\r\n\r\n")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+            # 431 if all headers arrive at once
+            assert connection.recv(1000).split()[1] in (b"400", b"431")
     kind = {"content-type": "image/png"}
     response = httpx.post(f"{server.url}/v1/classify", content=files[0], headers=kind)
     assert_predicted(response.json()["predictions"], predictions[:1], slack(deployed_model))
@@ -324,6 +327,15 @@ def test_a_client_that_sends_no_headers_is_disconnected(monkeypatch, app):
     assert asyncio.run(run()).startswith(b"HTTP/1.1 ")
 
 
+def test_torch_is_not_needed():
+    for package in serve.PACKAGES:
+        pytest.importorskip(package)
+    code = "import sys; sys.modules['torch'] = None; import early_exit.serve"
+    code += ", early_exit.serving.server"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 class TestFlags:
     @pytest.mark.parametrize(
         ("flags", "named"),
@@ -333,6 +345,7 @@ class TestFlags:
             (["--max-wait", "nan"], ("--max-wait", "nan")),
             (["--max-batch", "0"], ("--max-batch", 0)),
             (["--target-p99", "0"], ("--target-p99", 0)),
+            (["--max-pixels", str(2**28 + 1)], ("--max-pixels", 2**28)),
             (["--grace", "1"], ("--grace", 2)),
             (["--max-images", "9", "--max-rows", "8"], ("--max-images", "--max-rows")),
             (["--name", "a/b"], ("--name", "a/b")),
@@ -344,7 +357,7 @@ class TestFlags:
         assert_names(refusal(serve.main, [str(tmp_path), *flags]), *named)
 
     def test_what_is_no_deployed_model(self, tmp_path):
-        assert_names(refusal(serve.main, [str(tmp_path)]), tmp_path, "export")
+        assert_names(refusal(serve.main, [str(tmp_path)]), tmp_path, "early_exit.export")
 
     def test_a_port_in_use(self, tmp_path):
         pytest.importorskip("uvicorn")
