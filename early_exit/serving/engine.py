@@ -284,7 +284,7 @@ class Engine:
             if not request.has_ended:
                 row = number - request.numbers.start
                 computed = request.computed[row]
-                queued = now - request.arrival - computed
+                queued = max(0.0, now - request.arrival - computed)
                 reports.append((request, RowAnswer(row, logits, exit_index, queued, computed)))
         self._answered[exit_index] += len(reports)
         if remaining is not None:

@@ -78,7 +78,7 @@ def test_a_batch_size_is_found(deployed_model):
 
 
 @pytest.mark.slow
-def test_cheaper_policies_of_an_exported_model(self, deployed_model):
+def test_cheaper_policies_of_an_exported_model(deployed_model):
     manifest = Manifest.read(deployed_model)
     policy = Policy.load(deployed_model / "policy.yaml")
     point = val_point(manifest, policy)
