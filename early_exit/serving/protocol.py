@@ -30,7 +30,7 @@ OUTPUTS = {
     "exit": ("INT64", np.int64),
 }
 """The outputs: the protocol's name of the type, and numpy's."""
-ELSEWHERE = ("classification", "shared_memory_region")
+UNSUPPORTED = ("classification", "shared_memory_region")
 """Parameters of extensions that this server lacks, and that change what the data mean."""
 
 
@@ -175,7 +175,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 def _parameters(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     parameters = _object(values.get("parameters", {}), f"the parameters of {what}")
-    for name in ELSEWHERE:
+    for name in UNSUPPORTED:
         if name in parameters:
             _refuse(f"{what} has the parameter {name}, of an extension that this server lacks")
     return parameters

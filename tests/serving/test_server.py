@@ -148,6 +148,7 @@ def test_requests_of_many_clients(deployed_model, expected, start):
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'early_exit_requests_total{route="/v1/classify",status="200"} 192.0' in metrics
     assert "early_exit_rows_in_flight 0.0" in metrics
+    assert 'early_exit_val_share{exit="final"}' in metrics
     assert server.stop() == 0
     assert list(server.log.queue) == []
 
