@@ -33,6 +33,7 @@ from early_exit.manifest import is_deployed
 from early_exit.serving.batch_size import pick_max_batch
 from early_exit.serving.engine import Engine, EngineSettings
 from early_exit.serving.limits import Limits
+from early_exit.serving.policies import Policies
 from early_exit.system import streams
 from early_exit.system.processors import processors
 
@@ -63,6 +64,19 @@ def parser() -> flags.Parser:
         " (default: the one that it was made for)",
     )
     _add_engine_flags(parser.add_argument_group("batches"))
+    group = parser.add_argument_group("under load")
+    group.add_argument(
+        "--adapt",
+        action="store_true",
+        help="exit earlier while the expected wait is over --target-p99, by the thresholds of the"
+        " model's val_curve (default: the thresholds of policy.yaml always)",
+    )
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="points of accuracy on val that --adapt may lose, at most",
+    )
     _add_limit_flags(parser.add_argument_group("limits"))
     return parser
 
@@ -137,9 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_rows=args.max_rows,
         target=args.target_p99 / 1000,
     )
+    engine = Engine(model.segments, model.policy, settings)
     service = app.Service(
         model,
-        Engine(model.segments, model.policy, settings),
+        engine,
         name,
         limits=Limits(
             max_body=args.max_body, max_images=args.max_images, max_pixels=args.max_pixels
@@ -153,7 +168,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{'s' * (args.workers > 1)} of {threads} thread{'s' * (threads > 1)}, at most"
         f" {settings.max_batch} images in a batch"
     )
-    asyncio.run(server.serve(service, listener, args.model, args.grace, announce))
+    max_drop = args.max_drop / 100 if args.adapt else None
+
+    async def serve() -> None:
+        policies = Policies(engine, model.manifest, args.model, max_drop, settings.target)
+        await server.serve(service, policies, listener, args.grace, announce)
+
+    asyncio.run(serve())
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -165,6 +186,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= lowest:  # NaN too
             raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
+    if args.adapt != (args.max_drop is not None):
+        raise UserError("--adapt and --max-drop need each other; pass both or none")
     if args.port > 65535:
         raise UserError(f"--port must be at most 65535, got {args.port}")
     if args.max_pixels > MAX_PIXELS:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from early_exit.deployed import load_policy
 from early_exit.errors import Failed, Unavailable, UserError
 from early_exit.serving.app import Service, build_app
 from early_exit.serving.limits import MAX_HEADERS
-
-log = logging.getLogger(__name__)
+from early_exit.serving.policies import Policies
 
 HEADER_SECONDS = 30.0  # to send a request's line and headers
 
@@ -54,13 +51,13 @@ def address_of(listener: socket.socket) -> str:
 
 
 async def serve(
-    service: Service, listener: socket.socket, directory: Path, grace: int, announce: str
+    service: Service, policies: Policies, listener: socket.socket, grace: int, announce: str
 ) -> None:
     """Serves until SIGTERM or SIGINT; then answers what is in progress. SIGHUP reads the policy
     again.
 
-    directory: of the model; grace: seconds for the end; announce: a line to print when ready.
-    Raises Failed if something was not answered.
+    grace: seconds for the end; announce: a line to print when ready. Raises Failed if something
+    was not answered.
     """
     config = uvicorn.Config(
         build_app(service),
@@ -85,31 +82,22 @@ async def serve(
         end = time.monotonic() + (0 if service.stopping else grace)
         service.stopping = server.should_exit = True
 
-    reloading: set[asyncio.Task] = set()
+    tasks: set[asyncio.Task[None]] = set()  # the loop alone would not keep them
 
-    def reload() -> None:
-        task = loop.create_task(_reload(service, directory))
-        reloading.add(task)  # the loop alone would not keep it
-        task.add_done_callback(reloading.discard)
+    def begin(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = loop.create_task(work())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    if policies.max_drop is not None:
+        begin(policies.adapt)
+    loop.add_signal_handler(signal.SIGHUP, begin, policies.reload)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await server.serve(sockets=[listener])
     service.close()
     if not await asyncio.to_thread(service.engine.close, max(0.0, end - time.monotonic())):
         raise Failed(f"some requests were not answered within {grace} seconds (--grace)")
-
-
-async def _reload(service: Service, directory: Path) -> None:
-    """Reads the policy again. If it cannot be used, the one before stays."""
-    try:
-        policy = await asyncio.to_thread(load_policy, directory, service.model.manifest)
-        service.engine.set_policy(policy)
-    except (UserError, OSError) as error:
-        log.error("the policy stays as it was: %s", error)
-        return
-    log.info("policy.yaml was read again; its thresholds are %s", policy.thresholds)
 
 
 class Connection(H11Protocol):

@@ -356,7 +356,7 @@ def test_metrics(app, engine):
 def test_the_shares_of_val_are_shown_where_they_are_stored(model, engine, service):
     assert b"val_share" not in service.metrics.text()
     row = {"threshold": 0.9, "accuracy": 0.5, "macs_share": 0.8, "exit_shares": [0.75, 0.25]}
-    val = {"temperatures": [1.0, 1.0]}
+    val = {"thresholds": [0.9], "temperatures": [1.0, 1.0], "accuracy": 0.8, "macs_share": 0.8}
     manifest = dataclasses.replace(model.manifest, val=val, val_curve=[row])
     lines = type(service.metrics)(engine, manifest).text().decode().splitlines()
     assert 'early_exit_val_share{exit="layer1"} 0.75' in lines

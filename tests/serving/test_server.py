@@ -337,6 +337,12 @@ def test_torch_is_not_needed():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
+def test_a_model_that_can_adapt(deployed_model, start):
+    server = start(deployed_model, "--adapt", "--max-drop", 100)
+    assert server.stop() == 0
+
+
 class TestFlags:
     @pytest.mark.parametrize(
         ("flags", "named"),
@@ -349,6 +355,8 @@ class TestFlags:
             (["--max-pixels", str(2**28 + 1)], ("--max-pixels", 2**28)),
             (["--grace", "1"], ("--grace", 2)),
             (["--max-images", "9", "--max-rows", "8"], ("--max-images", "--max-rows")),
+            (["--adapt"], ("--adapt", "--max-drop")),
+            (["--max-drop", "1"], ("--adapt", "--max-drop")),
             (["--name", "a/b"], ("--name", "a/b")),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
