@@ -4,6 +4,7 @@ a file's name in a request is not looked at."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from python_multipart.exceptions import FormParserError
@@ -42,7 +43,7 @@ def files_of(content_type: str, body: bytes, max_images: int) -> list[bytes]:
         raise Refused(400, f"the type {FORM} has no boundary")
     form = _Form(max_images)
     try:
-        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser = MultipartParser(boundary, form.callbacks())
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
@@ -87,7 +88,7 @@ class _Form:
         self._name, self._value = b"", b""
         self._type = ""
 
-    def callbacks(self) -> dict[str, object]:
+    def callbacks(self) -> Any:
         """As the parser takes them."""
         return {
             "on_part_begin": self._begin,
