@@ -60,11 +60,27 @@ class DeployedClassifier(ImageClassifier):
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """The predictions for what `read` gave."""
         answers = self.answer(np.stack(images))
-        best = answers.logits.max(axis=1, keepdims=True)
-        confidence = 1 / np.exp(answers.logits - best).sum(axis=1)  # of the softmax
-        return self.predictions(
-            answers.classes.tolist(), confidence.tolist(), answers.exit_index.tolist()
-        )
+        return self.predictions_of(answers.logits, answers.exit_index)
+
+    def predictions_of(self, logits: np.ndarray, exit_index: np.ndarray) -> list[Prediction]:
+        """The predictions for the answers (B, K) and the exits taken (B,), as in `Answers`."""
+        classes = logits.argmax(-1).tolist()
+        return self.predictions(classes, confidence_of(logits).tolist(), exit_index.tolist())
+
+
+def confidence_of(logits: np.ndarray) -> np.ndarray:
+    """The probability (B,) of the class answered, for the logits (B, K) of the answers."""
+    best = logits.max(axis=1, keepdims=True)
+    return 1 / np.exp(logits - best).sum(axis=1)  # of the softmax
+
+
+def load_policy(directory: Path, manifest: Manifest) -> Policy:
+    """The policy of a deployed model. Raises UserError if it cannot be read or is not for these
+    files."""
+    path = directory / "policy.yaml"
+    policy = Policy.load(path)
+    manifest.check_policy(policy, path)
+    return policy
 
 
 def load(
@@ -85,8 +101,7 @@ def load(
         raise UserError(f"threads must be at least 1, got {threads}")
     manifest = Manifest.read(directory)
     _declare_criterion(manifest)
-    policy = Policy.load(directory / "policy.yaml")
-    manifest.check_policy(policy, directory / "policy.yaml")
+    policy = load_policy(directory, manifest)
     name = choose_runtime(manifest.runtime, runtime)
     loader: Any = find_runtime(name, threads=threads)
     segments = [

@@ -125,7 +125,15 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
             "macs_share": test["macs_share"],
             "final_accuracy": report["final_accuracy"],
         },
-        "val_curve": [{"threshold": row["threshold"], **row["val"]} for row in report["curve"]],
+        "val": {
+            "thresholds": [row["threshold"] for row in report["exits"][:-1]],
+            "temperatures": [row["temperature"] for row in report["exits"]],
+            **report["val"],
+        },
+        "val_curve": [
+            {"threshold": row["threshold"], **row["val"], "exit_shares": row["val_shares"]}
+            for row in report["curve"]
+        ],
     }
 
 

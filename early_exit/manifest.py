@@ -118,9 +118,12 @@ class Manifest:
     """The runtime and precision in which the thresholds were chosen."""
     test: dict[str, Any]
     """Accuracy and cost on test, measured in `chosen_in`."""
+    val: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The chosen thresholds of the early exits and temperatures, with accuracy and cost on val. No
+    threshold: no image exits there. Empty in models that were exported before there was one."""
     val_curve: list[dict[str, Any]]
-    """Shared thresholds of the early exits, with accuracy and cost on val. No threshold: no exit is
-    taken."""
+    """Shared thresholds of the early exits, with accuracy, cost and the share of images that exit
+    at each exit, on val. No threshold: no exit is taken."""
     versions: dict[str, str]
     """Of the packages that wrote it."""
 

@@ -37,6 +37,7 @@ HOUSE = (
     ("data",),
     ("manifest", "prediction"),
     ("deployed",),
+    ("serving",),
     ("choosing",),
     ("task",),
     ("training",),
@@ -46,7 +47,7 @@ HOUSE = (
     ("classifier",),
     ("loading", "export_onnx", "card", "front_matter"),
     ("cli",),
-    ("predict", "compare", "export"),
+    ("predict", "compare", "export", "serve"),
 )
 LINES = {name: line for line, names in enumerate(HOUSE) for name in names}
 # Tables that may name data sets: the module, and the name they are assigned to.

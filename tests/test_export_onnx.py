@@ -67,7 +67,16 @@ class TestFiles:
         assert manifest.network["weights"] == own.loaded.weights
         assert {"torch", "numpy", "onnxruntime", "early-exit"} <= set(manifest.versions)
         point, row = manifest.val_curve[-1], report["curve"][-1]
-        assert point == {"threshold": row["threshold"], **row["val"]}
+        assert point == {
+            "threshold": row["threshold"],
+            **row["val"],
+            "exit_shares": row["val_shares"],
+        }
+        assert manifest.val == {
+            "thresholds": list(own.policy.thresholds),
+            "temperatures": list(own.policy.temperatures),
+            **report["val"],
+        }
         assert len(manifest.val_curve) == len(report["curve"])
 
     def test_the_card(self, deployed_model):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import logging
 import os
 import re
@@ -48,7 +49,8 @@ TURNS = {
 }
 MEANINGLESS = ("Metadata Warning",)  # warnings about tags of TIFF files that hold no pixels
 
-ImageSource = str | Path | Image.Image
+ImageSource = str | Path | bytes | Image.Image
+"""The path of an image file, its content, or an image."""
 
 _one_at_a_time = threading.RLock()
 
@@ -80,14 +82,14 @@ def read_image(source: ImageSource) -> Image.Image:
     return image
 
 
-def decode(source: ImageSource) -> tuple[Image.Image, str]:
+def decode(source: ImageSource, max_pixels: int | None = None) -> tuple[Image.Image, str]:
     """The first frame of an image file, or an image, as RGB, rotated as its EXIF data say; and the
     warning about the file, or "".
 
-    Raises Unreadable for a file that cannot be decoded, or has more than `MAX_PIXELS`, and OSError
-    for errors that are not the file's (`NOT_THE_FILE`).
+    max_pixels: by the header; default and maximum: `MAX_PIXELS`. Raises Unreadable for a file that
+    cannot be decoded or has more, and OSError for errors that are not the file's (`NOT_THE_FILE`).
     """
-    with _opened(source) as (file, notices):
+    with _opened(source, max_pixels) as (file, notices):
         image = rgb.as_rgb(file)
         turn = TURNS.get(_orientation(file, notices))
         if turn is not None:
@@ -118,11 +120,15 @@ def _report(name: str, notice: str) -> None:
 def _name_of(source: ImageSource) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or f"an image of {source.width}x{source.height}")
+    if isinstance(source, bytes):
+        return f"an image of {len(source)} bytes"
     return str(source)
 
 
 @contextlib.contextmanager
-def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
+def _opened(
+    source: ImageSource, max_pixels: int | None = None
+) -> Iterator[tuple[Image.Image, list[str]]]:
     """The image, not yet decoded, and its warnings, which are complete when the context ends.
     Errors are raised as Unreadable."""
     notices: list[str] = []
@@ -130,13 +136,15 @@ def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
     try:
         with contextlib.ExitStack() as stack:
             opened: Any = source
-            if not isinstance(source, Image.Image):
+            if isinstance(source, bytes):
+                opened = stack.enter_context(io.BytesIO(source))
+            elif not isinstance(source, Image.Image):
                 opened = stack.enter_context(open(source, "rb", BUFFER))
                 opened.peek()  # before other threads wait: storage may be slow
             caught = stack.enter_context(_pillow_at_defaults())
             if opened is not source:
                 opened = stack.enter_context(Image.open(opened))
-            _check(opened)
+            _check(opened, min(max_pixels or MAX_PIXELS, MAX_PIXELS))
             yield opened, notices
     except Exception as error:  # arbitrary bytes can raise anything in a decoder
         if getattr(error, "errno", None) in NOT_THE_FILE:
@@ -145,20 +153,20 @@ def _opened(source: ImageSource) -> Iterator[tuple[Image.Image, list[str]]]:
     notices += _texts(caught)
 
 
-def _check(image: Image.Image) -> None:
+def _check(image: Image.Image, max_pixels: int) -> None:
     """Raises ValueError for an image that is not decoded."""
     width, height = image.size
     if not width or not height:
         raise ValueError(f"it has no pixels: {width}x{height}")
-    if width * height > MAX_PIXELS:
-        raise ValueError(_too_many(width * height))
+    if width * height > max_pixels:
+        raise ValueError(_too_many(width * height, max_pixels))
     if getattr(image, "format", None) == "EPS":  # Pillow would run Ghostscript
         raise ValueError("an EPS file is a program, not pixels")
     rgb.check_white(image)
 
 
-def _too_many(pixels: int) -> str:
-    return f"it has {pixels:,} pixels, and at most {MAX_PIXELS:,} are decoded"
+def _too_many(pixels: int, max_pixels: int) -> str:
+    return f"it has {pixels:,} pixels, and at most {max_pixels:,} are decoded"
 
 
 def _orientation(image: Image.Image, notices: list[str]) -> int:
@@ -177,17 +185,21 @@ def _reason(error: Exception, source: ImageSource, warned: list[str]) -> str:
         case IsADirectoryError():
             return "it is a folder; name the files in it"
         case UnidentifiedImageError():
-            if not isinstance(source, Image.Image) and not os.path.getsize(source):
+            if not isinstance(source, Image.Image) and not _size(source):
                 return "the file is empty"
             return _joined(["its content is of no kind that Pillow decodes", *warned])
         case Image.DecompressionBombError():
             found = re.search(r"\d+", text)
-            return _too_many(int(found[0]) if found else MAX_PIXELS + 1)
+            return _too_many(int(found[0]) if found else MAX_PIXELS + 1, MAX_PIXELS)
         case MemoryError():
             return "there is not enough memory to decode it"
         case OSError() if text.startswith("decoder error"):
             return f"damaged, or compressed in a way that Pillow does not decode ({text})"
     return text
+
+
+def _size(source: str | Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else os.path.getsize(source)
 
 
 def _texts(caught: list[warnings.WarningMessage]) -> list[str]:

@@ -25,7 +25,6 @@ from early_exit.evaluation.report import (
 )
 from early_exit.evaluation.report_seconds import CurveSeconds, LatencyResult
 from early_exit.inference.latency import Timing
-from early_exit.inference.policy import Policy
 from early_exit.inference.segment_times import SegmentTimes
 from early_exit.metrics import auroc, expected_calibration_error, reliability
 from early_exit.model.cost import Cost, count_macs, meta_copy
@@ -138,7 +137,7 @@ def curve_points(val: Outcome, test: Outcome) -> tuple[CurvePoint, ...]:
     policy, cost = val.policy, val.cost
     curve = shared_curve(val.scored, policy.enabled, cost.cumulative(policy.enabled))
     thresholds = set(curve.thresholds[thinned(curve)].tolist())
-    if (own := shared_threshold(policy)) is not None:
+    if (own := policy.shared_threshold) is not None:
         thresholds.add(own)
     points = []
     for threshold in sorted(thresholds, reverse=True):
@@ -156,16 +155,6 @@ def curve_points(val: Outcome, test: Outcome) -> tuple[CurvePoint, ...]:
             )
         )
     return tuple(points)
-
-
-def shared_threshold(policy: Policy) -> float | None:
-    """The threshold of all enabled exits; None if they differ or there are none."""
-    thresholds = {
-        threshold
-        for threshold, enabled in zip(policy.thresholds, policy.enabled, strict=True)
-        if enabled
-    }
-    return thresholds.pop() if len(thresholds) == 1 else None
 
 
 def guarantee_result(

@@ -80,6 +80,16 @@ class Policy:
         """The number of exits, the final classifier included."""
         return len(self.exit_names)
 
+    @property
+    def shared_threshold(self) -> float | None:
+        """The threshold of all enabled early exits; None if they differ or there are none."""
+        thresholds = {
+            threshold
+            for threshold, enabled in zip(self.thresholds, self.enabled, strict=True)
+            if enabled
+        }
+        return thresholds.pop() if len(thresholds) == 1 else None
+
     def check_exits(self, names: Sequence[str], owner: str) -> None:
         """Raises UserError if the policy is for other exits than `names`, those of `owner`."""
         if self.exit_names != tuple(names):

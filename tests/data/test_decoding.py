@@ -55,9 +55,10 @@ def claiming(path: Path, width: int, height: int) -> Path:
 
 
 class TestReadImage:
-    def test_a_path_and_an_image_give_the_same(self, tmp_path):
+    def test_a_path_its_content_and_an_image_give_the_same(self, tmp_path):
         path = save(tmp_path / "noise.png")
-        images = [read_image(source) for source in (path, str(path), Image.open(path))]
+        sources = (path, str(path), path.read_bytes(), Image.open(path))
+        images = [read_image(source) for source in sources]
         assert len({image.tobytes() for image in images}) == 1
         assert {(image.mode, image.size) for image in images} == {("RGB", (SIDE, SIDE))}
 
@@ -75,7 +76,8 @@ class TestReadImage:
             expected = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
             found = read_image(file)
         assert np.array_equal(np.asarray(found), expected)
-        assert np.array_equal(np.asarray(read_image(path)), expected)
+        for source in (path, path.read_bytes()):
+            assert np.array_equal(np.asarray(read_image(source)), expected)
         assert np.array_equal(np.asarray(ImageOps.exif_transpose(found)), expected)  # not twice
         assert (found.size[0] > found.size[1]) == (orientation in (5, 6, 7, 8))
 
@@ -128,6 +130,15 @@ class TestRefused:
             assert_names(refusal(read_image, source), SIDE * SIDE, SIDE * SIDE - 1)
         monkeypatch.setattr(decoding, "MAX_PIXELS", SIDE * SIDE)
         assert read_image(path).size == (SIDE, SIDE)
+
+    def test_a_lower_limit_for_one_image(self, tmp_path):
+        content = save(tmp_path / "noise.png").read_bytes()
+        refused = refusal(decode, content, SIDE * SIDE - 1)
+        assert_names(refused, f"{len(content)} bytes", SIDE * SIDE, SIDE * SIDE - 1)
+        assert decode(content, SIDE * SIDE)[0].size == (SIDE, SIDE)
+
+    def test_an_empty_content(self):
+        assert_names(refusal(decode, b""), "empty")
 
     @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
     def test_an_error_of_the_machine_is_not_the_files(self, tmp_path, monkeypatch, number):

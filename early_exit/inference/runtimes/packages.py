@@ -1,4 +1,4 @@
-"""The packages of the runtimes, which are extras of setup.cfg."""
+"""The packages of the runtimes and of the server, which are extras of setup.cfg."""
 
 import importlib
 from types import ModuleType
@@ -11,6 +11,7 @@ EXTRAS = {
     "onnxscript": "onnxruntime",
     "openvino": "openvino",
     "nncf": "openvino",
+    **dict.fromkeys(("uvicorn", "starlette", "prometheus_client", "python_multipart"), "serve"),
 }
 """The extra that installs each package."""
 

@@ -1,0 +1,146 @@
+"""Which waiting rows run next."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_segments import POLICY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from early_exit.inference.infer import Rows
+from early_exit.serving.load import FADING, Load
+from early_exit.serving.queues import Queues, WaitingRows
+
+OTHER = replace(POLICY, thresholds=(0.7, 0.5))
+
+
+def rows(*numbers):
+    """Rows whose features and state are their numbers."""
+    index = np.array(numbers)
+    return Rows(index, index[:, None] * 1.0, index * 1)
+
+
+def numbers_of(parts):
+    """The numbers of several parts, whose rows are whole."""
+    for part in parts:
+        assert part.features[:, 0].tolist() == part.state.tolist() == part.index.tolist()
+    return [number for part in parts for number in part.index.tolist()]
+
+
+def queues(max_batch=4, max_wait=0.0, deadline_of=float):
+    return Queues(2, max_batch, max_wait, deadline_of)
+
+
+@given(
+    owners=st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    order=st.permutations(range(6)),
+    takes=st.lists(st.integers(1, 9), max_size=10),
+    gone=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+)
+def test_rows_are_taken_in_order_however_they_were_put(owners, order, takes, gone):
+    waiting = WaitingRows(POLICY)
+    for owner in order:
+        part = [number for number, other in enumerate(owners) if other == owner]
+        if part:
+            waiting.put(rows(*part), now=0)
+    discarded = range(min(gone), max(gone))
+    left = [number for number in range(len(owners)) if number not in discarded]
+    removed = waiting.discard(discarded)
+    assert sorted([*removed, *left]) == list(range(len(owners)))
+    for count in takes:
+        assert len(waiting) == len(left)
+        assert numbers_of(waiting.take(count)) == left[:count]
+        left = left[count:]
+
+
+class TestWhatRunsNext:
+    def test_the_earliest_deadline(self):
+        waiting = queues()
+        waiting.put(0, POLICY, rows(3, 4), now=0)
+        waiting.put(1, POLICY, rows(5), now=0)
+        batches = [waiting.take(0), waiting.take(0)]
+        assert [(batch.position, batch.numbers) for batch in batches] == [(0, [3, 4]), (1, [5])]
+        assert waiting.take(0) is None
+
+    def test_of_equal_deadlines_the_later_segment(self):
+        waiting = queues(deadline_of=lambda _: 7.0)
+        waiting.put(0, POLICY, rows(0, 1), now=0)
+        waiting.put(1, POLICY, rows(2), now=0)
+        assert [waiting.take(0).position for _ in range(2)] == [1, 0]
+
+    def test_at_most_max_batch_rows(self):
+        waiting = queues(max_batch=3)
+        waiting.put(0, POLICY, rows(0, 1), now=0)
+        waiting.put(0, POLICY, rows(2, 3), now=0)
+        assert waiting.counts == (4, 0)
+        batch = waiting.take(0)
+        assert numbers_of(batch.parts) == batch.numbers == [0, 1, 2]
+        assert waiting.counts == (1, 0)
+
+    def test_rows_of_one_policy_alone(self):
+        waiting = queues()
+        waiting.put(0, POLICY, rows(0), now=0)
+        waiting.put(0, OTHER, rows(1), now=0)
+        waiting.put(0, replace(POLICY), rows(2), now=0)  # equal, not the same object
+        batches = [waiting.take(0), waiting.take(0)]
+        assert [(batch.policy, batch.numbers) for batch in batches] == [
+            (POLICY, [0, 2]),
+            (OTHER, [1]),
+        ]
+
+    def test_discarded_rows_do_not_run(self):
+        waiting = queues()
+        waiting.put(0, POLICY, rows(0, 1, 2), now=0)
+        waiting.put(1, OTHER, rows(3), now=0)
+        assert sorted(waiting.discard(range(1, 4))) == [1, 2, 3]
+        assert waiting.counts == (1, 0)
+        assert waiting.take(0).numbers == [0]
+        assert waiting.take(0) is None
+
+
+class TestHoldingBack:
+    def test_until_the_first_row_has_waited(self):
+        waiting = queues(max_wait=2.0)
+        waiting.put(0, POLICY, rows(0, 1), now=10)
+        waiting.put(0, POLICY, rows(2), now=11)
+        assert (waiting.take(11.9), waiting.next_due()) == (None, 12)
+        assert waiting.take(12).numbers == [0, 1, 2]
+        assert waiting.next_due() is None
+
+    def test_until_the_batch_is_full(self):
+        waiting = queues(max_wait=2.0, max_batch=3)
+        waiting.put(0, POLICY, rows(0, 1), now=10)
+        waiting.put(0, POLICY, rows(2, 3), now=10)
+        assert waiting.take(10).numbers == [0, 1, 2]
+        assert waiting.take(10) is None
+
+    def test_a_full_batch_of_later_deadlines_goes_first(self):
+        waiting = queues(max_wait=2.0, max_batch=3)
+        waiting.put(1, POLICY, rows(0), now=10)
+        waiting.put(0, POLICY, rows(1, 2, 3), now=10)
+        assert waiting.take(10).position == 0
+
+    def test_not_at_the_end(self):
+        waiting = queues(max_wait=2.0)
+        waiting.put(0, POLICY, rows(0), now=10)
+        assert waiting.take(10, hold_back=False).numbers == [0]
+
+
+class TestExpectedWait:
+    def test_by_hand(self):
+        """Segment 0 takes 0.1 s a row and a quarter remains; segment 1 takes 0.4 s a row. So a row
+        that waits for segment 0 takes 0.2 s in all."""
+        load = Load(2)
+        assert load.expected_wait((3, 5), 1) == 0
+        load.add(0, rows=8, seconds=0.8, remaining=2)
+        load.add(1, rows=2, seconds=0.8, remaining=0)
+        assert load.expected_wait((3, 5), 1) == pytest.approx(3 * 0.2 + 5 * 0.4)
+        assert load.expected_wait((3, 5), 2) == pytest.approx(1.3)
+        assert (load.runs, load.rows, load.seconds) == ([1, 1], [8, 2], [0.8, 0.8])
+
+    def test_recent_runs_count_more(self):
+        load = Load(1)
+        load.add(0, rows=1, seconds=1.0, remaining=0)
+        load.add(0, rows=1, seconds=2.0, remaining=0)
+        assert load.expected_wait((1,), 1) == pytest.approx((FADING + 2) / (FADING + 1))
