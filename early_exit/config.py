@@ -219,8 +219,6 @@ class LossConfig:
     """Checkpoint of a trained run whose final exit teaches all exits, as the distillation does."""
     teacher_weight: float = 1.0
     """Weight of the distillation from the teacher."""
-    reach: float = 0.0
-    """Share of an exit's weight that goes to images by how likely they reach it, in [0, 1]."""
 
     def __post_init__(self) -> None:
         _require(
@@ -236,7 +234,6 @@ class LossConfig:
             self.teacher_weight > 0,
             f"loss.teacher_weight must be positive, got {self.teacher_weight}",
         )
-        _require(0 <= self.reach <= 1, f"loss.reach must be in [0, 1], got {self.reach}")
 
 
 @dataclass(frozen=True, kw_only=True)

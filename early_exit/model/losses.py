@@ -66,7 +66,6 @@ def joint_loss(
     distill_temperature: float = 3.0,
     teacher: Tensor | None = None,
     teacher_weight: float = 1.0,
-    reach: float = 0.0,
 ) -> Tensor:
     """Weighted sum of every exit's cross-entropy (arXiv:1709.01686, equation 1), a scalar.
 
@@ -76,11 +75,7 @@ def joint_loss(
     `distill_temperature` (Hinton et al., arXiv:1503.02531; from the network's own final exit, Zhang
     et al., arXiv:1905.08094). The final exit gets no gradient from it. With the logits (B, K) of a
     `teacher`, every exit gets the same from those, times `teacher_weight`.
-
-    reach: the share of an exit's weight that is given to images by how likely they reach it, as
-    `reach_weights` says; 0: all images count equally.
     """
-    images = reach_weights(logits, reach) if reach else []
     sources = [(logits[-1].detach(), distill, len(logits) - 1)] if distill else []
     if teacher is not None:
         sources.append((teacher, teacher_weight, len(logits)))
@@ -95,8 +90,6 @@ def joint_loss(
         for source, scale, taught in sources:
             if number < taught:
                 losses = losses + scale * divergence(exit_logits, source, distill_temperature)
-        if reach:
-            losses = losses * images[number]
         loss = loss + weight * losses.mean()
     return loss
 
@@ -108,21 +101,3 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     taught = F.log_softmax(teacher.float() / temperature, dim=-1)
     terms = F.kl_div(log_probs, taught, reduction="none", log_target=True)
     return temperature**2 * terms.sum(dim=-1)
-
-
-def reach_weights(logits: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Per exit, a weight (B,) of every image, with a mean of 1.
-
-    An image reaches an exit with the product, over the exits before, of 1 minus the probability of
-    their best class; its weight is 1 - share, plus share times that over the batch's mean. Without
-    a gradient.
-    """
-    reaching = torch.ones(len(logits[0]), device=logits[0].device)
-    weights = []
-    for exit_logits in logits:
-        mean = reaching.mean()
-        # where every image is certain to have left, all count equally
-        relative = torch.where(mean > 0, reaching / mean, 1.0)
-        weights.append(1 - share + share * relative)
-        reaching = reaching * (1 - exit_logits.detach().float().softmax(dim=-1).amax(dim=-1))
-    return weights

@@ -160,7 +160,6 @@ def epoch_steps(
         label_smoothing=optim.label_smoothing,
         distill=config.loss.distill,
         distill_temperature=config.loss.distill_temperature,
-        **({"reach": config.loss.reach} if config.loss.reach else {}),
         **({"teacher_weight": config.loss.teacher_weight} if teacher else {}),
         **run.task_loss_settings,
     )

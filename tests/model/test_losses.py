@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from early_exit.errors import UserError
-from early_exit.model.losses import joint_loss, reach_weights, resolve_weights, weights_at
+from early_exit.model.losses import joint_loss, resolve_weights, weights_at
 
 EVEN = [[0.0, 0.0]]  # probabilities 1/2, 1/2
 LEANING = [[math.log(3), 0.0]]  # probabilities 3/4, 1/4
@@ -195,16 +195,6 @@ def test_a_teacher_teaches_every_exit():
     )
     distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert (taught - plain).item() == pytest.approx(2.0 * 1.5 * distance, rel=ROUNDED)
-
-
-def test_images_weigh_by_how_likely_they_reach_an_exit():
-    # the first exit leaves 1/2 of the first image and 1/4 of the second: weights 4/3 and 2/3
-    first = torch.tensor([EVEN[0], LEANING[0]])
-    weights = reach_weights([first, first], 1.0)
-    assert weights[0].tolist() == [1, 1]
-    assert weights[1].tolist() == pytest.approx([4 / 3, 2 / 3], rel=ROUNDED)
-    half = reach_weights([first, first], 0.5)
-    assert half[1].tolist() == pytest.approx([7 / 6, 5 / 6], rel=ROUNDED)
 
 
 def test_images_that_all_have_left_count_equally():
