@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -14,7 +15,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from early_exit.inference.policy import Policy
 from early_exit.manifest import Manifest
+from early_exit.serving import drift
 from early_exit.serving.adapt import val_point
 from early_exit.serving.engine import Engine
 
@@ -23,6 +26,7 @@ class Metrics:
     """The numbers of a service: those of requests are counted here, the others are the engine's."""
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self.engine, self.window = engine, drift.Window()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
@@ -42,7 +46,7 @@ class Metrics:
             "Requests refused because the service is overloaded",
             registry=self.registry,
         )
-        self.registry.register(_EngineMetrics(engine, manifest))
+        self.registry.register(_EngineMetrics(engine, manifest, self.window))
 
     def count(self, route: str, status: int, seconds: float | None = None) -> None:
         """Counts a request. route: as in the table of routes, without names that clients give."""
@@ -54,6 +58,12 @@ class Metrics:
         """Counts a request that was refused because the service is overloaded."""
         self._rejected.inc()
 
+    def count_exits(self, policy: Policy, exit_index: np.ndarray) -> None:
+        """Counts images (B,) that were answered, for the comparison with val. policy: that they
+        came with; under an earlier one they are not compared."""
+        if policy == self.engine.policy:
+            self.window.add(policy, exit_index.tolist())
+
     def text(self) -> bytes:
         """The numbers now."""
         return generate_latest(self.registry)
@@ -62,8 +72,8 @@ class Metrics:
 class _EngineMetrics(Collector):
     """The engine's numbers, read when they are asked for."""
 
-    def __init__(self, engine: Engine, manifest: Manifest) -> None:
-        self.engine, self.manifest = engine, manifest
+    def __init__(self, engine: Engine, manifest: Manifest, window: drift.Window) -> None:
+        self.engine, self.manifest, self.window = engine, manifest, window
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
@@ -95,10 +105,24 @@ class _EngineMetrics(Collector):
         if val is not None and val.exit_shares is not None:
             family = GaugeMetricFamily(
                 "early_exit_val_share",
-                "Share of val that exits here by the policy now; other traffic is not like val",
+                "Share of val that exits here by the policy now",
                 labels=("exit",),
             )
             yield _family(family, zip(exits, val.exit_shares, strict=True))
+            counts = self.window.counts(policy)
+            if counts is not None:
+                yield _gauge(
+                    "drift",
+                    f"Total variation distance between the exits of the last {counts.sum()} images"
+                    " under the policy now and val's",
+                    drift.distance(counts, val.exit_shares),
+                )
+                yield _gauge(
+                    "drift_by_chance",
+                    "A drift that images like val's exceed with a probability of at most"
+                    f" {drift.FALSE_ALARM:g}",
+                    drift.distance_by_chance(len(segments), int(counts.sum()), val.images),
+                )
         waiting = GaugeMetricFamily(
             "early_exit_waiting_rows", "Images that wait for a segment", labels=("segment",)
         )
