@@ -117,12 +117,14 @@ class _EngineMetrics(Collector):
                     " under the policy now and val's",
                     drift.distance(counts, val.exit_shares),
                 )
-                yield _gauge(
-                    "drift_by_chance",
-                    "A drift that images like val's exceed with a probability of at most"
-                    f" {drift.FALSE_ALARM:g}",
-                    drift.distance_by_chance(len(segments), int(counts.sum()), val.images),
-                )
+                if val.images:
+                    shares = tuple(val.exit_shares[one.last] for one in self.manifest.segments)
+                    yield _gauge(
+                        "drift_by_chance",
+                        f"The drift that a share {drift.FALSE_ALARM:g} of windows of images like"
+                        " val's exceed",
+                        drift.distance_by_chance(shares, val.images, int(counts.sum())),
+                    )
         waiting = GaugeMetricFamily(
             "early_exit_waiting_rows", "Images that wait for a segment", labels=("segment",)
         )

@@ -8,7 +8,7 @@ import pytest
 from fakes import SHAPE, call, colour_model
 
 from early_exit.inference.policy import Policy
-from early_exit.serving.drift import FALSE_ALARM, Window, distance, distance_by_chance
+from early_exit.serving.drift import Window, distance, distance_by_chance
 
 POLICY = Policy(exit_names=("layer1", "final"), thresholds=(0.9,))
 OTHER = POLICY.with_threshold(0.5)
@@ -28,21 +28,28 @@ def test_the_distance(counts, val_shares, expected):
 
 
 class TestByChance:
-    def test_values_worked_out_by_hand(self):
-        assert FALSE_ALARM == 1e-3  # sqrt(ln(1000) / 2) is 1.85847
-        assert distance_by_chance(2, 1000, None) == pytest.approx(2.35847 / math.sqrt(1000), 1e-5)
-        assert distance_by_chance(5, 100, None) == pytest.approx(0.285847, 1e-5)
-        assert distance_by_chance(5, 200, 200) == pytest.approx(0.285847, 1e-5)
+    @pytest.mark.parametrize(("val_images", "rows"), [(5000, 1000), (180, 1000)])
+    def test_with_two_exits_it_is_the_quantile_of_a_difference_of_shares(self, val_images, rows):
+        """Which is normal, with the sum of their variances; 0.05 % are beyond 3.2905 on each side.
+        Of 20,000 draws 20 are beyond: the quantile is off by less than 10 %."""
+        sigma = math.sqrt(0.25 / val_images + 0.25 / rows)
+        found = distance_by_chance((0.5, 0.5), val_images, rows)
+        assert found == pytest.approx(3.2905 * sigma, rel=0.1)
 
-    @pytest.mark.parametrize("shares", [[0.5, 0.5], [0.9, 0.1], [0.4, 0.3, 0.3]])
-    def test_what_is_like_val_stays_below_and_what_is_not_does_not(self, shares):
-        rng, rows, val_images = np.random.default_rng(0), 1000, 5000
-        most = distance_by_chance(len(shares), rows, val_images)
+    @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.4, 0.3, 0.3)])
+    def test_what_is_like_val_is_seldom_beyond_and_what_is_not_always(self, shares):
+        rng, rows, val_images = np.random.default_rng(1), 1000, 5000
+        most = distance_by_chance(shares, val_images, rows)
         val = rng.multinomial(val_images, shares, 2000) / val_images
         live = rng.multinomial(rows, shares, 2000)
-        assert max(map(distance, live, val)) <= most
+        # 2 are expected; more than 11 have a probability of about 1e-6
+        assert sum(found > most for found in map(distance, live, val)) <= 11
         moved = np.array([shares[0] - 0.2, shares[1] + 0.2, *shares[2:]])
         assert min(map(distance, rng.multinomial(rows, moved, 2000), val)) > most
+
+    def test_an_exit_that_no_image_of_val_took(self):
+        """One image of the window that takes it is not beyond chance."""
+        assert distance_by_chance((1.0, 0.0), 1000, 1000) > distance([999, 1], [1.0, 0.0])
 
 
 class TestWindow:
@@ -101,7 +108,7 @@ class TestGauges:
         assert self.send(app, 900, 99) == {}
         found = self.send(app, 0, 1)
         assert found["early_exit_drift"] == "0.4"
-        expected = distance_by_chance(2, 1000, 1000)
+        expected = distance_by_chance((0.5, 0.5), 1000, 1000)
         assert float(found["early_exit_drift_by_chance"]) == pytest.approx(expected)
         assert self.send(app, 0, 400)["early_exit_drift"] == "0.0"
 
