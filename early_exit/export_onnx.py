@@ -129,7 +129,7 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
             "thresholds": [row["threshold"] for row in report["exits"][:-1]],
             "temperatures": [row["temperature"] for row in report["exits"]],
             **report["val"],
-            "exit_shares": report.get("val_shares"),  # older reports have none
+            "exit_shares": report.get("val_shares") or None,  # older reports have none
             "images": report["choice"]["val_images"],
         },
         "val_curve": [

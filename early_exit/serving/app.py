@@ -129,7 +129,7 @@ class Service:
     async def _answers(self, images: np.ndarray) -> list[RowAnswer]:
         policy = self.engine.policy  # that they come with: it changes on the event loop alone
         answers = await answers_of(self.engine, images)
-        self.metrics.count_exits(policy, np.array([answer.exit_index for answer in answers]))
+        self.metrics.count_exits(policy, [answer.exit_index for answer in answers])
         return answers
 
     async def server_metadata(self, _request: Request, _body: Body) -> Response:

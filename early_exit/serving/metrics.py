@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -58,11 +57,11 @@ class Metrics:
         """Counts a request that was refused because the service is overloaded."""
         self._rejected.inc()
 
-    def count_exits(self, policy: Policy, exit_index: np.ndarray) -> None:
-        """Counts images (B,) that were answered, for the comparison with val. policy: that they
-        came with; under an earlier one they are not compared."""
+    def count_exits(self, policy: Policy, exits: Sequence[int]) -> None:
+        """Counts images that were answered, for the comparison with val. policy: that they came
+        with; under an earlier one they are not compared. exits: their indices."""
         if policy == self.engine.policy:
-            self.window.add(policy, exit_index.tolist())
+            self.window.add(policy, exits)
 
     def text(self) -> bytes:
         """The numbers now."""

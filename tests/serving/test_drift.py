@@ -119,5 +119,5 @@ class TestGauges:
     def test_images_of_an_earlier_policy_are_not_counted(self, engine, make_service):
         service = make_service()
         earlier, engine.policy = engine.policy, engine.policy.with_threshold(0.8)
-        service.metrics.count_exits(earlier, np.zeros(1000, np.int64))
+        service.metrics.count_exits(earlier, [0] * 1000)
         assert service.metrics.window.counts(earlier) is None
