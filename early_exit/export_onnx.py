@@ -129,6 +129,8 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
             "thresholds": [row["threshold"] for row in report["exits"][:-1]],
             "temperatures": [row["temperature"] for row in report["exits"]],
             **report["val"],
+            "exit_shares": report.get("val_shares") or None,  # older reports have none
+            "images": report["choice"]["val_images"],
         },
         "val_curve": [
             {"threshold": row["threshold"], **row["val"], "exit_shares": row["val_shares"]}

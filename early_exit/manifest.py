@@ -119,8 +119,9 @@ class Manifest:
     test: dict[str, Any]
     """Accuracy and cost on test, measured in `chosen_in`."""
     val: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The chosen thresholds of the early exits and temperatures, with accuracy and cost on val. No
-    threshold: no image exits there. Empty in models that were exported before there was one."""
+    """The chosen thresholds of the early exits and temperatures, with accuracy, cost and the share
+    of images that exit at each exit, on val, and the number of its images. No threshold: no image
+    exits there. Empty in models that were exported before there was one."""
     val_curve: list[dict[str, Any]]
     """Shared thresholds of the early exits, with accuracy, cost and the share of images that exit
     at each exit, on val. No threshold: no exit is taken."""

@@ -76,6 +76,8 @@ class TestFiles:
             "thresholds": list(own.policy.thresholds),
             "temperatures": list(own.policy.temperatures),
             **report["val"],
+            "exit_shares": report["val_shares"],
+            "images": report["choice"]["val_images"],
         }
         assert len(manifest.val_curve) == len(report["curve"])
 

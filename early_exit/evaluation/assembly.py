@@ -98,6 +98,7 @@ def make_report(
         ),
         plain_macs=cost.plain_macs,
         val=val.point,
+        val_shares=val.exit_shares,
         test=test.point,
         random_accuracy=test.random_exit_accuracy,
         final_accuracy=test.final_accuracy,

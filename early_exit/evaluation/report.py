@@ -265,6 +265,8 @@ class Report:
     """One for each timed batch size."""
     runtimes: tuple[RuntimeRow, ...] = ()
     """If it was evaluated in several runtimes: all of them, this one included."""
+    val_shares: tuple[float, ...] = ()
+    """Of val that exit at each exit under the policy."""
 
     @property
     def early_exits(self) -> tuple[ExitRow, ...]:

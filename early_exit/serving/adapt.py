@@ -30,8 +30,9 @@ class ValPoint:
     macs_share: float
     """Of the plain network's multiply-adds."""
     exit_shares: tuple[float, ...] | None
-    """Of the images that exit at each exit; None if it is not stored, as for thresholds that differ
-    from exit to exit."""
+    """Of the images that exit at each exit; None if it is not stored."""
+    images: int | None
+    """Of val; None if it is not stored."""
 
 
 def val_point(manifest: Manifest, policy: Policy) -> ValPoint | None:
@@ -45,10 +46,20 @@ def val_point(manifest: Manifest, policy: Policy) -> ValPoint | None:
         return None
     for row in manifest.val_curve:
         if policy.shared_threshold == _threshold(row["threshold"]):
-            return ValPoint(row["accuracy"], row["macs_share"], tuple(row["exit_shares"]))
+            return _point(row, manifest)
     if list(policy.thresholds) == list(map(_threshold, manifest.val["thresholds"])):
-        return ValPoint(manifest.val["accuracy"], manifest.val["macs_share"], None)
+        return _point(manifest.val, manifest)
     return None
+
+
+def _point(row: dict[str, Any], manifest: Manifest) -> ValPoint:
+    shares = row.get("exit_shares")
+    return ValPoint(
+        row["accuracy"],
+        row["macs_share"],
+        None if shares is None else tuple(shares),
+        manifest.val.get("images"),
+    )
 
 
 def curve_policies(manifest: Manifest, policy: Policy, max_drop: float) -> list[Policy]:

@@ -100,7 +100,7 @@ class Service:
             with self.admission.hold_rows(len(files) - 1):
                 image_input = self.model.manifest.input
                 images = await self._in_pool(uploads.pixels_of, files, image_input, self.limits)
-                return await answers_of(self.engine, images)
+                return await self._answers(images)
 
     async def infer(self, request: Request, body: Body) -> Response:
         """POST /v2/models/NAME/infer."""
@@ -124,7 +124,13 @@ class Service:
             )
             with self.admission.hold_rows(len(asked.images) - 1):
                 images = await asyncio.to_thread(self.model.manifest.input.array, asked.images)
-                return asked, await answers_of(self.engine, images)
+                return asked, await self._answers(images)
+
+    async def _answers(self, images: np.ndarray) -> list[RowAnswer]:
+        policy = self.engine.policy  # that they come with: it changes on the event loop alone
+        answers = await answers_of(self.engine, images)
+        self.metrics.count_exits(policy, [answer.exit_index for answer in answers])
+        return answers
 
     async def server_metadata(self, _request: Request, _body: Body) -> Response:
         """GET /v2."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +14,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from early_exit.inference.policy import Policy
 from early_exit.manifest import Manifest
+from early_exit.serving import drift
 from early_exit.serving.adapt import val_point
 from early_exit.serving.engine import Engine
 
@@ -23,6 +25,7 @@ class Metrics:
     """The numbers of a service: those of requests are counted here, the others are the engine's."""
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self.engine, self.window = engine, drift.Window()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
@@ -42,7 +45,7 @@ class Metrics:
             "Requests refused because the service is overloaded",
             registry=self.registry,
         )
-        self.registry.register(_EngineMetrics(engine, manifest))
+        self.registry.register(_EngineMetrics(engine, manifest, self.window))
 
     def count(self, route: str, status: int, seconds: float | None = None) -> None:
         """Counts a request. route: as in the table of routes, without names that clients give."""
@@ -54,6 +57,12 @@ class Metrics:
         """Counts a request that was refused because the service is overloaded."""
         self._rejected.inc()
 
+    def count_exits(self, policy: Policy, exits: Sequence[int]) -> None:
+        """Counts images that were answered, for the comparison with val. policy: that they came
+        with; under an earlier one they are not compared. exits: their indices."""
+        if policy == self.engine.policy:
+            self.window.add(policy, exits)
+
     def text(self) -> bytes:
         """The numbers now."""
         return generate_latest(self.registry)
@@ -62,8 +71,8 @@ class Metrics:
 class _EngineMetrics(Collector):
     """The engine's numbers, read when they are asked for."""
 
-    def __init__(self, engine: Engine, manifest: Manifest) -> None:
-        self.engine, self.manifest = engine, manifest
+    def __init__(self, engine: Engine, manifest: Manifest, window: drift.Window) -> None:
+        self.engine, self.manifest, self.window = engine, manifest, window
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
@@ -95,10 +104,26 @@ class _EngineMetrics(Collector):
         if val is not None and val.exit_shares is not None:
             family = GaugeMetricFamily(
                 "early_exit_val_share",
-                "Share of val that exits here by the policy now; other traffic is not like val",
+                "Share of val that exits here by the policy now",
                 labels=("exit",),
             )
             yield _family(family, zip(exits, val.exit_shares, strict=True))
+            counts = self.window.counts(policy)
+            if counts is not None:
+                yield _gauge(
+                    "drift",
+                    f"Total variation distance between the exits of the last {counts.sum()} images"
+                    " under the policy now and val's",
+                    drift.distance(counts, val.exit_shares),
+                )
+                if val.images:
+                    shares = tuple(val.exit_shares[one.last] for one in self.manifest.segments)
+                    yield _gauge(
+                        "drift_by_chance",
+                        f"The drift that a share {drift.FALSE_ALARM:g} of windows of images like"
+                        " val's exceed",
+                        drift.distance_by_chance(shares, val.images, int(counts.sum())),
+                    )
         waiting = GaugeMetricFamily(
             "early_exit_waiting_rows", "Images that wait for a segment", labels=("segment",)
         )

@@ -2,7 +2,7 @@
 
 `problems(files, dockerfile, ignored)` reads all of them together and yields a line for each
 mistake: the file, the name of the rule, and what was found. test_docker.py checks that there is
-none, and that each rule finds a planted one.
+none, and that each rule finds a planted one. serve.yaml has rules of its own in test_serve_yaml.py.
 """
 
 import functools
@@ -93,8 +93,9 @@ def of_document(name: str, doc: dict) -> Iterator[str]:
     if ("generateName" in meta) != (name in CREATED_OFTEN):
         yield "name: a name where it is created once, generateName where more often"
     labelled = [meta]
-    if doc["kind"] == "Job":
+    if "template" in doc["spec"]:
         labelled.append(doc["spec"]["template"]["metadata"])
+    if doc["kind"] == "Job":
         rules = doc["spec"].get("podFailurePolicy", {}).get("rules", [])
         if pod_spec(doc)["restartPolicy"] != "Never":
             yield "restart-in-place: podFailurePolicy needs restartPolicy Never"
@@ -106,7 +107,8 @@ def of_document(name: str, doc: dict) -> Iterator[str]:
         if kept != [[{"type": "DisruptionTarget", "status": "True"}]]:
             yield "disruption-counted: a disruption must not count"
     for labels in (one.get("labels", {}) for one in labelled):
-        if labels.get(f"{LABEL}name") != "early-exit" or f"{LABEL}component" not in labels:
+        expected = "early-exit-serve" if name == "serve.yaml" else "early-exit"
+        if labels.get(f"{LABEL}name") != expected or f"{LABEL}component" not in labels:
             yield f"labels: labels are {labels}"
 
 
@@ -120,17 +122,34 @@ def of_quantity(what: str, amount: Any) -> Iterator[str]:
 
 
 def of_pod(spec: dict) -> Iterator[str]:
-    """Volumes, rights (the restricted pod security standard), resources and the grace period."""
+    """What all pods need, shared memory and the grace period."""
+    yield from of_any_pod(spec)
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     (container,) = spec["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    for name in sorted(mounts.keys() - volumes.keys()):
-        yield f"volume-unknown: it mounts {name}, which is not a volume"
-    for name in sorted(volumes.keys() - mounts.keys()):
-        yield f"volume-unused: the volume {name} is mounted nowhere"
     shm = [volumes[name] for name, path in mounts.items() if path == "/dev/shm" and name in volumes]
     if not shm or not {"medium", "sizeLimit"} <= shm[0].get("emptyDir", {}).keys():
         yield "shared-memory: /dev/shm is not a memory volume with a size limit"
+    limits = container["resources"].get("limits", {})
+    requests = container["resources"].get("requests", {})
+    if GPU in requests and requests[GPU] != limits.get(GPU):
+        yield "gpu-limit: GPUs are limited as they are requested"
+    patience = environment(container).get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
+    if int(patience) + 10 > spec["terminationGracePeriodSeconds"] and "args" in container:
+        yield "grace: torchrun waits longer than the pod is given"
+    if "args" in container:
+        yield from of_command(container)
+
+
+def of_any_pod(spec: dict) -> Iterator[str]:
+    """Volumes, rights (the restricted pod security standard) and resources."""
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    (container,) = spec["containers"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    for name in sorted(mounts - volumes.keys()):
+        yield f"volume-unknown: it mounts {name}, which is not a volume"
+    for name in sorted(volumes.keys() - mounts):
+        yield f"volume-unused: the volume {name} is mounted nowhere"
     if {"hostNetwork", "hostPID", "hostIPC"} & spec.keys():
         yield "node-namespace: it shares something of the node's"
     if any(volume.keys() & {"hostPath"} for volume in volumes.values()):
@@ -142,23 +161,19 @@ def of_pod(spec: dict) -> Iterator[str]:
     if spec.get("automountServiceAccountToken") is not False:
         yield "token: it gets a token of the cluster's"
     rights = container["securityContext"]
-    wanted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    wanted = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
     if not wanted.items() <= rights.items() or rights.get("privileged"):
         yield f"container-rights: the container's rights are {rights}"
     requests, limits = (container["resources"].get(key, {}) for key in ("requests", "limits"))
     for what in ("cpu", "memory"):
         if what not in requests or what not in limits:
             yield f"limit-missing: no request or no limit of {what}"
-    if GPU in requests and requests[GPU] != limits.get(GPU):
-        yield "gpu-limit: GPUs are limited as they are requested"
-    variables = environment(container)
-    if variables.get("OMP_NUM_THREADS") != limits.get("cpu"):
+    if environment(container).get("OMP_NUM_THREADS") != limits.get("cpu"):
         yield "threads: OMP_NUM_THREADS is not the limit of CPUs"
-    patience = variables.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 0)
-    if int(patience) + 10 > spec["terminationGracePeriodSeconds"] and "args" in container:
-        yield "grace: torchrun waits longer than the pod is given"
-    if "args" in container:
-        yield from of_command(container)
 
 
 def environment(container: dict) -> dict[str, str]:

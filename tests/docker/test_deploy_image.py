@@ -1,12 +1,13 @@
-"""The image that classifies with a deployed model: what it installs and what is copied into it."""
+"""The image that classifies and serves with a deployed model: what it installs and what is copied
+into it."""
 
-import re
 import shlex
 import subprocess
 import sys
 
 from helpers import ROOT
 from manifests import instructions
+from packaging.requirements import Requirement
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile.deploy"
 INSTRUCTIONS = instructions(DOCKERFILE.read_text())
@@ -20,8 +21,9 @@ def test_it_installs_what_a_deployed_model_needs_and_no_torch():
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    names = {re.split(r"\W", line.strip())[0] for line in done.stdout.splitlines()}
-    assert names == {"numpy", "pillow", "pyyaml", "onnxruntime"}
+    names = {Requirement(line).name for line in done.stdout.splitlines() if line.strip()}
+    served = {"uvicorn", "starlette", "prometheus-client", "python-multipart"}
+    assert names == {"numpy", "pillow", "pyyaml", "onnxruntime"} | served
 
 
 def test_what_is_copied_is_not_ignored():

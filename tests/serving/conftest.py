@@ -1,8 +1,12 @@
 """Fixtures for tests of the server."""
 
+from pathlib import Path
+
 import pytest
 from fakes import FakeEngine, colour_model
+from server_process import Server
 
+from early_exit import serve
 from early_exit.serving.limits import Limits
 
 
@@ -62,3 +66,20 @@ def make_app(make_service):
         return build_app(make_service(**limits))
 
     return make
+
+
+@pytest.fixture
+def start():
+    """A function that starts a server, which is killed after the test."""
+    for package in (*serve.PACKAGES, "onnxruntime", "httpx"):
+        pytest.importorskip(package)
+    started: list[Server] = []
+
+    def start(model: Path, *flags: object) -> Server:
+        started.append(Server(model, *flags))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+        server.process.wait()

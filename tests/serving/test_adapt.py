@@ -91,8 +91,14 @@ class TestWhatIsAllowed:
 
     def test_thresholds_that_differ_from_exit_to_exit(self):
         own = replace(POLICY, thresholds=(0.95, 0.6))
-        assert val_point(model(policy=own), own) == ValPoint(0.905, 0.8, None)
+        assert val_point(model(policy=own), own) == ValPoint(0.905, 0.8, None, None)
         assert thresholds(curve_policies(model(policy=own), own, 0.01)) == [None, 0.8]
+
+    def test_the_shares_of_the_chosen_policy(self):
+        own = replace(POLICY, thresholds=(0.95, 0.6))
+        manifest = model(policy=own)
+        manifest.val |= {"exit_shares": [0.5, 0.2, 0.3], "images": 180}
+        assert val_point(manifest, own) == ValPoint(0.905, 0.8, (0.5, 0.2, 0.3), 180)
 
     @pytest.mark.parametrize(
         "changed",
@@ -121,7 +127,7 @@ class TestWhatIsAllowed:
 
     def test_what_val_gave(self):
         never = CHOSEN.with_threshold(NEVER)
-        assert val_point(model(), never) == ValPoint(0.9, 1.0, (0.0, 0.0, 1.0))
+        assert val_point(model(), never) == ValPoint(0.9, 1.0, (0.0, 0.0, 1.0), None)
         assert val_point(model(), CHOSEN.with_threshold(0.3)).accuracy == 0.8
 
 

@@ -3,14 +3,10 @@
 import asyncio
 import contextlib
 import json
-import os
-import queue
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,61 +14,12 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT, assert_names, refusal, wait_for
+from server_process import PATIENCE
 from test_malformed import malformed
 
 import early_exit
 from early_exit import serve
 from early_exit.manifest import Manifest
-
-PATIENCE = 120  # seconds, of a test that waits for what should come at once
-
-
-class Server:
-    """A server process with a model."""
-
-    def __init__(self, model: Path, *flags: object) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        given = ("--port", 0, "--name", "mine", "--threads", 1, "--max-batch", 8, *flags)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "early_exit.serve", str(model), *map(str, given)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self.log: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read_log, daemon=True).start()
-        self.line = self.process.stdout.readline()
-        found = re.match(r"http://127\.0\.0\.1:(\d+) serves mine", self.line)
-        assert found, (self.line, self.process.wait(PATIENCE), list(self.log.queue))
-        self.port = int(found[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def _read_log(self) -> None:
-        for line in self.process.stderr:
-            self.log.put(line)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal, and gives the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
-
-
-@pytest.fixture
-def start():
-    """A function that starts a server, which is killed after the test."""
-    for package in (*serve.PACKAGES, "onnxruntime", "httpx"):
-        pytest.importorskip(package)
-    started: list[Server] = []
-
-    def start(model: Path, *flags: object) -> Server:
-        started.append(Server(model, *flags))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.process.kill()
-        server.process.wait()
 
 
 @pytest.fixture
