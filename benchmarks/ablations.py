@@ -4,10 +4,10 @@
     python benchmarks/ablations.py --arms base distill --seeds 0 1 2 3 4
     python benchmarks/ablations.py --table                          what is trained so far
 
-Each arm is ten epochs of the fast recipe (cifar10/configs/fast.yaml) on a narrow network with three early exits,
-and a change. The figure of merit was fixed before the first run: accuracy on val at half of the
-plain network's multiply-adds, exits taken, beside that of the final exit. Differences from `base`
-are paired by seed. Runs that are there are resumed, or used as they are.
+Each arm is ten epochs of the fast recipe (cifar10/configs/fast.yaml) on a narrow network with three
+early exits, and a change. The figure of merit was fixed before the first run: accuracy on val at
+half of the plain network's multiply-adds, exits taken, beside that of the final exit. Differences
+from `base` are paired by seed. Runs that are there are resumed, or used as they are.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail

@@ -195,16 +195,3 @@ def test_a_teacher_teaches_every_exit():
     )
     distance = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert (taught - plain).item() == pytest.approx(2.0 * 1.5 * distance, rel=ROUNDED)
-
-
-def test_images_that_all_have_left_count_equally():
-    certain = torch.tensor([[200.0, 0.0], [200.0, 0.0]])  # a probability of 1 in float32
-    assert reach_weights([certain, certain], 1.0)[1].tolist() == [1, 1]
-
-
-def test_the_loss_takes_those_weights():
-    first = torch.tensor([EVEN[0], LEANING[0]])
-    target = torch.tensor([0, 0])
-    weighted = joint_loss([first, first], target, (0.0, 1.0), reach=1.0)
-    expected = (4 / 3 * math.log(2) + 2 / 3 * math.log(4 / 3)) / 2
-    assert weighted.item() == pytest.approx(expected, rel=ROUNDED)
