@@ -1,0 +1,287 @@
+"""Times a server with exits taken beside the plain network in the same server, in one run.
+
+    python benchmarks/serving.py runs/mine            an evaluated run, with accuracy and --adapt
+    python benchmarks/serving.py                      ResNet-56 with random weights and images
+    python benchmarks/serving.py runs/mine --encoded  PNG files in place of tensors
+    python benchmarks/serving.py --arch resnet18 --image-size 224 --images 256
+
+The same engine and the same HTTP server run the plain network; exits without regrouping (a batch
+stays together and is answered when its last image is); exits with regrouping; and, of a run, these
+with --adapt. First the model's seconds per answer are measured without HTTP while rows always wait,
+beside the segments' ideal at full batches. Then requests of one image arrive at random (Poisson) at
+rising rates, and do not wait for answers. Latency counts from when a request was due. A request
+that is refused has no latency. Everything runs in ONNX Runtime in float32, on Linux: each server is
+pinned to --cores processors, the client is a process on the others. With random weights each
+threshold is the quantile of the scores at which the requested share of random images exits.
+"""
+
+if __name__ == "__main__":  # before the imports, which take seconds and may fail
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    from early_exit.cli.border import run
+
+    run("serving", "serving.py")
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from inference import CIFAR_SIZE, check_shares
+from serving_arms import ADAPTIVE, NAMES, PLAIN, REGROUPED, TOGETHER, Arm, Server, servers
+from serving_load import (
+    answers_per_second,
+    arrival_times,
+    png_request,
+    send_all,
+    summary,
+    tensor_request,
+)
+from serving_results import LOADED, Loaded, draw, loaded, loaded_row, saturated_table
+from serving_saturated import measure
+
+from early_exit.cli import flags
+from early_exit.errors import UserError
+from early_exit.inference.runtimes.packages import import_package
+from early_exit.serve import PACKAGES
+from early_exit.serving.engine import EngineSettings
+from early_exit.system.files import write_text
+
+CLIENTS = 64  # of which each waits for its answer; more than fill a server
+WARM_UP = 0.2  # of the seconds of a load, before them
+
+
+def parser() -> flags.Parser:
+    """The benchmark's flags."""
+    settings = EngineSettings(1)
+    parser = flags.build_parser("serving.py", "python benchmarks/serving.py [RUN] [flags]", __doc__)
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="run directory that was evaluated, or one of its evaluations RUN/eval/NAME (default:"
+        " a network with random weights)",
+    )
+    group = parser.add_argument_group("of a run")
+    group.add_argument("--eval", metavar="NAME", help="evaluation whose policy is used")
+    group.add_argument("--task", metavar="MODULE:NAME", help="task that made the run")
+    flags.add_data_flag(group)
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        default=2.0,
+        metavar="POINTS",
+        help="points of accuracy on val that --adapt may lose (default 2)",
+    )
+    group = parser.add_argument_group("random weights")
+    group.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
+    group.add_argument(
+        "--image-size", type=int, default=CIFAR_SIZE, metavar="PIXELS", help="side (default 32)"
+    )
+    group.add_argument(
+        "--exits",
+        nargs="+",
+        default=["layer2.0", "layer3.0"],
+        metavar="PLACE",
+        help="places of the early exits (default layer2.0 layer3.0)",
+    )
+    group.add_argument(
+        "--exit-shares",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.3],
+        metavar="SHARE",
+        help="share of the images that exits at each early exit (default 0.5 0.3)",
+    )
+    group.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
+    _add_measuring_flags(parser.add_argument_group("what is measured"), settings)
+    return parser
+
+
+def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSettings) -> None:
+    for flag, kind, default, metavar, text in (
+        ("--cores", int, 1, "N", "processors of a server, one worker each"),
+        ("--max-rows", int, 512, "N", "images in progress in a server; then it refuses"),
+        ("--target-p99", float, 1000 * settings.target, "MS", "milliseconds, as of the server"),
+        ("--turns", int, 3, "N", "measurements of each batch size without HTTP"),
+        ("--saturated-seconds", float, 1.0, "S", "of each of them, at least"),
+        ("--seconds", float, 12.0, "S", "of each arm at each rate"),
+        ("--seed", int, 0, "N", "of the arrivals and the images"),
+    ):
+        group.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=f"{text} (default {default:g})"
+        )
+    group.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32, 64],
+        metavar="N",
+        help="largest batches to time without HTTP (default 1 8 32 64)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="largest batch of the servers (default: as the server picks it for the exits)",
+    )
+    group.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.6, 0.9, 1.2, 1.5],
+        metavar="R",
+        help="requests/s, as multiples of what the plain network answers at most (default 0.3 0.6"
+        " 0.9 1.2 1.5)",
+    )
+    group.add_argument(
+        "--encoded", action="store_true", help="send PNG files to /v1/classify in place of tensors"
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory for serving.json and serving.png (default: neither is written)",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be measured."""
+    for name in ("cores", "max_rows", "turns", "images", "max_batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("seconds", "saturated_seconds", "target_p99"):
+        if not getattr(args, name) > 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}"
+            )
+    if not min(args.rates) > 0:
+        raise UserError(f"--rates must be more than 0, got {min(args.rates)}")
+    if args.run is None:
+        check_shares(args)
+    elif min(args.batch_sizes) < 1:
+        raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
+    available = len(os.sched_getaffinity(0))
+    if args.cores > available:
+        raise UserError(f"--cores is {args.cores}; this process may use {available}")
+
+
+def arms_of(args: argparse.Namespace, directory: Path) -> list[Arm]:
+    """What is compared. directory: of the deployed models."""
+    exits = directory / "exits"
+    arms = [Arm(PLAIN, directory / "plain"), Arm(TOGETHER, exits), Arm(REGROUPED, exits)]
+    if args.run is not None:
+        arms.append(Arm(ADAPTIVE, exits, args.max_drop / 100))
+    return arms
+
+
+def load_server(
+    server: Server,
+    requests: Sequence[bytes],
+    target: np.ndarray | None,
+    rate: float,
+    args: argparse.Namespace,
+    arm: str,
+) -> Loaded:
+    """One arm at one rate; requests: one for each image."""
+    warm_up = WARM_UP * args.seconds
+    due = arrival_times(rate, warm_up + args.seconds, args.seed)
+    chosen = np.random.default_rng(args.seed).integers(0, len(requests), len(due))
+    before = server.usage()
+    replies = send_all(server.port, [requests[number] for number in chosen], due)
+    after = server.usage()
+    classes = None if target is None else target[chosen]
+    return loaded(arm, rate, summary(replies, warm_up, args.seconds, classes), before, after)
+
+
+def load_all(
+    started: Mapping[str, Server],
+    requests: Sequence[bytes],
+    target: np.ndarray | None,
+    args: argparse.Namespace,
+    expected: float,
+) -> list[Loaded]:
+    """All arms at all rates, at each rate in random order. Prints the rows of the table.
+
+    expected: the answers/s of the plain network without HTTP.
+    """
+    count = max(100, round(expected * args.seconds / 2))
+    many = [requests[number % len(requests)] for number in range(count)]
+    print(f"answers/s of {CLIENTS} clients that send the next request at once:")
+    full = {}
+    for arm, server in started.items():
+        full[arm] = answers_per_second(server.port, many, CLIENTS)
+        print(f"  {NAMES[arm]:30s} {full[arm]:7.0f}", flush=True)
+    print(f"\n{LOADED}", flush=True)
+    order, found = random.Random(args.seed), []
+    for rate in args.rates:
+        for arm in order.sample(list(started), len(started)):
+            one = load_server(started[arm], requests, target, rate * full[PLAIN], args, arm)
+            print(loaded_row(one), flush=True)
+            found.append(one)
+    return sorted(found, key=lambda one: (one.rate, list(NAMES).index(one.arm)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints two tables."""
+    args = parser().parse_args(argv)
+    check(args)
+    for package in (*PACKAGES, "onnxruntime", *(["matplotlib"] if args.out else [])):
+        import_package(package)
+    from serving_models import make_models  # imports torch, which the processes do without
+
+    cores = sorted(os.sched_getaffinity(0))
+    server_cores, client_cores = cores[: args.cores], cores[args.cores :] or cores
+    with tempfile.TemporaryDirectory() as directory:
+        models = make_models(args, Path(directory))
+        arms = arms_of(args, Path(directory))
+        os.sched_setaffinity(0, client_cores)
+        saturated, max_batch = measure(
+            arms[:3],
+            models.images,
+            args.batch_sizes,
+            cores[0],
+            args.saturated_seconds,
+            args.turns,
+            args.max_batch,
+        )
+        title = (
+            f"{models.name}, server on {len(server_cores)} of {len(cores)} processors, client on"
+            f" {'the same' if client_cores == cores else 'the others'}, at most {max_batch} images"
+            f" in a batch"
+        )
+        print(f"{title}\n\nwithout HTTP, rows always wait:\n\n{saturated_table(saturated)}\n")
+        make = png_request if args.encoded else tensor_request
+        requests = [make(image) for image in models.images]
+        settings = EngineSettings(
+            max_batch,
+            workers=args.cores,
+            max_rows=args.max_rows,
+            target=args.target_p99 / 1000,
+        )
+        expected = args.cores / min(
+            one.seconds for arms in saturated.values() for one in arms[PLAIN]
+        )
+        with servers(arms, settings, server_cores) as started:
+            found = load_all(started, requests, models.target, args, expected)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        values = {
+            "title": title,
+            "settings": vars(args),
+            "saturated": {
+                size: {name: list(map(dataclasses.asdict, turns)) for name, turns in one.items()}
+                for size, one in saturated.items()
+            },
+            "loaded": list(map(dataclasses.asdict, found)),
+        }
+        write_text(args.out / "serving.json", json.dumps(values, indent=1, default=str) + "\n")
+        draw(found, settings.target, title, args.out / "serving.png")
