@@ -244,15 +244,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = make_models(args, Path(directory))
         arms = arms_of(args, Path(directory))
         os.sched_setaffinity(0, client_cores)
-        saturated, max_batch = measure(
+        target = args.target_p99 / 1000
+        saturated, picked = measure(
             arms[:3],
             models.images,
             args.batch_sizes,
             cores[0],
             args.saturated_seconds,
             args.turns,
-            args.max_batch,
+            target,
         )
+        max_batch = args.max_batch or picked
         title = (
             f"{models.name}, server on {len(server_cores)} of {len(cores)} processors, client on"
             f" {'the same' if client_cores == cores else 'the others'}, at most {max_batch} images"
@@ -265,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_batch,
             workers=args.cores,
             max_rows=args.max_rows,
-            target=args.target_p99 / 1000,
+            target=target,
         )
         expected = args.cores / min(
             one.seconds for arms in saturated.values() for one in arms[PLAIN]
@@ -284,4 +286,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             "loaded": list(map(dataclasses.asdict, found)),
         }
         write_text(args.out / "serving.json", json.dumps(values, indent=1, default=str) + "\n")
-        draw(found, settings.target, title, args.out / "serving.png")
+        draw(found, target, title, args.out / "serving.png")

@@ -23,7 +23,8 @@ class Reply:
 
     due: float
     """When the request was to be sent."""
-    sent: float
+    begun: float
+    """When the client began to send it, or to wait for one of its connections."""
     done: float
     status: int
     """0: the connection ended."""
@@ -50,7 +51,8 @@ class Latencies:
     accuracy: float | None
     """Of the answers; None without classes to compare with."""
     late_p99: float
-    """Seconds between when a request was due and when the client sent it."""
+    """Seconds between when a request was due and when the client began with it: the client's part
+    of the latency."""
 
 
 def arrival_times(rate: float, seconds: float, seed: int) -> np.ndarray:
@@ -138,8 +140,8 @@ async def _send_all(
 
 async def _send(connections: "_Connections", request: bytes, due: float, begin: float) -> Reply:
     clock = asyncio.get_running_loop().time
+    begun = clock() - begin
     async with connections.free:
-        sent = clock() - begin
         try:
             reader, writer = await connections.open()
             writer.write(request)
@@ -147,9 +149,9 @@ async def _send(connections: "_Connections", request: bytes, due: float, begin: 
             length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
             body = await reader.readexactly(int(length))
         except (OSError, EOFError):
-            return Reply(due, sent, clock() - begin, 0, b"")
+            return Reply(due, begun, clock() - begin, 0, b"")
         connections.idle.append((reader, writer))
-    return Reply(due, sent, clock() - begin, int(head[9:12]), body)
+    return Reply(due, begun, clock() - begin, int(head[9:12]), body)
 
 
 class _Connections:
@@ -187,7 +189,7 @@ def summary(
     answered = [number for number in counted if replies[number].status == 200]
     rejected = sum(replies[number].status == 503 for number in counted)
     latencies = [replies[number].done - replies[number].due for number in answered]
-    late = [replies[number].sent - replies[number].due for number in counted]
+    late = [replies[number].begun - replies[number].due for number in counted]
     accuracy = None
     if target is not None and answered:
         right = [class_of(replies[number].body) == target[number] for number in answered]

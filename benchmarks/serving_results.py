@@ -116,7 +116,8 @@ def draw(found: Sequence[Loaded], target: float, title: str, path: Path) -> None
         panels.append(("accuracy of the answers, %", lambda one: 100 * (one.seen.accuracy or 0)))
     else:
         panels.append(("answers/s", lambda one: one.seen.answers_per_second))
-    with plots.figure(path, (15, 4.6), (1, len(panels))) as (drawn, grid):
+    with plots.figure(path, (16, 4.4), (1, len(panels))) as (drawn, grid):
+        drawn.subplots_adjust(wspace=0.25)
         for axes, (label, value) in zip(grid, panels, strict=True):
             for name in dict.fromkeys(one.arm for one in found):
                 points = [one for one in found if one.arm == name and one.seen.answered]
@@ -135,6 +136,18 @@ def draw(found: Sequence[Loaded], target: float, title: str, path: Path) -> None
             axes.set_xlim(left=0)
             if "latency" in label:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
         grid[1].axhline(1000 * target, color="black", lw=1)
-        grid[0].legend(fontsize=9)
+        grid[1].annotate(
+            f"target, {1000 * target:g} ms",
+            (0, 1000 * target),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=9,
+        )
+        handles, labels = grid[0].get_legend_handles_labels()
+        drawn.legend(
+            handles, labels, loc="upper center", ncols=len(labels), bbox_to_anchor=(0.5, 0)
+        )
         drawn.suptitle(title)

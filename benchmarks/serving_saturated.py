@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -47,19 +47,18 @@ def measure(
     core: int,
     seconds: float,
     turns: int,
-    max_batch: int | None,
+    target: float,
 ) -> tuple[Found, int]:
     """All arms, and the ideal of the last one's segments, at each batch size, in turns in random
-    order, in a process of its own on one processor. Also gives `max_batch`, or else the batch size
-    that the server would pick for the last arm.
+    order, in a process of its own on one processor. Also gives the batch size that the server would
+    pick for the last arm.
 
-    images: (I, C, H, W) uint8; seconds: of each measurement, after the warm-up.
+    images: (I, C, H, W) uint8; seconds: of each measurement, after the warm-up; target: as in
+    `EngineSettings`.
     """
     pin = partial(os.sched_setaffinity, 0, (core,))
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=pin) as pool:
-        return pool.submit(
-            measure_here, arms, images, batch_sizes, seconds, turns, max_batch
-        ).result()
+        return pool.submit(measure_here, arms, images, batch_sizes, seconds, turns, target).result()
 
 
 def measure_here(
@@ -68,7 +67,7 @@ def measure_here(
     batch_sizes: Sequence[int],
     seconds: float,
     turns: int,
-    max_batch: int | None,
+    target: float,
 ) -> tuple[Found, int]:
     """As `measure`, in this process."""
     loaded = {arm.name: arm.load() for arm in arms}
@@ -76,7 +75,9 @@ def measure_here(
     images = model.manifest.input.array(images)
     shares, reaching = rows_that_reach(segments, policy, images, max(batch_sizes))
     measurements = {
-        (size, name): partial(saturate, own, own_policy, images, size, seconds)
+        (size, name): partial(
+            saturate, own, own_policy, images, EngineSettings(size, target=target), seconds
+        )
         for size in batch_sizes
         for name, (_, own, own_policy) in loaded.items()
     }
@@ -89,20 +90,20 @@ def measure_here(
     for _ in range(turns):
         for size, name in order.sample(list(measurements), len(measurements)):
             found[size][name].append(measurements[size, name]())
-    return found, max_batch or pick_max_batch(segments, images[:1], policy)
+    return found, pick_max_batch(segments, images[:1], policy)
 
 
 def saturate(
     segments: Sequence[tuple[int, RunSegment]],
     policy: Policy,
     images: np.ndarray,
-    max_batch: int,
+    settings: EngineSettings,
     seconds: float,
 ) -> Saturated:
     """An engine in which each answer is followed by a new row at once, so that the first segment's
     queue is always filled. Images are submitted one by one, again and again in order."""
-    in_flight = (len(segments) + 2) * max_batch
-    engine = Engine(segments, policy, EngineSettings(max_batch, max_rows=in_flight))
+    in_flight = (len(segments) + 2) * settings.max_batch
+    engine = Engine(segments, policy, replace(settings, max_rows=in_flight))
     numbers, failures, ended = itertools.count(), [], False
 
     def submit() -> None:
