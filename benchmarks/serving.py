@@ -3,7 +3,7 @@
     python benchmarks/serving.py runs/mine            an evaluated run, with accuracy and --adapt
     python benchmarks/serving.py                      ResNet-56 with random weights and images
     python benchmarks/serving.py runs/mine --encoded  PNG files in place of tensors
-    python benchmarks/serving.py --arch resnet18 --image-size 224 --images 256
+    python benchmarks/serving.py --arch resnet18 --image-size 224 --images 256 --batch-sizes 1 8
 
 The same engine and the same HTTP server run the plain network; exits without regrouping (a batch
 stays together and is answered when its last image is); exits with regrouping; and, of a run, these
@@ -32,6 +32,7 @@ import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from inference import CIFAR_SIZE, check_shares
@@ -44,7 +45,7 @@ from serving_load import (
     summary,
     tensor_request,
 )
-from serving_results import LOADED, Loaded, draw, loaded, loaded_row, saturated_table
+from serving_results import LOADED, Loaded, draw, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import measure
 
 from early_exit.cli import flags
@@ -53,6 +54,9 @@ from early_exit.inference.runtimes.packages import import_package
 from early_exit.serve import PACKAGES
 from early_exit.serving.engine import EngineSettings
 from early_exit.system.files import write_text
+
+if TYPE_CHECKING:
+    from serving_models import Models
 
 CLIENTS = 64  # of which each waits for its answer; more than fill a server
 WARM_UP = 0.2  # of the seconds of a load, before them
@@ -155,7 +159,7 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be measured."""
-    for name in ("cores", "max_rows", "turns", "images", "max_batch"):
+    for name in ("cores", "turns", "images", "max_batch"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("seconds", "saturated_seconds", "target_p99"):
@@ -172,6 +176,8 @@ def check(args: argparse.Namespace) -> None:
     available = len(os.sched_getaffinity(0))
     if args.cores > available:
         raise UserError(f"--cores is {args.cores}; this process may use {available}")
+    if args.max_rows < CLIENTS:
+        raise UserError(f"--max-rows must be at least {CLIENTS}, got {args.max_rows}")
 
 
 def arms_of(args: argparse.Namespace, directory: Path) -> list[Arm]:
@@ -236,54 +242,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     for package in (*PACKAGES, "onnxruntime", *(["matplotlib"] if args.out else [])):
         import_package(package)
-    from serving_models import make_models  # imports torch, which the processes do without
+    from serving_models import make_models  # imports torch, which the other processes do without
 
     cores = sorted(os.sched_getaffinity(0))
-    server_cores, client_cores = cores[: args.cores], cores[args.cores :] or cores
     with tempfile.TemporaryDirectory() as directory:
         models = make_models(args, Path(directory))
-        arms = arms_of(args, Path(directory))
-        os.sched_setaffinity(0, client_cores)
-        target = args.target_p99 / 1000
-        saturated, picked = measure(
-            arms[:3],
-            models.images,
-            args.batch_sizes,
-            cores[0],
-            args.saturated_seconds,
-            args.turns,
-            target,
-        )
-        max_batch = args.max_batch or picked
-        title = (
-            f"{models.name}, server on {len(server_cores)} of {len(cores)} processors, client on"
-            f" {'the same' if client_cores == cores else 'the others'}, at most {max_batch} images"
-            f" in a batch"
-        )
-        print(f"{title}\n\nwithout HTTP, rows always wait:\n\n{saturated_table(saturated)}\n")
-        make = png_request if args.encoded else tensor_request
-        requests = [make(image) for image in models.images]
-        settings = EngineSettings(
-            max_batch,
-            workers=args.cores,
-            max_rows=args.max_rows,
-            target=target,
-        )
-        expected = args.cores / min(
-            one.seconds for arms in saturated.values() for one in arms[PLAIN]
-        )
-        with servers(arms, settings, server_cores) as started:
-            found = load_all(started, requests, models.target, args, expected)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        values = {
-            "title": title,
-            "settings": vars(args),
-            "saturated": {
-                size: {name: list(map(dataclasses.asdict, turns)) for name, turns in one.items()}
-                for size, one in saturated.items()
-            },
-            "loaded": list(map(dataclasses.asdict, found)),
-        }
-        write_text(args.out / "serving.json", json.dumps(values, indent=1, default=str) + "\n")
-        draw(found, target, title, args.out / "serving.png")
+        compare(args, models, arms_of(args, Path(directory)), cores)
+
+
+def compare(
+    args: argparse.Namespace, models: "Models", arms: Sequence[Arm], cores: Sequence[int]
+) -> None:
+    """Measures the arms, prints the tables and writes what --out asks for. cores: those that this
+    process may use, which are divided between the servers and the client."""
+    client_cores = cores[args.cores :] or cores
+    settings = EngineSettings(
+        max_batch=args.max_batch or 1,
+        workers=args.cores,
+        max_rows=args.max_rows,
+        target=args.target_p99 / 1000,
+    )
+    os.sched_setaffinity(0, client_cores)
+    print(f"{models.machine}\n\nwithout HTTP, rows always wait:\n", flush=True)
+    plain, together, regrouped, *_ = arms
+    saturated, picked = measure(
+        (plain, together, regrouped),
+        models.images,
+        args.batch_sizes,
+        cores[0],
+        args.saturated_seconds,
+        args.turns,
+        settings,
+    )
+    print(f"{saturated_table(saturated)}\n", flush=True)
+    settings = dataclasses.replace(settings, max_batch=args.max_batch or picked)
+    title = (
+        f"{models.name}; server on {args.cores} of {len(cores)} processors, client on"
+        f" {'the same' if client_cores == cores else 'the others'}; batches of at most"
+        f" {settings.max_batch}"
+    )
+    print(f"{title}\n")
+    make = png_request if args.encoded else tensor_request
+    requests = [make(image) for image in models.images]
+    fastest = min(one.seconds for turns in saturated.values() for one in turns[PLAIN])
+    with servers(arms, settings, cores[: args.cores]) as started:
+        found = load_all(started, requests, models.target, args, args.cores / fastest)
+    if not args.out:
+        return
+    values = {
+        "title": title,
+        "machine": models.machine,
+        "settings": vars(args),
+        "saturated": {
+            size: {name: list(map(to_json, turns)) for name, turns in one.items()}
+            for size, one in saturated.items()
+        },
+        "loaded": list(map(to_json, found)),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(
+        args.out / "serving.json",
+        json.dumps(values, indent=1, default=str, allow_nan=False) + "\n",
+    )
+    draw(found, settings.target, title, args.out / "serving.png")

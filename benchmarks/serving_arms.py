@@ -138,7 +138,10 @@ def serve(arm: Arm, settings: EngineSettings, cores: Sequence[int], pipe: Connec
     listener = server.bind("127.0.0.1", 0)
     listener.listen(1024)
     port = listener.getsockname()[1]
-    threading.Thread(target=report, args=(engine, port, pipe), daemon=True).start()
+    workers = [one.ident for one in threading.enumerate() if one.name.startswith("worker ")]
+    assert len(workers) == settings.workers  # the engine's
+    clocks = [time.pthread_getcpuclockid(ident) for ident in workers if ident]
+    threading.Thread(target=report, args=(engine, clocks, port, pipe), daemon=True).start()
 
     async def run() -> None:
         policies = Policies(engine, model.manifest, arm.directory, arm.max_drop, settings.target)
@@ -148,10 +151,8 @@ def serve(arm: Arm, settings: EngineSettings, cores: Sequence[int], pipe: Connec
         asyncio.run(run())
 
 
-def report(engine: Engine, port: int, pipe: Connection) -> None:
-    """Sends the port, and the usage at each request for it."""
-    workers = [one.ident for one in threading.enumerate() if one.name.startswith("worker ")]
-    clocks = [time.pthread_getcpuclockid(ident) for ident in workers if ident]
+def report(engine: Engine, clocks: Sequence[int], port: int, pipe: Connection) -> None:
+    """Sends the port, and the usage at each request for it. clocks: of the engine's threads."""
     pipe.send(port)
     with contextlib.suppress(EOFError, OSError):  # the benchmark has ended
         while True:

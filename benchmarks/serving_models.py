@@ -21,8 +21,10 @@ from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.onnx_models import pixels_of
+from early_exit.inference.runtimes.packages import import_package
 from early_exit.inference.runtimes.table import INTEGERS, find_runtime
 from early_exit.model.cost import network_cost
+from early_exit.system.device import describe_device
 from early_exit.task import Task
 from early_exit.trained import Loaded, load_data
 
@@ -31,12 +33,11 @@ MEAN, STD = (0.5,) * 3, (1 / 12**0.5,) * 3  # of uniformly random pixels
 
 @dataclass(frozen=True)
 class Models:
-    """Deployed models of one network, and images for them."""
+    """What was exported, and images for it."""
 
     name: str
-    exits: Path
-    """The directory of that with exits; its plain network is in `plain`."""
-    plain: Path
+    machine: str
+    """The processor and the runtime."""
     images: np.ndarray
     """(I, C, H, W) uint8."""
     target: np.ndarray | None
@@ -44,7 +45,7 @@ class Models:
 
 
 def make_models(args: argparse.Namespace, directory: Path) -> Models:
-    """Exports what the flags name into a directory.
+    """Exports what the flags name into the folders `exits` and `plain` of a directory.
 
     The plain network has no early exits and no heads of them. Raises UserError for a run that
     cannot be read, that has no early exits or that is in 8-bit integers.
@@ -63,7 +64,9 @@ def make_models(args: argparse.Namespace, directory: Path) -> Models:
     for kind, one in (("exits", policy), ("plain", plain)):
         (directory / kind).mkdir()
         export_onnx.write(directory / kind, replace(classifier, policy=one), report)
-    return Models(name, directory / "exits", directory / "plain", images, target)
+    processor = describe_device(torch.device("cpu")).rpartition(",")[0]  # without torch's threads
+    runtime = f"onnxruntime {import_package('onnxruntime').__version__}"
+    return Models(name, f"{processor}, {runtime}", images, target)
 
 
 def trained_classifier(

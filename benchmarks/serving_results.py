@@ -1,13 +1,15 @@
 """The tables and the figure of benchmarks/serving.py. Imports no torch."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serving_arms import ADAPTIVE, NAMES, PLAIN, REGROUPED, TOGETHER, Usage
 from serving_load import Latencies
-from serving_saturated import IDEAL, Found
+from serving_saturated import IDEAL, Found, Saturated
 
 from early_exit.evaluation import plots
 
@@ -91,7 +93,8 @@ def loaded_row(one: Loaded) -> str:
         f"{seen.answers_per_second:.0f}",
         f"{1000 * seen.p50:.1f}",
         f"{1000 * seen.p99:.1f}",
-        f"{100 * seen.rejected / max(1, seen.requests):.1f} %",
+        f"{100 * seen.rejected / max(1, seen.requests):.1f} %"
+        + (f", {seen.failed} failed" if seen.failed else ""),
         "-" if seen.accuracy is None else f"{100 * seen.accuracy:.2f} %",
         f"{1000 * one.model_seconds:.3f}",
         f"{1000 * one.other_seconds:.3f}",
@@ -103,6 +106,16 @@ def loaded_row(one: Loaded) -> str:
 
 def _rows(means: Sequence[float]) -> str:
     return " / ".join(f"{mean:.1f}" for mean in means)
+
+
+def to_json(one: Loaded | Saturated) -> dict[str, Any]:
+    """The fields, with null for a latency that there is not."""
+    return dataclasses.asdict(
+        one,
+        dict_factory=lambda fields: {
+            name: None if value != value else value for name, value in fields
+        },
+    )
 
 
 def draw(found: Sequence[Loaded], target: float, title: str, path: Path) -> None:

@@ -47,18 +47,20 @@ def measure(
     core: int,
     seconds: float,
     turns: int,
-    target: float,
+    settings: EngineSettings,
 ) -> tuple[Found, int]:
     """All arms, and the ideal of the last one's segments, at each batch size, in turns in random
     order, in a process of its own on one processor. Also gives the batch size that the server would
     pick for the last arm.
 
-    images: (I, C, H, W) uint8; seconds: of each measurement, after the warm-up; target: as in
-    `EngineSettings`.
+    images: (I, C, H, W) uint8; seconds: of each measurement, after the warm-up; settings: of
+    the engine, but for the batch size, and one worker.
     """
     pin = partial(os.sched_setaffinity, 0, (core,))
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=pin) as pool:
-        return pool.submit(measure_here, arms, images, batch_sizes, seconds, turns, target).result()
+        return pool.submit(
+            measure_here, arms, images, batch_sizes, seconds, turns, settings
+        ).result()
 
 
 def measure_here(
@@ -67,7 +69,7 @@ def measure_here(
     batch_sizes: Sequence[int],
     seconds: float,
     turns: int,
-    target: float,
+    settings: EngineSettings,
 ) -> tuple[Found, int]:
     """As `measure`, in this process."""
     loaded = {arm.name: arm.load() for arm in arms}
@@ -76,7 +78,7 @@ def measure_here(
     shares, reaching = rows_that_reach(segments, policy, images, max(batch_sizes))
     measurements = {
         (size, name): partial(
-            saturate, own, own_policy, images, EngineSettings(size, target=target), seconds
+            saturate, own, own_policy, images, replace(settings, max_batch=size, workers=1), seconds
         )
         for size in batch_sizes
         for name, (_, own, own_policy) in loaded.items()

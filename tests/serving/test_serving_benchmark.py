@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import serving
 import serving_load
 from fake_segments import POLICY, fake_segments, images
 from helpers import run_main
 from serving_arms import ADAPTIVE, PLAIN, REGROUPED, TOGETHER, Usage, as_one_segment
 from serving_load import Latencies, Reply, arrival_times, percentile, summary
-from serving_results import Loaded, draw, loaded, loaded_row, saturated_table
+from serving_results import Loaded, draw, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import IDEAL, Saturated, ideal, rows_that_reach, saturate
 
+from benchmarks import serving
 from early_exit.inference.infer import run_segments
 from early_exit.serving.engine import EngineSettings, EngineState
 
@@ -208,6 +208,12 @@ class TestResults:
         assert cells[0] == "| 100" and cells[2:7] == ["75", "10.0", "500.0", "25.0 %", "90.00 %"]
         assert cells[7:10] == ["30.000", "30.000", "6.0 / 4.0"]
 
+    def test_failures_are_told(self):
+        seen = replace(SEEN, failed=3, p50=float("nan"))
+        found = Loaded(PLAIN, 1.0, seen, 0.0, 0.0, (1.0,))
+        assert "3 failed" in loaded_row(found)
+        assert to_json(found)["seen"]["p50"] is None
+
     def test_ratios_are_taken_turn_by_turn(self):
         """The machine is half as fast in the second turn."""
         seconds = {PLAIN: 4, TOGETHER: 2.2, REGROUPED: 2, IDEAL: 1.8}
@@ -249,6 +255,7 @@ def run(monkeypatch, capsys):
     "flags, named",
     [
         (("--cores", "0"), ["--cores", "0"]),
+        (("--max-rows", "63"), ["--max-rows", "63", "64"]),
         (("--seconds", "nan"), ["--seconds", "nan"]),
         (("--rates", "0.5", "-1"), ["--rates", "-1"]),
         (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
