@@ -115,6 +115,7 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
         ("--cores", int, 1, "N", "processors of a server, one worker each"),
         ("--max-rows", int, 512, "N", "images in progress in a server; then it refuses"),
         ("--target-p99", float, 1000 * settings.target, "MS", "milliseconds, as of the server"),
+        ("--patience", float, settings.patience, "SHARE", "of the target, as of the engine"),
         ("--turns", int, 3, "N", "measurements of each batch size without HTTP"),
         ("--saturated-seconds", float, 1.0, "S", "of each of them, at least"),
         ("--seconds", float, 12.0, "S", "of each arm at each rate"),
@@ -261,6 +262,7 @@ def compare(
         workers=args.cores,
         max_rows=args.max_rows,
         target=args.target_p99 / 1000,
+        patience=args.patience,
     )
     os.sched_setaffinity(0, client_cores)
     print(f"{models.machine}\n\nwithout HTTP, rows always wait:\n", flush=True)

@@ -111,8 +111,8 @@ def _add_engine_flags(group: Any) -> None:
             float,
             "MS",
             1000 * settings.target,
-            "milliseconds after which an image should be answered; batches with the earliest"
-            f" such time run first (default: {1000 * settings.target:g})",
+            "milliseconds after which an image should be answered; of batches that are not full,"
+            f" those with the earliest such time run first (default: {1000 * settings.target:g})",
         ),
     ):
         group.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)

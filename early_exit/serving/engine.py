@@ -1,8 +1,9 @@
 """The engine of a server: worker threads run the segments on rows of different requests together.
 
-A free worker takes the rows with the earliest deadline (`early_exit.serving.queues`) and whatever
-waits with them, so an idle engine runs a row at once and a busy one fills its batches. A row is
-answered as soon as it exits. No HTTP, no event loop and no torch.
+A free worker takes a full batch of the last segment that has one, or else the rows with the
+earliest deadline and whatever waits with them (`early_exit.serving.queues`), so an idle engine runs
+a row at once and a busy one fills its batches. A row is answered as soon as it exits. No HTTP, no
+event loop and no torch.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class EngineSettings:
     """Rows in flight (submitted, not answered), at most."""
     target: float = 0.25
     """Seconds; the deadline of a row is its arrival plus this."""
+    patience: float = 0.25
+    """Of `target`: how long rows wait for a full batch of a later segment while others run."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "workers", "max_rows"):
@@ -50,6 +53,8 @@ class EngineSettings:
             raise UserError(f"max_wait must be at least 0 seconds, got {self.max_wait}")
         if not self.target > 0:
             raise UserError(f"target must be more than 0 seconds, got {self.target}")
+        if not self.patience >= 0:
+            raise UserError(f"patience must be at least 0, got {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Engine:
             len(segments),
             settings.max_batch,
             settings.max_wait,
+            settings.patience * settings.target,
             lambda number: self._in_flight[number].deadline,
         )
         self._in_flight: dict[int, Request] = {}

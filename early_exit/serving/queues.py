@@ -101,13 +101,19 @@ class Batch:
 class Queues:
     """The rows that wait for every segment.
 
-    The row with the earliest deadline decides which segment runs; of equal deadlines that at the
-    later segment, because it ends requests and frees memory. The segment runs on the rows that wait
-    for it in order of their deadlines, up to `max_batch`. Temperature and thresholds are those of a
-    whole run, so only rows of one policy run together.
+    Of the segments whose rows fill a batch, and of the later ones whose rows have waited `patience`
+    seconds, the last one runs, because it ends requests and frees memory. If there are none, the
+    row with the earliest deadline decides, and of equal deadlines that at the later segment. The
+    segment runs on the rows that wait for it in order of their deadlines, up to `max_batch`.
+
+    Deadlines alone would fill no batch but those of the first segment: rows that remain are older
+    than all that wait for it, so they would run at once, ever fewer of them. Temperature and
+    thresholds are those of a whole run, so only rows of one policy run together, first those of the
+    policy of the earliest row.
 
     max_wait: seconds that fewer than `max_batch` rows are held back, from when the first of them
-    was put. deadline_of: the deadline of a row by its number; it never falls as numbers rise.
+    was put; patience: seconds that they wait for a later segment while others run, from then on;
+    deadline_of: the deadline of a row by its number; it never falls as numbers rise.
     """
 
     def __init__(
@@ -115,9 +121,10 @@ class Queues:
         num_segments: int,
         max_batch: int,
         max_wait: float,
+        patience: float,
         deadline_of: Callable[[int], float],
     ) -> None:
-        self._max_batch, self._max_wait = max_batch, max_wait
+        self._max_batch, self._max_wait, self._patience = max_batch, max_wait, patience
         self._deadline_of = deadline_of
         self._waiting: list[list[WaitingRows]] = [[] for _ in range(num_segments)]
         """By segment, those of every policy; none is empty."""
@@ -142,18 +149,31 @@ class Queues:
         hold_back: False if no more rows will be put.
         """
         ready = [
-            (self._deadline_of(group.first), -position, group.first, group)
+            (position, group)
             for position, groups in enumerate(self._waiting)
             for group in groups
             if not hold_back or len(group) >= self._max_batch or self._due(group) <= now
         ]
         if not ready:
             return None
-        _, position, _, group = min(ready)  # numbers are unique: groups are not compared
+        full = [
+            position
+            for position, group in ready
+            if len(group) >= self._max_batch or (position and group.since + self._patience <= now)
+        ]
+        if full:
+            chosen = max(full)
+        else:
+            _, last = min((self._deadline_of(group.first), -position) for position, group in ready)
+            chosen = -last
+        group = min(
+            (group for position, group in ready if position == chosen),
+            key=lambda group: group.first,
+        )
         parts = group.take(self._max_batch)
         if not group:
-            self._waiting[-position].remove(group)
-        return Batch(-position, group.policy, parts)
+            self._waiting[chosen].remove(group)
+        return Batch(chosen, group.policy, parts)
 
     def next_due(self) -> float | None:
         """When the next rows that are held back are due; None if no rows wait."""

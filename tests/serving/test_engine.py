@@ -246,7 +246,7 @@ class TestCancelling:
 
 class TestFailures:
     def test_of_a_segment_end_the_requests_of_the_batch(self, start, caplog):
-        engine, segments = start(max_batch=3)
+        engine, segments = start(max_batch=3, patience=0)
         block(engine, segments[0])
         failing, sharing, other = (Reported() for _ in range(3))
         segments[1].fails_on = 1
@@ -326,7 +326,14 @@ class TestOverload:
 
     @pytest.mark.parametrize(
         "setting",
-        [{"max_batch": 0}, {"workers": 0}, {"max_rows": 0}, {"max_wait": -1.0}, {"target": 0.0}],
+        [
+            {"max_batch": 0},
+            {"workers": 0},
+            {"max_rows": 0},
+            {"max_wait": -1.0},
+            {"target": 0.0},
+            {"patience": -1.0},
+        ],
         ids=str,
     )
     def test_impossible_settings_are_refused(self, setting):

@@ -28,8 +28,8 @@ def numbers_of(parts):
     return [number for part in parts for number in part.index.tolist()]
 
 
-def queues(max_batch=4, max_wait=0.0, deadline_of=float):
-    return Queues(2, max_batch, max_wait, deadline_of)
+def queues(max_batch=4, max_wait=0.0, patience=100.0, deadline_of=float):
+    return Queues(3, max_batch, max_wait, patience, deadline_of)
 
 
 @given(
@@ -73,10 +73,10 @@ class TestWhatRunsNext:
         waiting = queues(max_batch=3)
         waiting.put(0, POLICY, rows(0, 1), now=0)
         waiting.put(0, POLICY, rows(2, 3), now=0)
-        assert waiting.counts == (4, 0)
+        assert waiting.counts == (4, 0, 0)
         batch = waiting.take(0)
         assert numbers_of(batch.parts) == batch.numbers == [0, 1, 2]
-        assert waiting.counts == (1, 0)
+        assert waiting.counts == (1, 0, 0)
 
     def test_rows_of_one_policy_alone(self):
         waiting = queues()
@@ -94,9 +94,56 @@ class TestWhatRunsNext:
         waiting.put(0, POLICY, rows(0, 1, 2), now=0)
         waiting.put(1, OTHER, rows(3), now=0)
         assert sorted(waiting.discard(range(1, 4))) == [1, 2, 3]
-        assert waiting.counts == (1, 0)
+        assert waiting.counts == (1, 0, 0)
         assert waiting.take(0).numbers == [0]
         assert waiting.take(0) is None
+
+
+class TestFullBatches:
+    def test_the_last_segment_that_has_one(self):
+        waiting = queues(max_batch=2)
+        for position, numbers in ((0, (5, 6)), (1, (2, 3, 4)), (2, (0,))):
+            waiting.put(position, POLICY, rows(*numbers), now=0)
+        batches = [waiting.take(0) for _ in range(4)]
+        assert [(batch.position, batch.numbers) for batch in batches] == [
+            (1, [2, 3]),
+            (0, [5, 6]),
+            (2, [0]),
+            (1, [4]),
+        ]
+
+    def test_of_two_policies_that_of_the_earliest_row(self):
+        """Its rows are no more after the policy has changed, and would never fill a batch."""
+        waiting = queues(max_batch=2)
+        waiting.put(0, OTHER, rows(0), now=0)
+        waiting.put(0, POLICY, rows(1, 2), now=0)
+        assert [waiting.take(0).numbers for _ in range(2)] == [[0], [1, 2]]
+
+    @pytest.mark.parametrize("now, position", [(11.9, 0), (12, 1)])
+    def test_rows_of_a_later_segment_wait_for_one_so_long(self, now, position):
+        waiting = queues(max_batch=2, patience=2.0)
+        waiting.put(1, POLICY, rows(0), now=10)
+        waiting.put(0, POLICY, rows(1, 2), now=0)
+        assert waiting.take(now).position == position
+
+    def test_the_first_segment_does_not_go_first_because_it_waited(self):
+        waiting = queues(patience=2.0)
+        waiting.put(0, POLICY, rows(1), now=0)
+        waiting.put(1, POLICY, rows(0), now=5)
+        assert waiting.take(5).position == 1
+
+    def test_later_batches_of_a_busy_engine_are_full(self):
+        """Every second row remains after each segment."""
+        waiting, sizes = queues(), [[], [], []]
+        for run in range(70):
+            first = 4 * run
+            waiting.put(0, POLICY, rows(*range(first, first + 4)), now=run)
+            while sum(waiting.counts) >= 8:
+                batch = waiting.take(run)
+                sizes[batch.position].append(len(batch.numbers))
+                if batch.position < 2:
+                    waiting.put(batch.position + 1, POLICY, rows(*batch.numbers[::2]), now=run)
+        assert [set(found) for found in sizes] == [{4}] * 3
 
 
 class TestHoldingBack:
