@@ -1,7 +1,7 @@
 """Pooling to a grid, by the cheapest operation that gives the result.
 
 The cells of a grid are those of torch's adaptive pooling. Plain pooling computes the same where
-they are of equal size, and is one operation in every runtime.
+they are of equal size or nearly so, and is one operation in every runtime.
 """
 
 import torch
@@ -13,8 +13,9 @@ def average_pool(features: Tensor, grid: int) -> Tensor:
     """The average in each cell of a grid: (B, C, H, W) to (B, C, grid, grid)."""
     if features.shape[2:] == (grid, grid):
         return features
-    if has_equal_cells(features, grid) and grid > 1:
-        return F.avg_pool2d(features, _cell(features, grid))
+    windows = _windows(features, grid)
+    if windows and grid > 1:
+        return F.avg_pool2d(features, *windows, count_include_pad=False)
     if grid > 1 and torch.compiler.is_exporting():
         rows, columns = (_averaging_matrix(size, grid, features) for size in features.shape[2:])
         return rows @ features @ columns.T
@@ -25,8 +26,9 @@ def max_pool(features: Tensor, grid: int) -> Tensor:
     """The maximum in each cell of a grid: (B, C, H, W) to (B, C, grid, grid)."""
     if features.shape[2:] == (grid, grid):
         return features
-    if has_equal_cells(features, grid) and grid > 1:
-        return F.max_pool2d(features, _cell(features, grid))
+    windows = _windows(features, grid)
+    if windows and grid > 1:
+        return F.max_pool2d(features, *windows)
     if grid > 1 and torch.compiler.is_exporting():
         return _max_of_rows(_max_of_rows(features, grid).mT, grid).mT
     return F.adaptive_max_pool2d(features, grid)
@@ -48,9 +50,34 @@ class AdaptiveMaxPool(nn.Module):
         return max_pool(features, self.grid)
 
 
-def _cell(features: Tensor, grid: int) -> tuple[int, int]:
-    height, width = features.shape[2:]
-    return height // grid, width // grid
+Sides = tuple[int, int]
+
+
+def _windows(features: Tensor, grid: int) -> tuple[Sides, Sides, Sides] | None:
+    """Kernel, stride and padding of the plain pooling whose windows are the cells of a grid; None
+    if there is none."""
+    found = [_window(size, grid) for size in features.shape[2:]]
+    if None in found:
+        return None
+    (kernel, stride, padding) = zip(*found, strict=True)
+    return kernel, stride, padding
+
+
+def _window(size: int, grid: int) -> tuple[int, int, int] | None:
+    """The same along one dimension.
+
+    Cells of equal size are windows without padding. Where neighbouring cells overlap by one pixel,
+    as those of 7 or 15 pixels on a grid of four, a pixel of padding takes the place of the one that
+    the outer cells lack.
+    """
+    stride = -(-size // grid)
+    for kernel, padding in ((stride, 0), (stride + 1, 1)):
+        starts = [cell * stride - padding for cell in range(grid)]
+        cells = [(max(start, 0), min(start + kernel, size)) for start in starts]
+        count = (size + 2 * padding - kernel) // stride + 1
+        if 2 * padding <= kernel and count == grid and cells == _spans(size, grid):
+            return kernel, stride, padding
+    return None
 
 
 # ONNX has no adaptive pooling. Where cells overlap or differ in size, torch exports the average as

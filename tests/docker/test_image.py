@@ -21,7 +21,7 @@ from PIL import Image
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 INSTRUCTIONS = instructions(DOCKERFILE)
 PACKAGES = ("early_exit", "cifar10", "imagenet")
-PRETRAINED = "cifar10/pretrained/resnet20"
+PRETRAINED = "cifar10/pretrained/airbench"
 LOCAL = ("--no-deps", "--no-build-isolation")  # pip uses only what is installed for the tests
 
 
