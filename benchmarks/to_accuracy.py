@@ -90,13 +90,12 @@ def fast_steps(args: argparse.Namespace, stem_frozen: bool) -> Iterator[None]:
     run = start_fast(args)
     (phase,) = run.phases
     set_training_mode(run.network, phase.backbone_frozen)
-    steps = run.data.steps_per_epoch(phase.optim.batch_size)
     state = PhaseState(
         position=Position(epoch=phase.optim.stem_epochs if stem_frozen else 0),
         optimizer=make_optimizer(run.network, phase.optim),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16"),
         tally=Tally(run.network.num_exits, run.device),
-        average=make_average(run.network, phase.optim, steps, 0),
+        average=make_average(run.network, phase.optim),
     )
     set_training_mode(run.network, phase.backbone_frozen, stem_frozen)
     while True:  # the same epoch again

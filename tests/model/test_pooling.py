@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import bound
+from helpers import assert_close, bound
 from torch.nn import functional as F
 
-from early_exit.model import heads
+from early_exit.model import heads, pooling
 from early_exit.model.heads import LinearHead, build_head
 from early_exit.model.pooling import AdaptiveMaxPool, average_pool, max_pool
 
@@ -193,3 +193,24 @@ def test_heads_run_in_onnx_runtime_where_cells_overlap(kind):
     found = torch.from_numpy(segment(features.numpy(), 1.0, None)[1])
     # the deviations' squares are at most 16, their root's slope at most 1 / (2 sqrt(1e-5))
     assert (found - expected).abs().max() <= bound(torch.float32, 16 * side**2) / 2e-3
+
+
+@pytest.mark.parametrize("size", range(1, 34))
+def test_plain_windows_are_the_cells_of_adaptive_pooling(size):
+    """Wherever there are some: every cell, with borders, is that of torch's adaptive pooling."""
+    features = torch.randn(2, 3, size, size)
+    for grid in range(1, 9):
+        windows = pooling._windows(features, grid)
+        if windows:
+            kernel, stride, padding = windows
+            found = F.max_pool2d(features, kernel, stride, padding)
+            assert torch.equal(found, F.adaptive_max_pool2d(features, grid))
+            average = F.avg_pool2d(features, kernel, stride, padding, count_include_pad=False)
+            expected = F.adaptive_avg_pool2d(features, grid)
+            assert_close(average, expected, terms=kernel[0] * kernel[1])
+
+
+def test_odd_sides_have_plain_windows():
+    """Of the maps of airbench, and of an even side whose cells are of different sizes."""
+    sides = {size: pooling._window(size, 4) for size in (7, 15, 31, 16, 14)}
+    assert sides == {7: (3, 2, 1), 15: (5, 4, 1), 31: (9, 8, 1), 16: (4, 4, 0), 14: None}
