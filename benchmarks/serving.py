@@ -161,7 +161,8 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be measured."""
     for name in ("cores", "turns", "images", "max_batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("seconds", "saturated_seconds", "target_p99"):
         if not getattr(args, name) > 0:

@@ -20,7 +20,8 @@ SOURCE = ROOT / "docs-src"
 DOCS = SOURCE / "docs"
 SHOWN = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 DRAWS = re.compile(
-    r"python (docs-src/figures/\w+\.py|(?:cifar10|imagenet)/eval\.py|-m early_exit\.compare)"
+    r"python (docs-src/figures/\w+\.py|(?:cifar10|imagenet)/eval\.py|-m early_exit\.compare"
+    r"|benchmarks/serving\.py)"
 )
 
 

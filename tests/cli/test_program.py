@@ -11,7 +11,7 @@ import cifar10.eval
 import cifar10.trainer
 import imagenet.eval
 import imagenet.main
-from early_exit import compare, export, predict
+from early_exit import compare, export, predict, serve
 from early_exit.cli import program
 from early_exit.errors import DataError
 
@@ -48,7 +48,7 @@ def flags_named(path: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    return {flag for text in strings for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+    return {flag for text in strings for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)}
 
 
 def test_every_flag_that_a_message_names_is_one_of_a_script():
@@ -60,12 +60,13 @@ def test_every_flag_that_a_message_names_is_one_of_a_script():
         predict,
         compare,
         export,
+        serve,
     )
     parsers = [module.parser() for module in modules]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     known |= {flag for parser in parsers for flag in parser.instead}  # other programs' names
     known |= {"--nproc-per-node", "--shm-size"}  # torchrun's and docker's
-    known |= {"--force-reinstall", "--no-deps"}  # pip's
+    known |= {"--force-reinstall", "--no-deps", "--data-binary"}  # pip's and curl's
     paths = [
         path
         for name in ("early_exit", "cifar10", "imagenet")

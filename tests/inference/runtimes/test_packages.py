@@ -83,5 +83,5 @@ def test_extras_install_what_they_are_named_for():
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"]
     for package, extra in EXTRAS.items():
-        assert f"\n{package}>=" in extras[extra]
-        assert f"\n{package}>=" in extras["test"]
+        requirement = f"\n{package.replace('_', '-')}>="
+        assert requirement in extras[extra] and requirement in extras["test"]
