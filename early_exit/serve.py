@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_rows=args.max_rows,
         stall=args.stall,
     )
-    streams.make_optional()  # a server goes on if nobody reads its log
+    streams.make_optional()  # a server continues if nobody reads its log
     announce = (
         f"{server.address_of(listener)} serves {name} in {model.runtime}, {args.workers} worker"
         f"{'s' * (args.workers > 1)} of {threads} thread{'s' * (threads > 1)}, at most"

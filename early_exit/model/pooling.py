@@ -59,25 +59,21 @@ def _windows(features: Tensor, grid: int) -> tuple[Sides, Sides, Sides] | None:
     found = [_window(size, grid) for size in features.shape[2:]]
     if None in found:
         return None
-    (kernel, stride, padding) = zip(*found, strict=True)
+    kernel, stride, padding = zip(*found, strict=True)
     return kernel, stride, padding
 
 
 def _window(size: int, grid: int) -> tuple[int, int, int] | None:
     """The same along one dimension.
 
-    Cells of equal size are windows without padding. Where neighbouring cells overlap by one pixel,
-    as those of 7 or 15 pixels on a grid of four, a pixel of padding takes the place of the one that
-    the outer cells lack.
+    Cells of equal size are windows without padding. Of a side that lacks one pixel of that, as 7 or
+    15 pixels on a grid of four, cell i is what is inside of [i * stride - 1, (i + 1) * stride).
     """
-    stride = -(-size // grid)
-    for kernel, padding in ((stride, 0), (stride + 1, 1)):
-        starts = [cell * stride - padding for cell in range(grid)]
-        cells = [(max(start, 0), min(start + kernel, size)) for start in starts]
-        count = (size + 2 * padding - kernel) // stride + 1
-        if 2 * padding <= kernel and count == grid and cells == _spans(size, grid):
-            return kernel, stride, padding
-    return None
+    missing = -size % grid
+    if missing > 1:
+        return None
+    stride = (size + missing) // grid
+    return stride + missing, stride, missing
 
 
 # ONNX has no adaptive pooling. Where cells overlap or differ in size, torch exports the average as

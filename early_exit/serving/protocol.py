@@ -164,7 +164,7 @@ def _json(text: bytes) -> Any:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -86,4 +86,4 @@ class Request:
         try:
             self._on_answer(answer)
         except Exception:
-            log.exception("on_answer of a request raised an error; the engine goes on")
+            log.exception("on_answer of a request raised an error; the engine continues")

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from early_exit.config import OptimConfig
 from early_exit.model.network import MultiExitNetwork
@@ -30,11 +30,7 @@ class Average:
     def update(self, network: nn.Module) -> None:
         """Adds the weights after a step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
-        self._add(network.state_dict(), decay)
-        self.steps += 1
-
-    def _add(self, current: dict[str, Tensor], decay: float) -> None:
-        """Moves the average towards `current`: with a decay of 1 not at all, with 0 all the way."""
+        current = network.state_dict()
         torch._foreach_lerp_(
             [self._average[name] for name in self._averaged],
             [current[name] for name in self._averaged],
@@ -45,6 +41,7 @@ class Average:
                 [self._average[name] for name in self._copied],
                 [current[name] for name in self._copied],
             )
+        self.steps += 1
 
 
 def make_average(network: MultiExitNetwork, optim: OptimConfig) -> Average | None:

@@ -228,7 +228,7 @@ def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Pa
 
 
 def check_settings(run: Run) -> None:
-    """Raises UserError for settings that the device or the regime does not support."""
+    """Raises UserError for settings that the device does not support."""
     config, device = run.config, run.device
     pooled = set(config.model.head) & set(POOLED) and run.phases[-1].name == "joint"
     if config.run.deterministic and device.type == "cuda" and pooled:
