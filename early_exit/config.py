@@ -256,6 +256,8 @@ class RunConfig:
     """Whether images and weights are in the memory format channels_last."""
     compile: bool = False
     """Whether torch.compile is used."""
+    cuda_graphs: bool = False
+    """Whether the forward and backward passes of training are CUDA graphs; needs one GPU."""
     sync_bn: bool = False
     """Whether BatchNorm's statistics are computed over all processes; needs GPUs."""
     deterministic: bool = False

@@ -317,6 +317,7 @@ whole_configs = st.builds(
         amp=st.sampled_from(["auto", "bf16", "fp16", "off"]),
         channels_last=st.booleans(),
         compile=st.booleans(),
+        cuda_graphs=st.booleans(),
         deterministic=st.booleans(),
         save_every=st.integers(1, 100),
         print_freq=st.none() | st.integers(1, 100),

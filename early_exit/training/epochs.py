@@ -22,6 +22,7 @@ from early_exit.model.losses import weights_at
 from early_exit.system import distributed, signals
 from early_exit.system.device import peak_memory, reset_peak_memory, synchronize
 from early_exit.training.averages import make_average
+from early_exit.training.cuda_graphs import replayed
 from early_exit.training.journal import EpochRecord, Journal, percents
 from early_exit.training.optimizer import lr_at, make_optimizer
 from early_exit.training.phases import Phase
@@ -130,6 +131,8 @@ def wrap_ddp(
 ) -> tuple[Forward, Callable[[], AbstractContextManager]]:
     """The forward pass, as a list of logits, whose backward averages the gradients over all
     processes; and the context in which it does not."""
+    if run.config.run.cuda_graphs:
+        return replayed(run, phase, network), nullcontext
     if run.group.world == 1:
         return as_list(network, phase.backbone_only), nullcontext
     wrapped = DistributedDataParallel(

@@ -53,6 +53,7 @@ TRAINING_ONLY = (
     "run.amp",
     "run.deterministic",
     "run.sync_bn",
+    "run.cuda_graphs",
 )
 
 

@@ -29,6 +29,7 @@ from early_exit.system.locks import locked
 from early_exit.system.names import is_system_name
 from early_exit.task import Task
 from early_exit.training import checkpoint
+from early_exit.training.cuda_graphs import check_can_replay
 from early_exit.training.epochs import run_phases
 from early_exit.training.state import (
     PhaseState,
@@ -237,6 +238,7 @@ def check_settings(run: Run) -> None:
             " backbone: pooling to a grid has no deterministic gradient there; use --head conv, or"
             " a regime that freezes the backbone"
         )
+    check_can_replay(run)
     if config.run.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn needs a GPU: torch has no synchronised BatchNorm on a CPU")
 
