@@ -28,6 +28,8 @@ from early_exit.config import DataConfig
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.model.network import MultiExitNetwork
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as `import_package` does
+
 # The same examples every time; nothing is stored between runs.
 hypothesis.settings.register_profile("early_exit", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("early_exit")

@@ -26,7 +26,7 @@ from early_exit.training import checkpoint
 
 class TestFromPython:
     def test_it_gives_the_answers_of_inference(self, evaluated_run, photos):
-        classify = load(evaluated_run, "mine", task=TASK)
+        classify = load(evaluated_run, "mine", task=TASK, device="cpu")
         files = [photos / "ab"[index % 2] / f"{index}.png" for index in range(7)]
         data = TASK.load_data(DataConfig(dataset="digits"))
         images = data.normalise(data.splits["test"].images[:7])

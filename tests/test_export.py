@@ -64,7 +64,8 @@ class TestExport:
             assert (tmp_path / "new" / name).read_bytes() == (exported / name).read_bytes()
 
     def test_its_backbone_is_loaded_as_that_of_a_run(self, evaluated_run, exported):
-        own = load(evaluated_run, "mine", task=TASK).loaded.network.backbone.state_dict()
+        classifier = load(evaluated_run, "mine", task=TASK, device="cpu")
+        own = classifier.loaded.network.backbone.state_dict()
         for path in (exported, exported / "model.safetensors"):
             found, meta = checkpoint.load_backbone(path, own)
             assert own.keys() == found.keys()
@@ -96,7 +97,9 @@ class TestExport:
         export_copy(averaged, tmp_path / "exported")
         files = sorted(photos.rglob("*.png"))
         assert load(tmp_path / "exported", task=TASK)(files) == load(averaged, task=TASK)(files)
-        exported, own = (load(path, task=TASK).loaded for path in (tmp_path / "exported", averaged))
+        exported, own = (
+            load(path, task=TASK, device="cpu").loaded for path in (tmp_path / "exported", averaged)
+        )
         average = checkpoint.load(averaged)["average"]
         assert exported.weights == own.weights
         for name, value in exported.network.state_dict().items():

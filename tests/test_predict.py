@@ -46,8 +46,11 @@ class TestCommand:
             assert_names(last, name)
 
     def test_lines_of_json(self, evaluated_run, photos, capsys):
-        lines = printed(capsys, evaluated_run, photos, "--eval", "mine", "--json", "-b", "2")
-        found = load(evaluated_run, "mine", task=TASK)(sorted(photos.rglob("*.png")), batch_size=2)
+        flags = ("--eval", "mine", "--json", "-b", "2", "--device", "cpu")
+        lines = printed(capsys, evaluated_run, photos, *flags)
+        found = load(evaluated_run, "mine", task=TASK, device="cpu")(
+            sorted(photos.rglob("*.png")), batch_size=2
+        )
         assert [json.loads(line) for line in lines] == [
             {
                 "image": str(path),

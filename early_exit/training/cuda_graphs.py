@@ -37,6 +37,8 @@ def replayed(run: Run, phase: Phase, network: nn.Module) -> Forward:
     with run.autocast():
         if torch.is_autocast_enabled(run.device.type):  # graphs cannot share weights in its cache
             torch.set_autocast_cache_enabled(False)
+        # gradients are recorded on another stream than the steps', which torch then waits for
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         torch.cuda.make_graphed_callables(module, (images,), allow_unused_input=True)
     for name, buffer in network.named_buffers():  # recording has updated BatchNorm's
         buffer.copy_(buffers[name])
