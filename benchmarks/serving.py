@@ -3,6 +3,7 @@
     python benchmarks/serving.py runs/mine            an evaluated run, with accuracy and --adapt
     python benchmarks/serving.py                      ResNet-56 with random weights and images
     python benchmarks/serving.py runs/mine --encoded  PNG files in place of tensors
+    python benchmarks/serving.py --runtime openvino   in OpenVINO in place of ONNX Runtime
     python benchmarks/serving.py --arch resnet18 --image-size 224 --images 256 --batch-sizes 1 8
 
 The same engine and the same HTTP server run the plain network; exits without regrouping (a batch
@@ -10,9 +11,10 @@ stays together and is answered when its last image is); exits with regrouping; a
 with --adapt. First the model's seconds per answer are measured without HTTP while rows always wait,
 beside the segments' ideal at full batches. Then requests of one image arrive at random (Poisson) at
 rising rates, and do not wait for answers. Latency counts from when a request was due. A request
-that is refused has no latency. Everything runs in ONNX Runtime in float32, on Linux: each server is
-pinned to --cores processors, the client is a process on the others. With random weights each
-threshold is the quantile of the scores at which the requested share of random images exits.
+that is refused has no latency. Everything runs in one runtime (--runtime) in float32, on Linux:
+each server is pinned to --cores processors, the client is a process on the others. With random
+weights each threshold is the quantile of the scores at which the requested share of random images
+exits.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from serving_models import Models
 
 CLIENTS = 64  # of which each waits for its answer; more than fill a server
+RUNTIMES = ("onnxruntime", "openvino")
 WARM_UP = 0.2  # of the seconds of a load, before them
 
 
@@ -125,6 +128,13 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
             flag, type=kind, default=default, metavar=metavar, help=f"{text} (default {default:g})"
         )
     group.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        metavar="NAME",
+        help=f"of all networks: {' or '.join(RUNTIMES)} (default {RUNTIMES[0]})",
+    )
+    group.add_argument(
         "--batch-sizes",
         type=int,
         nargs="+",
@@ -185,9 +195,13 @@ def check(args: argparse.Namespace) -> None:
 def arms_of(args: argparse.Namespace, directory: Path) -> list[Arm]:
     """What is compared. directory: of the deployed models."""
     exits = directory / "exits"
-    arms = [Arm(PLAIN, directory / "plain"), Arm(TOGETHER, exits), Arm(REGROUPED, exits)]
+    arms = [
+        Arm(PLAIN, directory / "plain", args.runtime),
+        Arm(TOGETHER, exits, args.runtime),
+        Arm(REGROUPED, exits, args.runtime),
+    ]
     if args.run is not None:
-        arms.append(Arm(ADAPTIVE, exits, args.max_drop / 100))
+        arms.append(Arm(ADAPTIVE, exits, args.runtime, args.max_drop / 100))
     return arms
 
 
@@ -242,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints two tables."""
     args = parser().parse_args(argv)
     check(args)
-    for package in (*PACKAGES, "onnxruntime", *(["matplotlib"] if args.out else [])):
+    for package in (*PACKAGES, args.runtime, *(["matplotlib"] if args.out else [])):
         import_package(package)
     from serving_models import make_models  # imports torch, which the other processes do without
 
@@ -280,8 +294,8 @@ def compare(
     print(f"{saturated_table(saturated)}\n", flush=True)
     settings = dataclasses.replace(settings, max_batch=args.max_batch or picked)
     title = (
-        f"{models.name}; server on {args.cores} of {len(cores)} processors, client on"
-        f" {'the same' if client_cores == cores else 'the others'}; batches of at most"
+        f"{models.name}; {args.runtime}, server on {args.cores} of {len(cores)} processors, client"
+        f" on {'the same' if client_cores == cores else 'the others'}; batches of at most"
         f" {settings.max_batch}"
     )
     print(f"{title}\n")

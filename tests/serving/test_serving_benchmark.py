@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from serving_results import Loaded, draw, loaded, loaded_row, saturated_table, t
 from serving_saturated import IDEAL, Saturated, ideal, rows_that_reach, saturate
 
 from benchmarks import serving
+from early_exit import deployed
 from early_exit.inference.infer import run_segments
 from early_exit.serving.engine import EngineSettings, EngineState
 
@@ -155,6 +157,17 @@ class TestClient:
 
 
 class TestArms:
+    @pytest.mark.parametrize("runtime", serving.RUNTIMES)
+    def test_all_are_loaded_in_the_runtime(self, monkeypatch, tmp_path, runtime):
+        asked, model = [], SimpleNamespace(segments=fake_segments(), policy=POLICY)
+        monkeypatch.setattr(
+            deployed, "load", lambda _, runtime, threads: asked.append((runtime, threads)) or model
+        )
+        args = serving.parser().parse_args([str(tmp_path), "--runtime", runtime])
+        for arm in serving.arms_of(args, tmp_path):
+            arm.load()
+        assert asked == [(runtime, 1)] * 4
+
     def test_as_one_segment_a_batch_is_answered_as_a_whole(self):
         segments, exits = fake_segments(), [2, 0, 1, 0]
         one, policy = as_one_segment(segments, POLICY)
@@ -259,6 +272,7 @@ def run(monkeypatch, capsys):
         (("--seconds", "nan"), ["--seconds", "nan"]),
         (("--rates", "0.5", "-1"), ["--rates", "-1"]),
         (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+        (("--runtime", "torch"), ["--runtime", "torch", *serving.RUNTIMES]),
     ],
 )
 def test_mistakes_are_refused_in_one_line(run, flags, named):
@@ -300,11 +314,13 @@ def test_a_run_is_served_in_every_arm(run, evaluated_run, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_random_weights_need_no_data(run):
-    for package in (*serving.PACKAGES, "onnxruntime", "onnxscript"):
+@pytest.mark.parametrize("runtime", serving.RUNTIMES)
+def test_random_weights_need_no_data(run, runtime):
+    for package in (*serving.PACKAGES, runtime, "onnxscript"):
         pytest.importorskip(package)
-    network = ("--arch", "resnet20", "--images", "64", "--exits", "layer2.0")
-    code, out, err = run(*network, "--exit-shares", "0.5", *SMALL)
+    network = ("--arch", "resnet20", "--images", "64", "--exits", "layer2.0", "--runtime", runtime)
+    code, out, err = run(*network, "--exit-shares", "0.5", *SMALL, "--rates", "0.5")
     assert code == 0, err
-    assert "random weights" in out
-    assert len(re.findall(r"^\| \d+ \| ", out, re.MULTILINE)) == 2 + 6
+    assert f", {runtime} " in out.splitlines()[0]  # with its version
+    assert f"random weights, 32 pixels; {runtime}, server" in out
+    assert len(re.findall(r"^\| \d+ \| ", out, re.MULTILINE)) == 2 + 3
