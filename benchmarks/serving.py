@@ -62,6 +62,16 @@ if TYPE_CHECKING:
 
 CLIENTS = 64  # of which each waits for its answer; more than fill a server
 RUNTIMES = ("onnxruntime", "openvino")
+OF_A_RUN = {"eval": None, "task": None, "data": None, "max_drop": 2.0}
+"""The flags that have an effect with a RUN alone, and their defaults."""
+OF_RANDOM_WEIGHTS = {
+    "arch": "resnet56",
+    "image_size": CIFAR_SIZE,
+    "exits": ["layer2.0", "layer3.0"],
+    "exit_shares": [0.5, 0.3],
+    "images": 1024,
+}
+"""Those that have an effect without one alone."""
 WARM_UP = 0.2  # of the seconds of a load, before them
 
 
@@ -84,19 +94,15 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--max-drop",
         type=float,
-        default=2.0,
         metavar="POINTS",
         help="points of accuracy on val that --adapt may lose (default 2)",
     )
     group = parser.add_argument_group("random weights")
-    group.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
-    group.add_argument(
-        "--image-size", type=int, default=CIFAR_SIZE, metavar="PIXELS", help="side (default 32)"
-    )
+    group.add_argument("--arch", help="backbone (default resnet56)")
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="side (default 32)")
     group.add_argument(
         "--exits",
         nargs="+",
-        default=["layer2.0", "layer3.0"],
         metavar="PLACE",
         help="places of the early exits (default layer2.0 layer3.0)",
     )
@@ -104,11 +110,10 @@ def parser() -> flags.Parser:
         "--exit-shares",
         type=float,
         nargs="+",
-        default=[0.5, 0.3],
         metavar="SHARE",
         help="share of the images that exits at each early exit (default 0.5 0.3)",
     )
-    group.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
+    group.add_argument("--images", type=int, help="number of images (default 1024)")
     _add_measuring_flags(parser.add_argument_group("what is measured"), settings)
     return parser
 
@@ -166,6 +171,22 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
         metavar="DIR",
         help="directory for serving.json and serving.png (default: neither is written)",
     )
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Sets the defaults of the flags of a run, or else of random weights. Raises UserError for
+    flags of the other kind, which would be ignored."""
+    own, others = OF_RANDOM_WEIGHTS, OF_A_RUN
+    if args.run is not None:
+        own, others = others, own
+    given = {name for name, value in vars(args).items() if value is not None}
+    if args.settings:
+        given.add("data")
+    ignored = [flags.flag_of(name) for name in others if name in given]
+    if ignored:
+        have = f"have no effect {'without' if args.run is None else 'with'} a RUN"
+        raise UserError(f"some flags {have}; remove {' and '.join(ignored)}")
+    vars(args).update({name: value for name, value in own.items() if name not in given})
 
 
 def check(args: argparse.Namespace) -> None:
@@ -255,6 +276,7 @@ def load_all(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints two tables."""
     args = parser().parse_args(argv)
+    fill_in(args)
     check(args)
     for package in (*PACKAGES, args.runtime, *(["matplotlib"] if args.out else [])):
         import_package(package)

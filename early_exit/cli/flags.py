@@ -72,6 +72,11 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+def flag_of(name: str) -> str:
+    """The flag whose value a namespace of arguments has under this name."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
     """Adds a flag for the setting of this dotted name. `settings_of` gives the settings of all
     flags."""

@@ -164,6 +164,7 @@ class TestArms:
             deployed, "load", lambda _, runtime, threads: asked.append((runtime, threads)) or model
         )
         args = serving.parser().parse_args([str(tmp_path), "--runtime", runtime])
+        serving.fill_in(args)
         for arm in serving.arms_of(args, tmp_path):
             arm.load()
         assert asked == [(runtime, 1)] * 4
@@ -254,6 +255,15 @@ class TestResults:
         assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_the_defaults_are_those_of_what_is_served():
+    served = {}
+    for words in ([], ["RUN"]):
+        args = serving.parser().parse_args(words)
+        serving.fill_in(args)
+        served[bool(words)] = (args.arch, args.images, args.max_drop)
+    assert served == {False: ("resnet56", 1024, None), True: (None, None, 2.0)}
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs benchmarks/serving.py: exit code, stdout, stderr."""
@@ -272,6 +282,11 @@ def run(monkeypatch, capsys):
         (("--seconds", "nan"), ["--seconds", "nan"]),
         (("--rates", "0.5", "-1"), ["--rates", "-1"]),
         (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+        (("RUN", "--arch", "resnet56"), ["--arch", "with a RUN"]),
+        (("RUN", "--exits", "layer1", "--exit-shares", "1"), ["--exits and --exit-shares"]),
+        (("RUN", "--images", "0", "--image-size", "32"), ["--image-size and --images"]),
+        (("--data", "photos", "--max-drop", "2"), ["--data and --max-drop", "without a RUN"]),
+        (("--eval", "mine", "--task", "helpers:TASK"), ["--eval and --task", "without a RUN"]),
         (("--runtime", "torch"), ["--runtime", "torch", *serving.RUNTIMES]),
     ],
 )
