@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from inference import CIFAR_SIZE, check_shares
+from network_flags import CIFAR_SIZE, NETWORK, add_network_flags, check_shares
 from serving_arms import ADAPTIVE, NAMES, PLAIN, REGROUPED, TOGETHER, Arm, Server, servers
 from serving_load import (
     answers_per_second,
@@ -64,13 +64,7 @@ CLIENTS = 64  # of which each waits for its answer; more than fill a server
 RUNTIMES = ("onnxruntime", "openvino")
 OF_A_RUN = {"eval": None, "task": None, "data": None, "max_drop": 2.0}
 """The flags that have an effect with a RUN alone, and their defaults."""
-OF_RANDOM_WEIGHTS = {
-    "arch": "resnet56",
-    "image_size": CIFAR_SIZE,
-    "exits": ["layer2.0", "layer3.0"],
-    "exit_shares": [0.5, 0.3],
-    "images": 1024,
-}
+OF_RANDOM_WEIGHTS = {**NETWORK, "exits": ["layer2.0", "layer3.0"]}
 """Those that have an effect without one alone."""
 WARM_UP = 0.2  # of the seconds of a load, before them
 
@@ -98,22 +92,8 @@ def parser() -> flags.Parser:
         help="points of accuracy on val that --adapt may lose (default 2)",
     )
     group = parser.add_argument_group("random weights")
-    group.add_argument("--arch", help="backbone (default resnet56)")
-    group.add_argument("--image-size", type=int, metavar="PIXELS", help="side (default 32)")
-    group.add_argument(
-        "--exits",
-        nargs="+",
-        metavar="PLACE",
-        help="places of the early exits (default layer2.0 layer3.0)",
-    )
-    group.add_argument(
-        "--exit-shares",
-        type=float,
-        nargs="+",
-        metavar="SHARE",
-        help="share of the images that exits at each early exit (default 0.5 0.3)",
-    )
-    group.add_argument("--images", type=int, help="number of images (default 1024)")
+    add_network_flags(group, OF_RANDOM_WEIGHTS)
+    parser.set_defaults(**dict.fromkeys(OF_RANDOM_WEIGHTS))  # `fill_in` has to know what was given
     _add_measuring_flags(parser.add_argument_group("what is measured"), settings)
     return parser
 
@@ -191,26 +171,19 @@ def fill_in(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be measured."""
-    for name in ("cores", "turns", "images", "max_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("seconds", "saturated_seconds", "target_p99"):
-        if not getattr(args, name) > 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}"
-            )
-    if not min(args.rates) > 0:
-        raise UserError(f"--rates must be more than 0, got {min(args.rates)}")
+    flags.check_at_least(args, 1, "cores", "turns", "images", "max_batch", "batch_sizes")
+    flags.check_at_least(args, 0, "max_drop", "patience", "seed")
+    flags.check_at_least(args, CIFAR_SIZE, "image_size")
+    flags.check_at_least(args, CLIENTS, "max_rows")
+    for name in ("seconds", "saturated_seconds", "target_p99", "rates"):
+        for value in np.atleast_1d(getattr(args, name)):
+            if not value > 0:
+                raise UserError(f"{flags.flag_of(name)} must be more than 0, got {value}")
     if args.run is None:
         check_shares(args)
-    elif min(args.batch_sizes) < 1:
-        raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
     available = len(os.sched_getaffinity(0))
     if args.cores > available:
         raise UserError(f"--cores is {args.cores}; this process may use {available}")
-    if args.max_rows < CLIENTS:
-        raise UserError(f"--max-rows must be at least {CLIENTS}, got {args.max_rows}")
 
 
 def arms_of(args: argparse.Namespace, directory: Path) -> list[Arm]:

@@ -16,7 +16,7 @@ from early_exit.choosing.goals import (
     MaxDrop,
     Risk,
 )
-from early_exit.cli.flags import flag_of, settings_of
+from early_exit.cli.flags import check_at_least, flag_of, settings_of
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
@@ -129,13 +129,7 @@ def _latency(text: str) -> tuple[float, bool]:
 
 def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate_each`."""
-    for flag, number in (
-        ("--cuts", args.cuts),
-        ("--timing-images", args.timing_images),
-        ("--batch-sizes", min(args.batch_sizes)),
-    ):
-        if number < 1:
-            raise UserError(f"{flag} must be at least 1, got {number}")
+    check_at_least(args, 1, "cuts", "timing_images", "batch_sizes")
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name
