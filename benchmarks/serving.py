@@ -47,7 +47,7 @@ from serving_load import (
     summary,
     tensor_request,
 )
-from serving_results import LOADED, Loaded, draw, loaded, loaded_row, saturated_table, to_json
+from serving_results import LOADED, Loaded, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import measure
 
 from early_exit.cli import flags
@@ -316,4 +316,6 @@ def compare(
         args.out / "serving.json",
         json.dumps(values, indent=1, default=str, allow_nan=False) + "\n",
     )
+    from serving_figure import draw  # imports torch
+
     draw(found, settings.target, title, args.out / "serving.png")

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,8 +16,9 @@ import serving_load
 from fake_segments import POLICY, fake_segments, images
 from helpers import run_main
 from serving_arms import ADAPTIVE, PLAIN, REGROUPED, TOGETHER, Usage, as_one_segment
+from serving_figure import draw
 from serving_load import Latencies, Reply, arrival_times, percentile, summary
-from serving_results import Loaded, draw, loaded, loaded_row, saturated_table, to_json
+from serving_results import Loaded, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import IDEAL, Saturated, ideal, rows_that_reach, saturate
 
 from benchmarks import serving
@@ -197,6 +200,11 @@ class TestArms:
         found = saturate(fake_segments(), POLICY, images(0, [0, 1, 2, 2]), EngineSettings(4), 0.01)
         assert found.seconds > 0
         assert len(found.rows) == 3 and 3 < found.rows[0] <= 4
+
+    def test_the_servers_need_no_torch(self):
+        """The process of a server imports serving.py, as the main module of its parent."""
+        code = f"import sys; sys.path[:0] = {sys.path}; sys.modules['torch'] = None; import serving"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
     def test_an_error_of_a_segment_is_raised(self):
         segments = fake_segments()
