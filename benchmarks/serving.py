@@ -181,6 +181,11 @@ def check(args: argparse.Namespace) -> None:
                 raise UserError(f"{flags.flag_of(name)} must be more than 0, got {value}")
     if args.run is None:
         check_shares(args)
+    if args.runtime == "openvino" and args.cores > 1:
+        raise UserError(
+            "--cores must be 1 in openvino, where a segment runs one batch at a time: the plain"
+            f" network would use 1 of the {args.cores} processors"
+        )
     available = len(os.sched_getaffinity(0))
     if args.cores > available:
         raise UserError(f"--cores is {args.cores}; this process may use {available}")

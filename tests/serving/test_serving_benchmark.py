@@ -298,6 +298,7 @@ def run(monkeypatch, capsys):
         (("RUN", "--images", "0", "--image-size", "32"), ["--image-size and --images"]),
         (("--data", "photos", "--max-drop", "2"), ["--data and --max-drop", "without a RUN"]),
         (("--eval", "mine", "--task", "helpers:TASK"), ["--eval and --task", "without a RUN"]),
+        (("--runtime", "openvino", "--cores", "2"), ["--cores", "openvino", "2"]),
         (("--runtime", "torch"), ["--runtime", "torch", *serving.RUNTIMES]),
     ],
 )
