@@ -23,12 +23,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
+from network_flags import CIFAR_SIZE, NETWORK, add_network_flags, check_shares
 from torch import Tensor, nn
 
 import cifar10.networks
 import imagenet.networks
 from early_exit.cli import flags
-from early_exit.errors import UserError
 from early_exit.inference.latency import Timing, measure
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
@@ -38,7 +38,6 @@ from early_exit.model.network import MultiExitNetwork
 from early_exit.system.device import PRECISIONS, choose_device, describe_device
 
 BATCH = 256  # of the untimed passes
-CIFAR_SIZE = 32  # the side of the images of cifar10's networks
 
 
 def build_network(
@@ -98,23 +97,10 @@ def exit_shares(network: RuntimeNetwork, images: Tensor, policy: Policy) -> list
     return (counts / len(images)).tolist()
 
 
-def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
-    """The flags of the network, its exits and the images. batch_sizes: the default."""
-    parser.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=CIFAR_SIZE,
-        metavar="PIXELS",
-        help="side of the images; 32: a network of cifar10, more: one of imagenet (default 32)",
-    )
-    parser.add_argument(
-        "--exits",
-        nargs="+",
-        default=["layer1", "layer2"],
-        metavar="PLACE",
-        help="places of the early exits (default layer1 layer2)",
-    )
+def add_inference_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
+    """The flags of the network, its exits, the images and the runtimes. batch_sizes: the
+    default."""
+    add_network_flags(parser, {**NETWORK, "batch_sizes": list(batch_sizes)})
     parser.add_argument(
         "--head",
         choices=HEADS,
@@ -129,14 +115,6 @@ def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
         help="max_prob, entropy or margin (default max_prob)",
     )
     parser.add_argument(
-        "--exit-shares",
-        type=float,
-        nargs="+",
-        default=[0.5, 0.3],
-        metavar="SHARE",
-        help="share of the images that exits at each early exit (default 0.5 0.3)",
-    )
-    parser.add_argument(
         "--runtime",
         nargs="+",
         default=["torch"],
@@ -144,21 +122,12 @@ def add_network_flags(parser: flags.Parser, batch_sizes: Sequence[int]) -> None:
         help="runtimes, such as torch, torch-bf16, compile, onnxruntime, openvino, openvino-bf16"
         " (default torch)",
     )
-    parser.add_argument(
-        "--batch-sizes",
-        type=int,
-        nargs="+",
-        default=list(batch_sizes),
-        metavar="N",
-        help=f"batch sizes to time (default {' '.join(map(str, batch_sizes))})",
-    )
-    parser.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
 
 
 def parser() -> flags.Parser:
     """The benchmark's flags."""
     parser = flags.build_parser("inference.py", "python benchmarks/inference.py [flags]", __doc__)
-    add_network_flags(parser, (1, 256))
+    add_inference_flags(parser, (1, 256))
     parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument(
         "--seconds", type=float, default=30, help="time limit per batch size (default 30)"
@@ -166,26 +135,10 @@ def parser() -> flags.Parser:
     return parser
 
 
-def check_shares(args: argparse.Namespace) -> None:
-    """Raises UserError for shares or batch sizes that cannot be measured."""
-    if (
-        len(args.exit_shares) != len(args.exits)
-        or min(args.exit_shares) < 0
-        or sum(args.exit_shares) > 1
-    ):
-        raise UserError(
-            f"--exit-shares takes {len(args.exits)} shares, one per early exit, that add up to"
-            " at most 1"
-        )
-    if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
-        raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
-
-
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for shares, batch sizes or images that cannot be measured."""
     check_shares(args)
-    if args.image_size < CIFAR_SIZE:
-        raise UserError(f"--image-size must be at least {CIFAR_SIZE}, got {args.image_size}")
+    flags.check_at_least(args, CIFAR_SIZE, "image_size")
 
 
 def row(name: str, timing: Timing) -> str:

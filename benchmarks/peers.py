@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from inference import check_shares
+from network_flags import add_network_flags, check_shares
 from peer_job import ROUNDING, Reference, write_job
 
 from early_exit.cli import flags
@@ -137,13 +137,15 @@ def parser() -> flags.Parser:
         metavar="PATH",
         help="Python of the environment that has earlyon and torch (default: this one)",
     )
-    parser.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
-    parser.add_argument(
-        "--exits",
-        nargs="+",
-        default=["layer2.0", "layer3.0"],
-        metavar="PLACE",
-        help="places of the early exits (default layer2.0 layer3.0)",
+    add_network_flags(
+        parser,
+        {
+            "arch": "resnet56",
+            "exits": ["layer2.0", "layer3.0"],
+            "exit_shares": [0.365, 0.346],
+            "images": 512,
+            "batch_sizes": [1, 64, 256],
+        },
     )
     parser.add_argument(
         "--head",
@@ -153,14 +155,6 @@ def parser() -> flags.Parser:
         help=f"kind of head: {', '.join(HEADS)} (default conv)",
     )
     parser.add_argument(
-        "--exit-shares",
-        type=float,
-        nargs="+",
-        default=[0.365, 0.346],
-        metavar="SHARE",
-        help="share of the images that exits at each early exit (default 0.365 0.346)",
-    )
-    parser.add_argument(
         "--runtimes",
         choices=RUNTIMES,
         nargs="+",
@@ -168,15 +162,6 @@ def parser() -> flags.Parser:
         metavar="NAME",
         help=f"runtimes of this library: {', '.join(RUNTIMES)} (default all)",
     )
-    parser.add_argument(
-        "--batch-sizes",
-        type=int,
-        nargs="+",
-        default=[1, 64, 256],
-        metavar="N",
-        help="batch sizes to time (default 1 64 256)",
-    )
-    parser.add_argument("--images", type=int, default=512, help="number of images (default 512)")
     parser.add_argument(
         "--threads",
         type=int,

@@ -3,6 +3,7 @@
     python benchmarks/serving.py runs/mine            an evaluated run, with accuracy and --adapt
     python benchmarks/serving.py                      ResNet-56 with random weights and images
     python benchmarks/serving.py runs/mine --encoded  PNG files in place of tensors
+    python benchmarks/serving.py --runtime openvino   in OpenVINO in place of ONNX Runtime
     python benchmarks/serving.py --arch resnet18 --image-size 224 --images 256 --batch-sizes 1 8
 
 The same engine and the same HTTP server run the plain network; exits without regrouping (a batch
@@ -10,9 +11,10 @@ stays together and is answered when its last image is); exits with regrouping; a
 with --adapt. First the model's seconds per answer are measured without HTTP while rows always wait,
 beside the segments' ideal at full batches. Then requests of one image arrive at random (Poisson) at
 rising rates, and do not wait for answers. Latency counts from when a request was due. A request
-that is refused has no latency. Everything runs in ONNX Runtime in float32, on Linux: each server is
-pinned to --cores processors, the client is a process on the others. With random weights each
-threshold is the quantile of the scores at which the requested share of random images exits.
+that is refused has no latency. Everything runs in one runtime (--runtime) in float32, on Linux:
+each server is pinned to --cores processors, the client is a process on the others. With random
+weights each threshold is the quantile of the scores at which the requested share of random images
+exits.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from inference import CIFAR_SIZE, check_shares
+from network_flags import CIFAR_SIZE, NETWORK, add_network_flags, check_shares
 from serving_arms import ADAPTIVE, NAMES, PLAIN, REGROUPED, TOGETHER, Arm, Server, servers
 from serving_load import (
     answers_per_second,
@@ -45,7 +47,7 @@ from serving_load import (
     summary,
     tensor_request,
 )
-from serving_results import LOADED, Loaded, draw, loaded, loaded_row, saturated_table, to_json
+from serving_results import LOADED, Loaded, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import measure
 
 from early_exit.cli import flags
@@ -59,6 +61,11 @@ if TYPE_CHECKING:
     from serving_models import Models
 
 CLIENTS = 64  # of which each waits for its answer; more than fill a server
+RUNTIMES = ("onnxruntime", "openvino")
+OF_A_RUN = {"eval": None, "task": None, "data": None, "max_drop": 2.0}
+"""The flags that have an effect with a RUN alone, and their defaults."""
+OF_RANDOM_WEIGHTS = {**NETWORK, "exits": ["layer2.0", "layer3.0"]}
+"""Those that have an effect without one alone."""
 WARM_UP = 0.2  # of the seconds of a load, before them
 
 
@@ -81,31 +88,12 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--max-drop",
         type=float,
-        default=2.0,
         metavar="POINTS",
         help="points of accuracy on val that --adapt may lose (default 2)",
     )
     group = parser.add_argument_group("random weights")
-    group.add_argument("--arch", default="resnet56", help="backbone (default resnet56)")
-    group.add_argument(
-        "--image-size", type=int, default=CIFAR_SIZE, metavar="PIXELS", help="side (default 32)"
-    )
-    group.add_argument(
-        "--exits",
-        nargs="+",
-        default=["layer2.0", "layer3.0"],
-        metavar="PLACE",
-        help="places of the early exits (default layer2.0 layer3.0)",
-    )
-    group.add_argument(
-        "--exit-shares",
-        type=float,
-        nargs="+",
-        default=[0.5, 0.3],
-        metavar="SHARE",
-        help="share of the images that exits at each early exit (default 0.5 0.3)",
-    )
-    group.add_argument("--images", type=int, default=1024, help="number of images (default 1024)")
+    add_network_flags(group, OF_RANDOM_WEIGHTS)
+    parser.set_defaults(**dict.fromkeys(OF_RANDOM_WEIGHTS))  # `fill_in` has to know what was given
     _add_measuring_flags(parser.add_argument_group("what is measured"), settings)
     return parser
 
@@ -124,6 +112,13 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
         group.add_argument(
             flag, type=kind, default=default, metavar=metavar, help=f"{text} (default {default:g})"
         )
+    group.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        metavar="NAME",
+        help=f"of all networks: {' or '.join(RUNTIMES)} (default {RUNTIMES[0]})",
+    )
     group.add_argument(
         "--batch-sizes",
         type=int,
@@ -158,36 +153,54 @@ def _add_measuring_flags(group: argparse._ArgumentGroup, settings: EngineSetting
     )
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """Sets the defaults of the flags of a run, or else of random weights. Raises UserError for
+    flags of the other kind, which would be ignored."""
+    own, others = OF_RANDOM_WEIGHTS, OF_A_RUN
+    if args.run is not None:
+        own, others = others, own
+    given = {name for name, value in vars(args).items() if value is not None}
+    if args.settings:
+        given.add("data")
+    ignored = [flags.flag_of(name) for name in others if name in given]
+    if ignored:
+        have = f"have no effect {'without' if args.run is None else 'with'} a RUN"
+        raise UserError(f"some flags {have}; remove {' and '.join(ignored)}")
+    vars(args).update({name: value for name, value in own.items() if name not in given})
+
+
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be measured."""
-    for name in ("cores", "turns", "images", "max_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("seconds", "saturated_seconds", "target_p99"):
-        if not getattr(args, name) > 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}"
-            )
-    if not min(args.rates) > 0:
-        raise UserError(f"--rates must be more than 0, got {min(args.rates)}")
+    flags.check_at_least(args, 1, "cores", "turns", "images", "max_batch", "batch_sizes")
+    flags.check_at_least(args, 0, "max_drop", "patience", "seed")
+    flags.check_at_least(args, CIFAR_SIZE, "image_size")
+    flags.check_at_least(args, CLIENTS, "max_rows")
+    for name in ("seconds", "saturated_seconds", "target_p99", "rates"):
+        for value in np.atleast_1d(getattr(args, name)):
+            if not value > 0:
+                raise UserError(f"{flags.flag_of(name)} must be more than 0, got {value}")
     if args.run is None:
         check_shares(args)
-    elif min(args.batch_sizes) < 1:
-        raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
+    if args.runtime == "openvino" and args.cores > 1:
+        raise UserError(
+            "--cores must be 1 in openvino, where a segment runs one batch at a time: the plain"
+            f" network would use 1 of the {args.cores} processors"
+        )
     available = len(os.sched_getaffinity(0))
     if args.cores > available:
         raise UserError(f"--cores is {args.cores}; this process may use {available}")
-    if args.max_rows < CLIENTS:
-        raise UserError(f"--max-rows must be at least {CLIENTS}, got {args.max_rows}")
 
 
 def arms_of(args: argparse.Namespace, directory: Path) -> list[Arm]:
     """What is compared. directory: of the deployed models."""
     exits = directory / "exits"
-    arms = [Arm(PLAIN, directory / "plain"), Arm(TOGETHER, exits), Arm(REGROUPED, exits)]
+    arms = [
+        Arm(PLAIN, directory / "plain", args.runtime),
+        Arm(TOGETHER, exits, args.runtime),
+        Arm(REGROUPED, exits, args.runtime),
+    ]
     if args.run is not None:
-        arms.append(Arm(ADAPTIVE, exits, args.max_drop / 100))
+        arms.append(Arm(ADAPTIVE, exits, args.runtime, args.max_drop / 100))
     return arms
 
 
@@ -241,8 +254,9 @@ def load_all(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints two tables."""
     args = parser().parse_args(argv)
+    fill_in(args)
     check(args)
-    for package in (*PACKAGES, "onnxruntime", *(["matplotlib"] if args.out else [])):
+    for package in (*PACKAGES, args.runtime, *(["matplotlib"] if args.out else [])):
         import_package(package)
     from serving_models import make_models  # imports torch, which the other processes do without
 
@@ -280,8 +294,8 @@ def compare(
     print(f"{saturated_table(saturated)}\n", flush=True)
     settings = dataclasses.replace(settings, max_batch=args.max_batch or picked)
     title = (
-        f"{models.name}; server on {args.cores} of {len(cores)} processors, client on"
-        f" {'the same' if client_cores == cores else 'the others'}; batches of at most"
+        f"{models.name}; {args.runtime}, server on {args.cores} of {len(cores)} processors, client"
+        f" on {'the same' if client_cores == cores else 'the others'}; batches of at most"
         f" {settings.max_batch}"
     )
     print(f"{title}\n")
@@ -307,4 +321,6 @@ def compare(
         args.out / "serving.json",
         json.dumps(values, indent=1, default=str, allow_nan=False) + "\n",
     )
+    from serving_figure import draw  # imports torch
+
     draw(found, settings.target, title, args.out / "serving.png")

@@ -42,12 +42,13 @@ class Arm:
     name: str
     directory: Path
     """Of the deployed model."""
+    runtime: str
     max_drop: float | None = None
     """The accuracy (a fraction) that `--adapt` may lose."""
 
     def load(self) -> tuple[DeployedClassifier, Sequence[tuple[int, RunSegment]], Policy]:
         """The model, and the segments and the policy for the engine."""
-        model = deployed.load(self.directory, "onnxruntime", threads=1)
+        model = deployed.load(self.directory, self.runtime, threads=1)
         if self.name == TOGETHER:
             return model, *as_one_segment(model.segments, model.policy)
         return model, model.segments, model.policy

@@ -65,7 +65,7 @@ def make_models(args: argparse.Namespace, directory: Path) -> Models:
         (directory / kind).mkdir()
         export_onnx.write(directory / kind, replace(classifier, policy=one), report)
     processor = describe_device(torch.device("cpu")).rpartition(",")[0]  # without torch's threads
-    runtime = f"onnxruntime {import_package('onnxruntime').__version__}"
+    runtime = f"{args.runtime} {import_package(args.runtime).__version__}"
     return Models(name, f"{processor}, {runtime}", images, target)
 
 
@@ -127,7 +127,7 @@ def random_classifier(
     unknown: dict[str, Any] = {"accuracy": None, "macs_share": None}
     report = {
         "run": {"arch": args.arch, "dataset": None, "weights": loaded.weights},
-        "environment": {"precision": "float32"},
+        "environment": {"runtime": args.runtime, "precision": "float32"},
         "choice": {"test_images": 0, "val_images": 0},
         "test": unknown,
         "val": unknown,

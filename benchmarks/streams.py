@@ -22,11 +22,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from inference import add_network_flags, check, prepare
+from inference import add_inference_flags, check, prepare
 from torch import Tensor
 
 from early_exit.cli import flags
-from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
@@ -35,7 +34,7 @@ from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
 def parser() -> flags.Parser:
     """The benchmark's flags."""
     parser = flags.build_parser("streams.py", "python benchmarks/streams.py [flags]", __doc__)
-    add_network_flags(parser, (8, 16, 32, 64))
+    add_inference_flags(parser, (8, 16, 32, 64))
     parser.add_argument("--device", default="auto", help="default: the GPU if there is one")
     parser.add_argument(
         "--repeats", type=int, default=7, help="timed passes over the images (default 7)"
@@ -112,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     args = parser().parse_args(argv)
     check(args)
-    if args.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {args.repeats}")
+    flags.check_at_least(args, 1, "repeats")
     for built, policy, images in prepare(args, HEADING):
         for batch_size in args.batch_sizes:
             batches = images.split(batch_size)

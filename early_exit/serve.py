@@ -179,13 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for numbers that make no sense."""
-    least = {"port": 0, "max_wait": 0, "grace": 2}
-    positive = ("workers", "max_rows", "max_body", "max_images", "max_pixels", "stall")
-    least |= dict.fromkeys((*positive, "threads", "max_batch", "target_p99"), 1)
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= lowest:  # NaN too
-            raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
+    flags.check_at_least(args, 0, "port", "max_wait")
+    flags.check_at_least(args, 1, "workers", "threads", "max_batch", "target_p99", "stall")
+    flags.check_at_least(args, 1, "max_rows", "max_body", "max_images", "max_pixels")
+    flags.check_at_least(args, 2, "grace")
     if args.adapt != (args.max_drop is not None):
         raise UserError("--adapt and --max-drop need each other; pass both or none")
     if args.port > 65535:

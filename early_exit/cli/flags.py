@@ -72,6 +72,21 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+def flag_of(name: str) -> str:
+    """The flag whose value a namespace of arguments has under this name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
+    """Raises UserError for a flag with a number, or one of several, below the least one. One
+    without a number passes. names: as in `flag_of`."""
+    for name in names:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not value >= least:  # NaN too
+                raise UserError(f"{flag_of(name)} must be at least {least}, got {value}")
+
+
 def add_setting(group: Any, *flags: str, setting: str, **options: Any) -> None:
     """Adds a flag for the setting of this dotted name. `settings_of` gives the settings of all
     flags."""

@@ -16,7 +16,7 @@ from early_exit.choosing.goals import (
     MaxDrop,
     Risk,
 )
-from early_exit.cli.flags import settings_of
+from early_exit.cli.flags import check_at_least, flag_of, settings_of
 from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
@@ -106,20 +106,16 @@ def _check_companions(args: argparse.Namespace) -> None:
     others = ("budget", "latency_budget", "thresholds", "policy", "risk", "delta")
     other = next((name for name in others if getattr(args, name) is not None), None)
     if args.minimise and other:
-        raise UserError(f"--minimise is for --max-drop; remove --minimise or {_flag(other)}")
+        raise UserError(f"--minimise is for --max-drop; remove --minimise or {flag_of(other)}")
     if args.latency_batch is not None and not (args.latency_budget or args.minimise == "seconds"):
         raise UserError("--latency-batch needs --latency-budget or --minimise seconds")
     for goal, names in refinements.items():
         for name in names:
             value = getattr(args, name)
             if getattr(args, goal) is None and value is not None and value is not False:
-                raise UserError(f"{_flag(name)} needs {_flag(goal)}")
+                raise UserError(f"{flag_of(name)} needs {flag_of(goal)}")
     if args.confidence is not None and args.on_average:
         raise UserError("--on-average has no confidence; remove --confidence or --on-average")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _latency(text: str) -> tuple[float, bool]:
@@ -133,13 +129,7 @@ def _latency(text: str) -> tuple[float, bool]:
 
 def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The other keyword arguments of `early_exit.evaluation.evaluate.evaluate_each`."""
-    for flag, number in (
-        ("--cuts", args.cuts),
-        ("--timing-images", args.timing_images),
-        ("--batch-sizes", min(args.batch_sizes)),
-    ):
-        if number < 1:
-            raise UserError(f"{flag} must be at least 1, got {number}")
+    check_at_least(args, 1, "cuts", "timing_images", "batch_sizes")
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name

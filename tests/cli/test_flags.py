@@ -1,5 +1,7 @@
 """Parsers: errors of one line, hints at the right flag, and how settings are collected."""
 
+import argparse
+import math
 import os
 
 import pytest
@@ -65,6 +67,26 @@ class TestErrors:
         for flag, ours in parser.instead.items():
             assert flag not in known
             assert ours.split()[0] in {*known, "torchrun"}
+
+
+class TestNumbers:
+    ARGS = argparse.Namespace(none=None, one=1, half=0.5, no_number=math.nan, several=[3, 1, 2])
+
+    @pytest.mark.parametrize(
+        "least, name, named",
+        [
+            (2, "one", ("--one", 2, 1)),
+            (1, "half", ("--half", 1, 0.5)),
+            (0, "no_number", ("--no-number", 0, "nan")),
+            (2, "several", ("--several", 2, 1)),
+        ],
+    )
+    def test_one_below_the_least_is_refused(self, least, name, named):
+        assert_names(refusal(flags.check_at_least, self.ARGS, least, "none", name), *named)
+
+    def test_the_least_passes(self):
+        flags.check_at_least(self.ARGS, 1, "none", "one", "several")
+        flags.check_at_least(self.ARGS, 0.5, "half")
 
 
 def test_an_absolute_path_does_not_depend_on_the_working_directory(monkeypatch, tmp_path):

@@ -4,8 +4,11 @@ import asyncio
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +16,13 @@ import serving_load
 from fake_segments import POLICY, fake_segments, images
 from helpers import run_main
 from serving_arms import ADAPTIVE, PLAIN, REGROUPED, TOGETHER, Usage, as_one_segment
+from serving_figure import draw
 from serving_load import Latencies, Reply, arrival_times, percentile, summary
-from serving_results import Loaded, draw, loaded, loaded_row, saturated_table, to_json
+from serving_results import Loaded, loaded, loaded_row, saturated_table, to_json
 from serving_saturated import IDEAL, Saturated, ideal, rows_that_reach, saturate
 
 from benchmarks import serving
+from early_exit import deployed
 from early_exit.inference.infer import run_segments
 from early_exit.serving.engine import EngineSettings, EngineState
 
@@ -155,6 +160,18 @@ class TestClient:
 
 
 class TestArms:
+    @pytest.mark.parametrize("runtime", serving.RUNTIMES)
+    def test_all_are_loaded_in_the_runtime(self, monkeypatch, tmp_path, runtime):
+        asked, model = [], SimpleNamespace(segments=fake_segments(), policy=POLICY)
+        monkeypatch.setattr(
+            deployed, "load", lambda _, runtime, threads: asked.append((runtime, threads)) or model
+        )
+        args = serving.parser().parse_args([str(tmp_path), "--runtime", runtime])
+        serving.fill_in(args)
+        for arm in serving.arms_of(args, tmp_path):
+            arm.load()
+        assert asked == [(runtime, 1)] * 4
+
     def test_as_one_segment_a_batch_is_answered_as_a_whole(self):
         segments, exits = fake_segments(), [2, 0, 1, 0]
         one, policy = as_one_segment(segments, POLICY)
@@ -183,6 +200,11 @@ class TestArms:
         found = saturate(fake_segments(), POLICY, images(0, [0, 1, 2, 2]), EngineSettings(4), 0.01)
         assert found.seconds > 0
         assert len(found.rows) == 3 and 3 < found.rows[0] <= 4
+
+    def test_the_servers_need_no_torch(self):
+        """The process of a server imports serving.py, as the main module of its parent."""
+        code = f"import sys; sys.path[:0] = {sys.path}; sys.modules['torch'] = None; import serving"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
     def test_an_error_of_a_segment_is_raised(self):
         segments = fake_segments()
@@ -241,6 +263,15 @@ class TestResults:
         assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_the_defaults_are_those_of_what_is_served():
+    served = {}
+    for words in ([], ["RUN"]):
+        args = serving.parser().parse_args(words)
+        serving.fill_in(args)
+        served[bool(words)] = (args.arch, args.images, args.max_drop)
+    assert served == {False: ("resnet56", 1024, None), True: (None, None, 2.0)}
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function that runs benchmarks/serving.py: exit code, stdout, stderr."""
@@ -257,8 +288,18 @@ def run(monkeypatch, capsys):
         (("--cores", "0"), ["--cores", "0"]),
         (("--max-rows", "63"), ["--max-rows", "63", "64"]),
         (("--seconds", "nan"), ["--seconds", "nan"]),
-        (("--rates", "0.5", "-1"), ["--rates", "-1"]),
+        (("--rates", "0.5", "nan"), ["--rates", "nan"]),
+        (("--seed", "-1"), ["--seed", "-1"]),
+        (("--image-size", "16"), ["--image-size", "32", "16"]),
+        (("RUN", "--batch-sizes", "8", "0"), ["--batch-sizes", "0"]),
         (("--exit-shares", "0.5"), ["--exit-shares", "2"]),
+        (("RUN", "--arch", "resnet56"), ["--arch", "with a RUN"]),
+        (("RUN", "--exits", "layer1", "--exit-shares", "1"), ["--exits and --exit-shares"]),
+        (("RUN", "--images", "0", "--image-size", "32"), ["--image-size and --images"]),
+        (("--data", "photos", "--max-drop", "2"), ["--data and --max-drop", "without a RUN"]),
+        (("--eval", "mine", "--task", "helpers:TASK"), ["--eval and --task", "without a RUN"]),
+        (("--runtime", "openvino", "--cores", "2"), ["--cores", "openvino", "2"]),
+        (("--runtime", "torch"), ["--runtime", "torch", *serving.RUNTIMES]),
     ],
 )
 def test_mistakes_are_refused_in_one_line(run, flags, named):
@@ -300,11 +341,13 @@ def test_a_run_is_served_in_every_arm(run, evaluated_run, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_random_weights_need_no_data(run):
-    for package in (*serving.PACKAGES, "onnxruntime", "onnxscript"):
+@pytest.mark.parametrize("runtime", serving.RUNTIMES)
+def test_random_weights_need_no_data(run, runtime):
+    for package in (*serving.PACKAGES, runtime, "onnxscript"):
         pytest.importorskip(package)
-    network = ("--arch", "resnet20", "--images", "64", "--exits", "layer2.0")
-    code, out, err = run(*network, "--exit-shares", "0.5", *SMALL)
+    network = ("--arch", "resnet20", "--images", "64", "--exits", "layer2.0", "--runtime", runtime)
+    code, out, err = run(*network, "--exit-shares", "0.5", *SMALL, "--rates", "0.5")
     assert code == 0, err
-    assert "random weights" in out
-    assert len(re.findall(r"^\| \d+ \| ", out, re.MULTILINE)) == 2 + 6
+    assert f", {runtime} " in out.splitlines()[0]  # with its version
+    assert f"random weights, 32 pixels; {runtime}, server" in out
+    assert len(re.findall(r"^\| \d+ \| ", out, re.MULTILINE)) == 2 + 3

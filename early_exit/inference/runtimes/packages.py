@@ -1,6 +1,7 @@
 """The packages of the runtimes and of the server, which are extras of setup.cfg."""
 
 import importlib
+import os
 from types import ModuleType
 
 from early_exit.errors import UserError
@@ -18,7 +19,14 @@ EXTRAS = {
 
 def import_package(name: str) -> ModuleType:
     """A package or a module in it. Raises UserError, with the command that installs it, if it is
-    missing or broken."""
+    missing or broken.
+
+    Turns ONNX Runtime's telemetry off, unless ORT_DISABLE_TELEMETRY is set to something else.
+    """
+    # Otherwise its import writes an id of the device and a database into ~/.cache and it sends
+    # events to Microsoft (Privacy.md in the package); disable_telemetry_events() comes too late.
+    # For any package, because others import ONNX Runtime too.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 import configparser
 import importlib
+import os
+import subprocess
 import sys
 
 import pytest
@@ -55,6 +57,28 @@ def test_a_broken_package_says_why_in_one_line(monkeypatch):
     needs("onnxruntime", lambda: import_package("onnxruntime"))
     with pytest.raises(UserError, match=r"libgomp.so.1: cannot open"):
         import_package("onnxruntime")
+
+
+def test_onnxruntime_writes_nothing_into_the_home_directory(tmp_path):
+    """In an environment of its own, because on machines of continuous integration ONNX Runtime has
+    no telemetry."""
+    pytest.importorskip("onnxruntime")
+    code = (
+        f"import sys; sys.path[:0] = {sys.path}\n"
+        "from early_exit.inference.runtimes.table import find_runtime\n"
+        "find_runtime('onnxruntime')\n"
+        "assert 'onnxruntime' in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, env={"HOME": str(tmp_path)}
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_telemetry_that_the_user_wants_stays_on(monkeypatch):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    import_package("json")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
 
 
 def test_runtimes_need_their_package(absent):
