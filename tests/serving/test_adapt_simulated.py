@@ -30,8 +30,8 @@ def server(policies=slice(None), shares=SHARES, seconds=(0.001, 0.002), **settin
 
 @pytest.mark.parametrize("policies", [slice(None), slice(None, None, STEPS)], ids=["11", "2"])
 def test_an_overload_keeps_the_target_and_ends(policies):
-    """Half of the capacity, from second 5 to 15 1.5 times, and half again. The queue grows by half a
-    second each second, so it is half the target after one target, when the policy begins to
+    """Half of the capacity, from second 5 to 15 1.5 times, and half again. The queue grows by half
+    a second each second, so it is half the target after one target, when the policy begins to
     change. After two more the rate is known. Both are forgotten two targets after the overload."""
     one = server(policies)
     times = np.concatenate(
