@@ -68,7 +68,7 @@ def parser() -> flags.Parser:
     group.add_argument(
         "--adapt",
         action="store_true",
-        help="exit earlier while the expected wait is over --target-p99, by the thresholds of the"
+        help="exit earlier while images arrive too fast for --target-p99, by the thresholds of the"
         " model's val_curve (default: the thresholds of policy.yaml always)",
     )
     group.add_argument(

@@ -6,7 +6,7 @@ evaluated; the enabled exits stay as they are.
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,13 @@ import numpy as np
 from early_exit.errors import UserError
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.manifest import Manifest
+from early_exit.serving.load import LoadState
 
 STEPS = 12  # from the chosen policy to the cheapest
-HOLD = 5.0  # seconds of a short queue before one step back
+HOLD = 5.0  # seconds for which a policy would have been enough before it is used again
+SHORT = 0.5  # of the target: a shorter queue is no reason for a cheaper policy
+WINDOW = 2.0  # targets over which the rate is taken (see `Adapter`)
+PRIOR = 50  # rows: what val's exit shares count, compared with those of recent runs
 SLACK = 1e-12  # for the rounding of sums
 
 
@@ -93,47 +97,119 @@ def curve_policies(manifest: Manifest, policy: Policy, max_drop: float) -> list[
     return [policy, *(policy.with_threshold(allowed[index]["threshold"]) for index in chosen)]
 
 
+def segment_shares(manifest: Manifest, policies: Sequence[Policy]) -> np.ndarray:
+    """The shares of val (policies, segments) that exit at the end of each segment.
+
+    Raises UserError if the model does not store them.
+    """
+    shares = []
+    for policy in policies:
+        val = val_point(manifest, policy)
+        if val is None or val.exit_shares is None:
+            raise UserError(
+                f"the model does not store the share of val that exits at each exit with thresholds"
+                f" {policy.thresholds}, by which --adapt forecasts what a policy costs; it was"
+                " exported by an earlier version: evaluate the run and export it again"
+            )
+        shares.append([val.exit_shares[segment.last] for segment in manifest.segments])
+    return np.array(shares)
+
+
 def _threshold(stored: Any) -> float:
     """A threshold from JSON, which has no infinity."""
     return NEVER if stored is None else stored
 
 
 class Adapter:
-    """Which policy to use, by how long a new row is expected to wait.
+    """Which policy to use, by the rows that wait and the rate at which rows arrive.
 
-    policies: rising in accuracy lost, the chosen one first, as `curve_policies` gives them; target:
-    seconds of waiting, beyond which a cheaper policy is used; hold: seconds for which the wait must
-    stay below half the target before the next more expensive policy is used.
+    A policy is enough if the queue is at most half of the target, or will be one target from now at
+    the rate of the last two. The other half is for chance: if rows arrive independently (Poisson)
+    at capacity, their work in one target's time differs from that forecast by less than half the
+    target in 99 % of cases, if a row takes at most 1/33 of the target (2.33 sqrt(1.5 s / T) <=
+    1/2). A burst is in the queue and, by half, in the rate. If a policy can answer it and what
+    arrives beside it (r) within the target, B <= (1 - r) T, nothing changes: B + (B / 2 + r T) - T
+    <= T / 2. The rate alone decides nothing: a server that is nearly idle runs small batches, of
+    which a row takes longer.
+
+    policies: the chosen one first, then ever cheaper ones, as `curve_policies` gives them; shares:
+    (policies, segments), those of val that exit at the end of each segment; target: seconds of
+    waiting that are to be kept; hold: seconds for which a more accurate policy must have been
+    enough before it is used again.
     """
 
-    def __init__(self, policies: Sequence[Policy], target: float, hold: float = HOLD) -> None:
+    def __init__(
+        self, policies: Sequence[Policy], shares: np.ndarray, target: float, hold: float = HOLD
+    ) -> None:
         self.policies, self.target, self.hold = list(policies), target, hold
         self.index = 0
         """Of the policy in use."""
-        self._cheaper_at = -math.inf
-        """When the last step to a cheaper policy was made."""
-        self._short_since: float | None = None
-        """Since when the wait has been below half the target."""
+        self.wait = self.rate = 0.0
+        """At the last step: the seconds until all rows that waited are answered, and the rows that
+        arrive in a second."""
+        self._index_of = {policy.thresholds: index for index, policy in enumerate(policies)}
+        reached = np.cumsum(shares[:, ::-1], axis=1)[:, ::-1]
+        self._val_remaining = np.divide(
+            reached[:, 1:],
+            reached[:, :-1],
+            out=np.zeros_like(reached[:, 1:]),
+            where=reached[:, :-1] > 0,
+        )
+        """(policies, segments - 1): of the rows that reach a segment, those that reach the next."""
+        self._arrivals: deque[tuple[float, int]] = deque()
+        """Times, and rows that had arrived; the first is a window ago."""
+        self._queues = np.zeros(len(policies))
+        """Seconds: those of more accurate policies, had they been used, and the present queue."""
+        self._not_enough_at = np.full(len(policies), -np.inf)
+        """When each policy was last not enough; it never rises from a policy to a cheaper one."""
 
-    def step(self, expected_wait: float, now: float) -> Policy | None:
-        """The policy to change to, one step from that in use; None: no change.
-
-        expected_wait: seconds, at `now`; call this at regular intervals, shorter than `target`. A
-        cheaper policy is for rows that arrive from then on, which run after those that wait
-        already, so steps to cheaper ones are at least `target` seconds apart.
-        """
-        if expected_wait >= self.target / 2:
-            self._short_since = None
-            is_last = self.index == len(self.policies) - 1
-            if expected_wait <= self.target or is_last or now - self._cheaper_at < self.target:
-                return None
-            self._cheaper_at = now
-            self.index += 1
-            return self.policies[self.index]
-        if self._short_since is None:
-            self._short_since = now
-        if self.index == 0 or now - self._short_since < self.hold:
+    def step(self, load: LoadState, now: float) -> Policy | None:
+        """The policy to change to; None: no change. Call this at regular intervals, shorter than
+        `target`; now: seconds."""
+        costs = self._costs(load)
+        self.wait = float(
+            sum(
+                costs[self._index_of.get(thresholds, 0)] @ counts
+                for thresholds, counts in load.waiting.items()
+            )
+        )
+        rows = sum(map(sum, load.waiting.values()))
+        queue = max(self.wait, self.target * rows / load.max_rows)  # full: no better than late
+        self._update_queues(queue, costs[:, 0], load.arrived, now)
+        later = self._queues + (self.rate * costs[:, 0] - 1) * self.target
+        enough = np.minimum(self._queues, later) <= SHORT * self.target
+        needed = int(enough.argmax()) if enough.any() else len(enough) - 1
+        self._not_enough_at[:needed] = now
+        index = int(np.sum(now - self._not_enough_at < self.hold))
+        if index == self.index:
             return None
-        self._short_since = now
-        self.index -= 1
-        return self.policies[self.index]
+        self.index = index
+        return self.policies[index]
+
+    def _costs(self, load: LoadState) -> np.ndarray:
+        """The expected seconds (policies, segments) from a row's run of a segment to its answer."""
+        remaining = self._val_remaining.copy()
+        for thresholds, counts in load.remaining.items():
+            index = self._index_of.get(thresholds)
+            if index is not None:
+                rows, remained = counts[:-1].T
+                remaining[index] = (remained + PRIOR * remaining[index]) / (rows + PRIOR)
+        costs = np.tile(load.seconds, (len(self.policies), 1))
+        for position in reversed(range(remaining.shape[1])):
+            costs[:, position] += remaining[:, position] * costs[:, position + 1]
+        return costs
+
+    def _update_queues(self, queue: float, seconds: np.ndarray, arrived: int, now: float) -> None:
+        """Brings the rate and the queues up to now. queue: what waits, in seconds; seconds:
+        (policies,), per row."""
+        last, arrived_then = self._arrivals[-1] if self._arrivals else (now, arrived)
+        work = (arrived - arrived_then) * seconds
+        # longer queues than the target would outlast the overload
+        queues = np.minimum(self._queues + work - (now - last), self.target)
+        self._queues = np.maximum(queues, queue)  # what waits now has to be answered first
+        self._queues[self.index :] = queue
+        self._arrivals.append((now, arrived))
+        while len(self._arrivals) > 2 and self._arrivals[1][0] <= now - WINDOW * self.target:
+            self._arrivals.popleft()
+        begin, arrived_then = self._arrivals[0]
+        self.rate = (arrived - arrived_then) / (now - begin) if now > begin else 0.0

@@ -64,9 +64,7 @@ class Service:
             len(manifest.classes),
         )
         self.metrics = Metrics(engine, manifest)
-        self.admission = Admission(
-            LARGEST_BODIES * limits.max_body, max_rows, lambda: engine.expected_wait
-        )
+        self.admission = Admission(LARGEST_BODIES * limits.max_body, max_rows, engine)
         self.pool = ThreadPoolExecutor(DECODERS, "decoder")
         self.stopping = False
 

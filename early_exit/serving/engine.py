@@ -21,7 +21,7 @@ from early_exit.inference.infer import Rows, RunSegment, advance, all_rows
 from early_exit.inference.policy import Policy
 from early_exit.inference.segments import spans
 from early_exit.inference.stream import join_rows
-from early_exit.serving.load import Load
+from early_exit.serving.load import Load, LoadState
 from early_exit.serving.queues import Batch, Queues
 from early_exit.serving.request import OnAnswer, Request, RowAnswer, SegmentFailed
 
@@ -150,6 +150,7 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
+            self._load.arrived += count
             if len(self._in_flight) + count > most:
                 raise Overloaded(
                     f"{len(self._in_flight)} images are in progress, {count} more would exceed"
@@ -220,6 +221,17 @@ class Engine:
         with self._changed:
             return self._load.expected_wait(self._queues.counts, self._settings.workers)
 
+    def count_refused(self, count: int) -> None:
+        """Counts rows that were refused before they were submitted: they arrived too."""
+        with self._changed:
+            self._load.arrived += count
+
+    def load(self) -> LoadState:
+        """What the choice of a policy depends on."""
+        workers, max_rows = self._settings.workers, self._settings.max_rows
+        with self._changed:
+            return self._load.state(self._queues.counts_by_thresholds, workers, max_rows)
+
     def snapshot(self) -> EngineState:
         """What the engine does now and what it has done."""
         with self._changed:
@@ -280,7 +292,13 @@ class Engine:
         requests that have ended are dropped."""
         now, exit_index = self._clock(), self._segments[batch.position][0]
         seconds = now - self._running.pop(worker)
-        self._load.add(batch.position, len(numbers), seconds, len(numbers) - len(answers))
+        self._load.add(
+            batch.position,
+            batch.policy.thresholds,
+            len(numbers),
+            seconds,
+            len(numbers) - len(answers),
+        )
         for number in numbers:
             request = self._in_flight[number]
             request.computed[number - request.numbers.start] += seconds

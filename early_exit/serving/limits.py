@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from early_exit.serving.engine import Engine
 from early_exit.serving.refused import Refused
 
 MAX_HEADERS = 2**14  # bytes of a request's line and headers
@@ -29,23 +30,25 @@ class Admission:
     """Counts what the requests in progress hold; what would be too much is refused with 503. Used
     on the event loop alone."""
 
-    def __init__(self, max_bytes: int, max_rows: int, expected_wait: Callable[[], float]) -> None:
-        self.max_bytes, self.max_rows, self.expected_wait = max_bytes, max_rows, expected_wait
+    def __init__(self, max_bytes: int, max_rows: int, engine: Engine) -> None:
+        self.max_bytes, self.max_rows, self.engine = max_bytes, max_rows, engine
         self.bytes = self.rows = 0
 
     def add_bytes(self, count: int) -> None:
         """Adds bytes of a body. Raises Refused, and adds nothing, if there is no room."""
         if self.bytes + count > self.max_bytes:
-            raise Refused(503, "too many requests are being read", self.expected_wait())
+            raise Refused(503, "too many requests are being read", self.engine.expected_wait)
         self.bytes += count
 
     @contextmanager
     def hold_rows(self, count: int) -> Iterator[None]:
         """A context that holds images, from before they are decoded until they are answered.
 
-        Raises Refused if there is no room."""
+        Raises Refused, and counts them for the engine, if there is no room.
+        """
         if self.rows + count > self.max_rows:
-            raise Refused(503, f"{self.rows} images are in progress", self.expected_wait())
+            self.engine.count_refused(count)
+            raise Refused(503, f"{self.rows} images are in progress", self.engine.expected_wait)
         self.rows += count
         try:
             yield

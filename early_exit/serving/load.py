@@ -1,34 +1,84 @@
-"""What the runs of the segments took, and how long a new row is expected to wait."""
+"""What arrived, what the runs of the segments took, and how long a new row is expected to wait."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 FADING = 0.98  # of earlier runs when one is added: about the last 50 count
 
 
+Thresholds = tuple[float, ...]
+"""Of a policy: what distinguishes those that one engine uses under load."""
+
+
+@dataclass(frozen=True)
+class LoadState:
+    """What an engine has to do, as far as the choice of a policy depends on it."""
+
+    arrived: int
+    """Rows so far, refused ones too."""
+    waiting: Mapping[Thresholds, Sequence[int]]
+    """Rows that wait for each segment, by the thresholds that they came with."""
+    seconds: np.ndarray
+    """(segments,) per row, of all workers together, in the largest batches that were seen; 0 of a
+    segment that has not run."""
+    max_rows: int
+    """In flight, at most; more are refused."""
+    remaining: Mapping[Thresholds, np.ndarray]
+    """(segments, 2) of the last runs under these thresholds: rows, and rows that did not exit."""
+
+
 class Load:
-    """Runs, rows and seconds per segment.
+    """Arrived rows; runs, rows and seconds per segment.
 
     The expected wait counts recent runs alone: a busy segment runs larger batches, which take less
     time per row.
     """
 
     def __init__(self, num_segments: int) -> None:
+        self.arrived = 0
+        """Rows, refused ones too."""
         self.runs = [0] * num_segments
         self.rows = [0] * num_segments
         self.seconds = [0.0] * num_segments
         self._recent = np.zeros((num_segments, 3))
         """Rows, seconds, and rows that remained."""
+        self._by_size: list[dict[int, np.ndarray]] = [{} for _ in range(num_segments)]
+        """Rows and seconds of recent runs of each segment, by the binary digits of their rows."""
+        self._remaining: dict[Thresholds, np.ndarray] = {}
 
-    def add(self, position: int, rows: int, seconds: float, remaining: int) -> None:
+    def add(
+        self, position: int, thresholds: Thresholds, rows: int, seconds: float, remaining: int
+    ) -> None:
         """Adds a run of the segment at `position`. remaining: the rows that did not exit."""
         self.runs[position] += 1
         self.rows[position] += rows
         self.seconds[position] += seconds
         self._recent[position] = FADING * self._recent[position] + (rows, seconds, remaining)
+        sizes, size = self._by_size[position], rows.bit_length()
+        sizes[size] = FADING * sizes.get(size, np.zeros(2)) + (rows, seconds)
+        of_policy = self._remaining.setdefault(thresholds, np.zeros((len(self.runs), 2)))
+        of_policy[position] = FADING * of_policy[position] + (rows, remaining)
+
+    def state(
+        self, waiting: Mapping[Thresholds, Sequence[int]], workers: int, max_rows: int
+    ) -> LoadState:
+        """What the choice of a policy depends on. A queue that is long is run in large batches, so
+        the seconds per row are of these, even when only small ones have run since.
+
+        waiting: rows by segment, by the thresholds that they came with.
+        """
+        largest = [sizes[max(sizes)] if sizes else np.array([1.0, 0.0]) for sizes in self._by_size]
+        return LoadState(
+            self.arrived,
+            waiting,
+            np.array([seconds / rows / workers for rows, seconds in largest]),
+            max_rows,
+            {thresholds: counts.copy() for thresholds, counts in self._remaining.items()},
+        )
 
     def expected_wait(self, waiting: Sequence[int], workers: int) -> float:
         """The seconds until all rows that wait now are answered: a row that arrives now has the

@@ -10,12 +10,13 @@ from early_exit.deployed import load_policy
 from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
 from early_exit.manifest import Manifest
-from early_exit.serving.adapt import Adapter, curve_policies
+from early_exit.serving.adapt import Adapter, curve_policies, segment_shares
 from early_exit.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_TARGET = 10  # the expected wait is looked at this often within the target
+STEPS_PER_TARGET = 10  # the load is looked at this often within the target
+LEAST_INTERVAL = 0.01  # seconds between two looks
 
 
 class Policies:
@@ -30,7 +31,7 @@ class Policies:
         target: float,
     ) -> None:
         """directory: of the model; max_drop: the accuracy (a fraction) on val that cheaper policies
-        may lose, None: there are none; target: seconds of waiting beyond which they are used.
+        may lose, None: there are none; target: seconds of waiting that they are to keep.
 
         Raises UserError if the model does not store what its policies gave on val.
         """
@@ -55,22 +56,25 @@ class Policies:
     async def adapt(self) -> None:
         """Changes the policy with the load until it is cancelled."""
         while True:
-            await asyncio.sleep(self.target / STEPS_PER_TARGET)
+            await asyncio.sleep(max(self.target / STEPS_PER_TARGET, LEAST_INTERVAL))
             self.step(asyncio.get_running_loop().time())
 
     def step(self, now: float) -> None:
-        """Changes the policy if the expected wait asks for it; now: seconds."""
-        wait = self.engine.expected_wait
-        policy = self.adapter.step(wait, now)
+        """Changes the policy if the load asks for it; now: seconds."""
+        if self.adapter is None:
+            return
+        policy = self.adapter.step(self.engine.load(), now)
         if policy is not None:
             self.engine.set_policy(policy)
             log.info(
-                "an expected wait of %.0f ms: the thresholds are now %s",
-                1000 * wait,
+                "an expected wait of %.0f ms at %.0f images per second: the thresholds are now %s",
+                1000 * self.adapter.wait,
+                self.adapter.rate,
                 policy.thresholds,
             )
 
-    def _adapter_of(self, policy: Policy) -> Adapter:
+    def _adapter_of(self, policy: Policy) -> Adapter | None:
         if self.max_drop is None:
-            return Adapter([policy], self.target)
-        return Adapter(curve_policies(self.manifest, policy, self.max_drop), self.target)
+            return None
+        policies = curve_policies(self.manifest, policy, self.max_drop)
+        return Adapter(policies, segment_shares(self.manifest, policies), self.target)

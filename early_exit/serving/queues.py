@@ -134,6 +134,16 @@ class Queues:
         """Rows that wait for each segment."""
         return tuple(sum(map(len, groups)) for groups in self._waiting)
 
+    @property
+    def counts_by_thresholds(self) -> dict[tuple[float, ...], list[int]]:
+        """Rows that wait for each segment, by the thresholds of their policy."""
+        counts: dict[tuple[float, ...], list[int]] = {}
+        for position, groups in enumerate(self._waiting):
+            for group in groups:
+                of_policy = counts.setdefault(group.policy.thresholds, [0] * len(self._waiting))
+                of_policy[position] += len(group)
+        return counts
+
     def put(self, position: int, policy: Policy, rows: Rows, now: float) -> None:
         """Adds rows, at least one, that wait for the segment at `position` from now on."""
         groups = self._waiting[position]

@@ -16,6 +16,7 @@ from early_exit.inference.policy import Policy
 from early_exit.manifest import ImageInput, Manifest, SegmentFile
 from early_exit.model.macs import Cost
 from early_exit.serving.engine import EngineState, RowAnswer
+from early_exit.serving.load import LoadState
 
 SHAPE = (3, 4, 4)
 CLASSES = ("red", "green", "blue")
@@ -83,6 +84,7 @@ class FakeEngine:
         self.refuse_with: Exception | None = None
         self.fail_with: Exception | None = None
         self.expected_wait, self.stalled, self.answered = 0.0, 0.0, [0, 0]
+        self.arrived = self.waiting = self.refused = 0
 
     def submit(
         self, images: np.ndarray, on_answer: Callable[[RowAnswer | Exception], None]
@@ -110,6 +112,15 @@ class FakeEngine:
     def set_policy(self, policy: Policy) -> None:
         """As the engine's."""
         self.policy = policy
+
+    def count_refused(self, count: int) -> None:
+        """As the engine's."""
+        self.refused += count
+
+    def load(self) -> LoadState:
+        """As the engine's: rows take 10 ms in each segment and wait for the first one."""
+        waiting = {self.policy.thresholds: (self.waiting, 0)}
+        return LoadState(self.arrived, waiting, np.array([0.01, 0.01]), 1024, {})
 
     def stalled_for(self) -> float:
         """As the engine's."""

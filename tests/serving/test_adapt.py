@@ -3,13 +3,23 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_segments import POLICY
 from helpers import assert_names
 
 from early_exit.errors import UserError
 from early_exit.inference.policy import NEVER, Policy
-from early_exit.serving.adapt import STEPS, Adapter, ValPoint, curve_policies, val_point
+from early_exit.serving.adapt import (
+    PRIOR,
+    STEPS,
+    Adapter,
+    ValPoint,
+    curve_policies,
+    segment_shares,
+    val_point,
+)
+from early_exit.serving.load import LoadState
 
 
 def row(threshold, accuracy, macs_share):
@@ -42,7 +52,8 @@ def model(curve=CURVE, policy=CHOSEN, accuracy=0.905, macs_share=0.8):
         "accuracy": accuracy,
         "macs_share": macs_share,
     }
-    return SimpleNamespace(val=val, val_curve=curve)
+    segments = [SimpleNamespace(last=0), SimpleNamespace(last=2)]
+    return SimpleNamespace(val=val, val_curve=curve, segments=segments)
 
 
 def thresholds(policies):
@@ -130,32 +141,100 @@ class TestWhatIsAllowed:
         assert val_point(model(), never) == ValPoint(0.9, 1.0, (0.0, 0.0, 1.0), None)
         assert val_point(model(), CHOSEN.with_threshold(0.3)).accuracy == 0.8
 
+    def test_the_shares_of_segments(self):
+        """The exit in the middle is disabled: there are two segments."""
+        shares = segment_shares(model(), curve_policies(model(), CHOSEN, 0.01))
+        assert shares == pytest.approx(np.array([[0.2, 0.8], [0.3, 0.7]]))
+
+    def test_a_model_without_shares_is_refused(self):
+        old = model([{**row(0.9, 0.905, 0.8), "exit_shares": None}])
+        with pytest.raises(UserError) as caught:
+            segment_shares(old, [CHOSEN])
+        assert_names(str(caught.value), "--adapt", "export")
+
 
 class TestWhenToChange:
+    """A target of 1 s and a hold of 10 s. A row takes no time in the first segment and 10 ms in the
+    second, which all, half and a quarter of the rows reach under the three policies."""
+
     POLICIES = tuple(CHOSEN.with_threshold(value) for value in (0.9, 0.8, 0.7))
+    SHARES = np.array([[0, 1], [0.5, 0.5], [0.75, 0.25]])
 
-    def changes(self, *steps):
-        """The threshold of each change, None for no change; steps: expected wait and time, for a
-        target of 1 s and a hold of 10 s."""
-        adapter = Adapter(self.POLICIES, target=1.0, hold=10.0)
-        found = [adapter.step(*step) for step in steps]
-        return [policy and policy.shared_threshold for policy in found]
+    @pytest.fixture
+    def adapter(self):
+        return Adapter(self.POLICIES, self.SHARES, target=1.0, hold=10.0)
 
-    def test_one_step_cheaper_beyond_the_target(self):
-        assert self.changes((0.9, 0), (1.0, 1), (1.1, 2)) == [None, None, 0.8]
+    def state(self, arrived, waiting=0, policy=0, max_rows=10**6, seconds=0.01, remaining=()):
+        """The rows that have arrived, and that wait for the first segment under a policy."""
+        thresholds = self.POLICIES[policy].thresholds
+        return LoadState(
+            arrived,
+            {thresholds: (waiting, 0)},
+            np.array([0.0, seconds]),
+            max_rows,
+            dict(remaining),
+        )
 
-    def test_the_next_step_when_the_last_one_could_show(self):
-        assert self.changes((2, 0), (2, 0.5), (2, 1.0), (9, 5)) == [0.8, None, 0.7, None]
+    @pytest.mark.parametrize(
+        ("arrived", "waiting", "expected"),
+        [
+            (150, 50, None),  # half of the target
+            (150, 60, 1),  # after a second 1.1 s of work, or 0.35 s
+            (300, 60, 2),  # 2.6 s, 1.1 s or 0.35 s
+            (900, 60, 2),  # 3.1 s under the last one
+            (60, 60, None),  # 0.2 s: a burst
+            (110, 60, 1),  # 0.7 s
+            (90, 60, None),  # 0.5 s
+        ],
+    )
+    def test_the_first_policy_that_is_enough_at_once(self, adapter, arrived, waiting, expected):
+        assert adapter.step(self.state(0), 0) is None
+        found = adapter.step(self.state(arrived, waiting), 1)
+        assert found == (None if expected is None else self.POLICIES[expected])
 
-    def test_back_when_the_wait_stayed_short(self):
-        steps = [(2, 0), (2, 1), (0.4, 2), (0.4, 11.9), (0.4, 12), (0, 21), (0, 22), (0, 40)]
-        assert self.changes(*steps) == [0.8, 0.7, None, None, 0.8, None, 0.9, None]
+    def test_nothing_changes_before_a_run(self, adapter):
+        assert adapter.step(self.state(0, seconds=0.0), 0) is None
+        assert adapter.step(self.state(900, 900, seconds=0.0), 0) is None
+        assert adapter.step(self.state(1800, 1800, seconds=0.0), 1) is None
 
-    def test_a_wait_of_half_the_target_starts_the_hold_again(self):
-        steps = [(2, 0), (0.4, 1), (0.5, 10), (0.4, 11), (0.4, 20), (0.4, 21)]
-        assert self.changes(*steps) == [0.8, None, None, None, None, 0.9]
+    def test_rows_that_wait_take_what_their_own_policy_takes(self, adapter):
+        adapter.step(self.state(0), 0)
+        assert adapter.step(self.state(300, 60, policy=2), 1) is None
+        assert adapter.wait == pytest.approx(60 * 0.25 * 0.01)
+        assert adapter.rate == 300
+
+    def test_rows_of_an_unknown_policy_take_what_the_chosen_one_takes(self, adapter):
+        state = replace(self.state(0), waiting={(0.1, 0.1): (3, 2)})
+        adapter.step(state, 0)
+        assert adapter.wait == pytest.approx(0.05)
+
+    def test_recent_runs_count_beside_val(self, adapter):
+        """Of 150 rows 10 remained, of val half."""
+        runs = {self.POLICIES[1].thresholds: np.array([[150, 10], [10, 0]])}
+        adapter.step(self.state(0, waiting=1, policy=1, remaining=runs), 0)
+        assert adapter.wait == pytest.approx((10 + PRIOR / 2) / (150 + PRIOR) * 0.01)
+
+    def test_a_queue_that_is_nearly_full_is_long(self, adapter):
+        adapter.step(self.state(0), 0)
+        assert adapter.step(self.state(150, 40, max_rows=80), 1) is None
+        assert adapter.step(self.state(300, 41, max_rows=80), 2) == self.POLICIES[1]
+
+    def test_back_after_the_hold(self, adapter):
+        adapter.step(self.state(0), 0)
+        assert adapter.step(self.state(150, 60), 1) == self.POLICIES[1]
+        found = [adapter.step(self.state(150), now) for now in (2, 6, 10.9, 11, 12)]
+        assert found == [None, None, None, self.POLICIES[0], None]
+
+    def test_not_while_the_chosen_policy_would_not_be_enough(self, adapter):
+        """The cheaper policy has no queue, the chosen one would have."""
+        adapter.step(self.state(0), 0)
+        assert adapter.step(self.state(150, 60), 1) == self.POLICIES[1]
+        assert not any(adapter.step(self.state(150 * now), now) for now in range(2, 41))
+        found = [adapter.step(self.state(6000), now) for now in (41, 49, 50)]
+        assert found == [None, None, self.POLICIES[0]]
 
     def test_one_policy_never_changes(self):
-        adapter = Adapter(self.POLICIES[:1], target=1.0)
-        assert adapter.step(5, 0) is None
-        assert adapter.step(0, 100) is None
+        adapter = Adapter(self.POLICIES[:1], self.SHARES[:1], target=1.0)
+        assert adapter.step(self.state(0), 0) is None
+        assert adapter.step(self.state(900, 900), 1) is None
+        assert adapter.step(self.state(900), 100) is None

@@ -193,6 +193,7 @@ class TestLimits:
         (response,) = call(app, classify())
         refused(response, 503)
         assert response.headers["retry-after"] == "3"
+        assert engine.refused == 1
 
 
 class TestEngine:

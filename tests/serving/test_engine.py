@@ -316,6 +316,21 @@ class TestOverload:
         engine.submit(images(0, [0] * 4), reported)
         reported.wait(4)
 
+    def test_the_load_counts_refused_rows_and_those_that_wait(self, start):
+        engine, segments = start(max_rows=4)
+        block(engine, segments[0])
+        engine.submit(images(0, [0, 0]), Reported())
+        cheaper = POLICY.with_threshold(0.25)
+        engine.set_policy(cheaper)
+        engine.submit(images(2, [0]), Reported())
+        with pytest.raises(Overloaded):
+            engine.submit(images(3, [0, 0]), Reported())
+        engine.count_refused(10)
+        load = engine.load()
+        assert (load.arrived, load.max_rows) == (16, 4)
+        expected = {POLICY.thresholds: [2, 0, 0], cheaper.thresholds: [1, 0, 0]}
+        assert load.waiting == expected
+
     @pytest.mark.parametrize("count", [0, 5])
     def test_a_request_that_never_fits_is_refused(self, start, count):
         engine, _ = start(max_rows=4)

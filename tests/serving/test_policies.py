@@ -34,29 +34,34 @@ def policies_of(engine: FakeEngine, directory, max_drop: float | None) -> Polici
     return Policies(engine, engine.model.manifest, directory, max_drop, 1.0)
 
 
+def overload(policies: Policies, now: float) -> None:
+    """100 rows arrive in the second before `now`, and 1.5 s of work wait: of half the rows two
+    segments, 10 ms each."""
+    policies.step(now - 1)
+    policies.engine.arrived += 100
+    policies.engine.waiting = 100
+    policies.step(now)
+
+
 def test_a_long_queue_makes_the_policy_cheaper_and_a_short_one_restores_it(
     engine, tmp_path, caplog
 ):
     caplog.set_level("INFO")
     policies = policies_of(engine, tmp_path, 0.02)
-    policies.step(0.0)
-    assert engine.policy.thresholds == (0.9,)
-    engine.expected_wait = 1.5
-    policies.step(10.0)
+    overload(policies, 10.0)
     assert engine.policy.thresholds == (0.5,)
-    engine.expected_wait = 0.0
-    policies.step(20.0)
-    policies.step(20.0 + adapt.HOLD)
+    engine.waiting = 0
+    policies.step(12.0)
+    assert engine.policy.thresholds == (0.5,)
+    policies.step(12.0 + adapt.HOLD)
     assert engine.policy.thresholds == (0.9,)
     assert len(caplog.messages) == 2
-    assert_names(caplog.messages[0], 1500, 0.5)
+    assert_names(caplog.messages[0], 1500, 100, 0.5)
 
 
 @pytest.mark.parametrize("max_drop", [None, 0.005])
 def test_without_a_cheaper_policy_nothing_changes(engine, tmp_path, max_drop):
-    policies = policies_of(engine, tmp_path, max_drop)
-    engine.expected_wait = 1.5
-    policies.step(10.0)
+    overload(policies_of(engine, tmp_path, max_drop), 10.0)
     assert engine.policy.thresholds == (0.9,)
 
 
@@ -64,14 +69,22 @@ def test_a_model_without_a_curve_cannot_adapt(tmp_path):
     assert_names(refusal(policies_of, FakeEngine(colour_model()), tmp_path, 0.02), "val_curve")
 
 
+def test_a_model_without_shares_cannot_adapt(engine, tmp_path):
+    curve = [{**row, "exit_shares": None} for row in CURVE]
+    engine.model = dataclasses.replace(
+        engine.model, manifest=dataclasses.replace(engine.model.manifest, val_curve=curve)
+    )
+    assert_names(refusal(policies_of, engine, tmp_path, 0.02), "--adapt", "export")
+    policies_of(engine, tmp_path, None)
+
+
 def test_the_file_is_read_again_and_adapted_from(engine, tmp_path):
     policies = policies_of(engine, tmp_path, 0.02)
-    engine.expected_wait = 1.5
-    policies.step(10.0)
+    overload(policies, 10.0)
     Policy(exit_names=engine.policy.exit_names, thresholds=(0.9,)).save(tmp_path / "policy.yaml")
     asyncio.run(policies.reload())
     assert engine.policy.thresholds == (0.9,)
-    policies.step(10.0)
+    overload(policies, 20.0)
     assert engine.policy.thresholds == (0.5,)
 
 
