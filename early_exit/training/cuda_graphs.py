@@ -51,7 +51,10 @@ def check_can_replay(run: Run) -> None:
     if not config.run.cuda_graphs:
         return
     if run.device.type != "cuda":
-        raise UserError(f"--cuda-graphs needs a GPU, the device is {run.device}; leave it out")
+        raise UserError(
+            f"--cuda-graphs needs a GPU, the device is {run.device}; leave it out, or resume with"
+            " --set run.cuda_graphs=false"
+        )
     if run.group.world > 1:
         raise UserError("--cuda-graphs is for one process; leave it out under torchrun")
     if config.run.compile:
