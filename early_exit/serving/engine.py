@@ -121,6 +121,9 @@ class Engine:
         self._submitted = 0
         self._running: dict[int, float] = {}
         """When the run of each busy worker began."""
+        self._occupied_since: dict[int, float] = {}
+        """The same, but the end of the worker's run before, if rows waited then: between two runs
+        answers are sent and requests are read, which takes processor time too."""
         self._load = Load(len(segments))
         self._answered = [0] * policy.num_exits
         self._is_closed = False
@@ -256,7 +259,9 @@ class Engine:
                 batch = self._queues.take(now, hold_back=not self._is_closed)
                 if batch is not None:
                     self._running[worker] = now
+                    self._occupied_since.setdefault(worker, now)
                     return batch
+                self._occupied_since.pop(worker, None)
                 if self._is_closed and not self._in_flight:
                     return None
                 due = self._queues.next_due()
@@ -296,9 +301,11 @@ class Engine:
             batch.position,
             batch.policy.thresholds,
             len(numbers),
-            seconds,
             len(numbers) - len(answers),
+            seconds,
+            now - self._occupied_since[worker],
         )
+        self._occupied_since[worker] = now
         for number in numbers:
             request = self._in_flight[number]
             request.computed[number - request.numbers.start] += seconds
@@ -332,7 +339,7 @@ class Engine:
         )
         log.error("%s", message, exc_info=error)
         with self._changed:
-            del self._running[worker]
+            del self._running[worker], self._occupied_since[worker]
             requests = {self._in_flight.pop(number) for number in batch.numbers}
             self._changed.notify_all()
         for request in requests:

@@ -51,15 +51,25 @@ class Load:
         self._remaining: dict[Thresholds, np.ndarray] = {}
 
     def add(
-        self, position: int, thresholds: Thresholds, rows: int, seconds: float, remaining: int
+        self,
+        position: int,
+        thresholds: Thresholds,
+        rows: int,
+        remaining: int,
+        seconds: float,
+        occupied: float,
     ) -> None:
-        """Adds a run of the segment at `position`. remaining: the rows that did not exit."""
+        """Adds a run of the segment at `position`.
+
+        remaining: the rows that did not exit; occupied: the seconds of the run and, if rows waited
+        for it, since the worker's run before. Forecasts count these.
+        """
         self.runs[position] += 1
         self.rows[position] += rows
         self.seconds[position] += seconds
-        self._recent[position] = FADING * self._recent[position] + (rows, seconds, remaining)
+        self._recent[position] = FADING * self._recent[position] + (rows, occupied, remaining)
         sizes, size = self._by_size[position], rows.bit_length()
-        sizes[size] = FADING * sizes.get(size, np.zeros(2)) + (rows, seconds)
+        sizes[size] = FADING * sizes.get(size, np.zeros(2)) + (rows, occupied)
         of_policy = self._remaining.setdefault(thresholds, np.zeros((len(self.runs), 2)))
         of_policy[position] = FADING * of_policy[position] + (rows, remaining)
 

@@ -47,9 +47,8 @@ class SimulatedServer:
                 position, numbers = batch.position, np.array(batch.numbers)
                 remains = stays[numbers] >= ends_of[batch.policy.thresholds][position]
                 remains &= position < len(self.seconds) - 1
-                load.add(
-                    position, batch.policy.thresholds, len(numbers), now - began, remains.sum()
-                )
+                thresholds, took = batch.policy.thresholds, now - began
+                load.add(position, thresholds, len(numbers), remains.sum(), took, took)
                 latency[numbers[~remains]] = now - times[numbers[~remains]]
                 in_flight -= int(np.sum(~remains))
                 if remains.any():

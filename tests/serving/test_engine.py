@@ -1,6 +1,7 @@
 """The engine: answers, batches across requests, policies, cancelling, failures, overload, end."""
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from early_exit.errors import UserError
 from early_exit.inference.infer import run_segments
 from early_exit.inference.policy import NEVER
 from early_exit.serving.engine import Engine, EngineSettings, Overloaded
+from early_exit.serving.load import FADING
 from early_exit.serving.request import RowAnswer, SegmentFailed
 
 
@@ -315,6 +317,39 @@ class TestOverload:
         reported.all.clear()
         engine.submit(images(0, [0] * 4), reported)
         reported.wait(4)
+
+    def test_the_load_counts_what_happens_between_runs_while_rows_wait(self, start):
+        clock = Clock()
+        engine, (first, *_) = start(max_batch=1, clock=clock)
+        clock.now = 50.0
+        answered, calls = Reported(), 0
+
+        def report(answer):
+            nonlocal calls
+            clock.now, calls = clock.now + 3, clock.calls
+            answered(answer)
+
+        first.is_held = True
+        for name in range(2):
+            engine.submit(images(name, [0]), report)
+        for seconds in (1, 2):
+            first.wait_entered()
+            clock.now += seconds
+            first.release_one()
+        answered.wait(2)
+        end = time.monotonic() + PATIENCE
+        while clock.calls == calls and time.monotonic() < end:
+            time.sleep(0.001)  # until the worker has looked for rows, and found none
+        assert engine.snapshot().seconds[0] == 1 + 2
+        assert engine.load().seconds[0] == pytest.approx((FADING * 1 + 3 + 2) / (FADING + 1))
+        clock.now += 100
+        engine.submit(images(2, [0]), answered)
+        first.wait_entered()
+        clock.now += 1
+        first.release_one()
+        answered.wait(3)
+        expected = (FADING * (FADING * 1 + 3 + 2) + 1) / (FADING * (FADING + 1) + 1)
+        assert engine.load().seconds[0] == pytest.approx(expected)
 
     def test_the_load_counts_refused_rows_and_those_that_wait(self, start):
         engine, segments = start(max_rows=4)

@@ -180,34 +180,34 @@ class TestExpectedWait:
         that waits for segment 0 takes 0.2 s in all."""
         load = Load(2)
         assert load.expected_wait((3, 5), 1) == 0
-        load.add(0, (0.5,), rows=8, seconds=0.8, remaining=2)
-        load.add(1, (0.5,), rows=2, seconds=0.8, remaining=0)
+        load.add(0, (0.5,), 8, 2, 0.8, 0.8)
+        load.add(1, (0.5,), 2, 0, 0.8, 0.8)
         assert load.expected_wait((3, 5), 1) == pytest.approx(3 * 0.2 + 5 * 0.4)
         assert load.expected_wait((3, 5), 2) == pytest.approx(1.3)
         assert (load.runs, load.rows, load.seconds) == ([1, 1], [8, 2], [0.8, 0.8])
 
     def test_recent_runs_count_more(self):
         load = Load(1)
-        load.add(0, (), rows=1, seconds=1.0, remaining=0)
-        load.add(0, (), rows=1, seconds=2.0, remaining=0)
+        load.add(0, (), 1, 0, 1.0, 1.0)
+        load.add(0, (), 1, 0, 2.0, 2.0)
         assert load.expected_wait((1,), 1) == pytest.approx((FADING + 2) / (FADING + 1))
 
 
 class TestLoadState:
     def test_the_seconds_are_those_of_large_batches(self):
         load = Load(2)
-        load.add(0, (0.5,), rows=1, seconds=5.0, remaining=0)
+        load.add(0, (0.5,), 1, 0, 5.0, 5.0)
         assert load.state({}, 1, 9).seconds.tolist() == [5.0, 0.0]
-        load.add(0, (0.5,), rows=8, seconds=16.0, remaining=0)
-        load.add(0, (0.5,), rows=1, seconds=5.0, remaining=0)
+        load.add(0, (0.5,), 8, 0, 16.0, 16.0)
+        load.add(0, (0.5,), 1, 0, 5.0, 5.0)
         assert load.state({}, 1, 9).seconds.tolist() == [2.0, 0.0]
         assert load.state({}, 4, 9).seconds.tolist() == [0.5, 0.0]
 
     def test_the_rows_that_remained_under_each_policy(self):
         load = Load(2)
-        load.add(0, (0.5,), rows=4, seconds=1.0, remaining=3)
-        load.add(0, (0.5,), rows=1, seconds=1.0, remaining=0)
-        load.add(0, (0.2,), rows=2, seconds=1.0, remaining=1)
+        load.add(0, (0.5,), 4, 3, 1.0, 1.0)
+        load.add(0, (0.5,), 1, 0, 1.0, 1.0)
+        load.add(0, (0.2,), 2, 1, 1.0, 1.0)
         remaining = load.state({}, 1, 9).remaining
         assert remaining[0.5,][0] == pytest.approx([4 * FADING + 1, 3 * FADING])
         assert remaining[0.2,].tolist() == [[2, 1], [0, 0]]
