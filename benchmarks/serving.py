@@ -32,6 +32,7 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.inference.runtimes.packages import import_package
 from early_exit.serve import PACKAGES
+from early_exit.serving.adapt import HOLD
 from early_exit.serving.engine import EngineSettings
 from early_exit.system.files import write_text
 
@@ -245,6 +247,8 @@ def load_all(
     order, found = random.Random(args.seed), []
     for rate in args.rates:
         for arm in order.sample(list(started), len(started)):
+            if arm == ADAPTIVE:
+                time.sleep(1.2 * HOLD)  # until it has returned to its own policy
             one = load_server(started[arm], requests, target, rate * full[PLAIN], args, arm)
             print(loaded_row(one), flush=True)
             found.append(one)
