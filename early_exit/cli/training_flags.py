@@ -25,7 +25,8 @@ def add_training_flags(
         "--cuda-graphs",
         setting="run.cuda_graphs",
         const=True,
-        help="train with CUDA graphs: small networks on one GPU are several times faster",
+        help="train with CUDA graphs, for small networks on one GPU, whose kernels take less time"
+        " than their launches",
     )
     add_setting(
         group,

@@ -76,7 +76,7 @@ def run_phases(
                     f" save; the last good checkpoint: {run.last_good}",
                     signum,
                 ) from None
-            gc.collect()  # frees the hooks of one DDP wrapper before the next one sets its own
+            gc.collect()  # frees CUDA graphs, and DDP's hooks before the next wrapper sets its own
     run.group.barrier()
 
 
@@ -96,7 +96,7 @@ def run_phase(
     network = run.network.backbone if phase.backbone_only else run.network
     if config.run.compile:
         network.compile()
-    forward, no_sync = wrap_ddp(run, phase, network)
+    forward, no_sync = make_forward(run, phase, network)
     state = PhaseState(
         position=position,
         optimizer=make_optimizer(network, phase.optim),
@@ -126,11 +126,11 @@ def run_phase(
         run.network.load_state_dict(average.module.state_dict())
 
 
-def wrap_ddp(
+def make_forward(
     run: Run, phase: Phase, network: nn.Module
 ) -> tuple[Forward, Callable[[], AbstractContextManager]]:
-    """The forward pass, as a list of logits, whose backward averages the gradients over all
-    processes; and the context in which it does not."""
+    """The forward pass, as a list of logits, with CUDA graphs if asked for, whose backward averages
+    the gradients over all processes; and the context in which it does not."""
     if run.config.run.cuda_graphs:
         return replayed(run, phase, network), nullcontext
     if run.group.world == 1:

@@ -2,20 +2,24 @@
 where there is a GPU."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TASK, assert_same_run, comparable_journal, refusal
 
-from early_exit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.data.folders import FolderConfig
 from early_exit.system.distributed import Group
 from early_exit.training import cuda_graphs
+from early_exit.training.phases import plan_phases
 from early_exit.training.train import train
 
+ALONE = Group()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def config(device="cpu", amp="off", accumulate=1, **run) -> Config:
+def config(device="cpu", amp="off", accumulate=1, weights=None, **run) -> Config:
     """Two epochs of the plain network, and two of three steps with one early exit."""
     return Config(
         data=DataConfig(dataset="digits"),
@@ -23,6 +27,7 @@ def config(device="cpu", amp="off", accumulate=1, **run) -> Config:
         optim=OptimConfig(
             epochs=2, batch_size=16, accumulate=accumulate, lr=0.05, schedule="cosine", ema=0.9
         ),
+        loss=LossConfig(weights=weights),
         run=RunConfig(regime="mixed", amp=amp, device=device, threads=1, **run),
     )
 
@@ -60,17 +65,28 @@ class TestRefused:
             (config(cuda_graphs=True), 2, "torchrun"),
             (config(cuda_graphs=True, compile=True), 1, "--compile"),
             (config(cuda_graphs=True, accumulate=2), 1, "--accumulate"),
+            (config(cuda_graphs=True, weights=(0.0, 1.0)), 1, "loss weights"),
         ],
     )
     def test_together_with(self, settings, world, named):
-        @dataclasses.dataclass
-        class Asked:
-            config: Config
-            device: torch.device
-            group: Group
+        assert named in refused(settings, Group(world=world))
 
-        asked = Asked(settings, torch.device("cuda"), Group(world=world))
-        assert named in refusal(cuda_graphs.check_can_replay, asked)
+    def test_crops_of_two_sizes(self):
+        data = FolderConfig(train_crop=32, val_crop=64)
+        message = refused(dataclasses.replace(config(cuda_graphs=True), data=data))
+        assert "--train-crop" in message and "run.cuda_graphs=false" in message
+
+
+def refused(settings, group=ALONE) -> str:
+    """Why a run on a GPU with images of side 64 is refused."""
+    run = SimpleNamespace(
+        config=settings,
+        device=torch.device("cuda"),
+        group=group,
+        phases=plan_phases(settings, 2),
+        network=SimpleNamespace(image_shape=(3, 64, 64)),
+    )
+    return refusal(cuda_graphs.check_can_replay, run)
 
 
 @needs_gpu
