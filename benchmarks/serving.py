@@ -248,7 +248,7 @@ def load_all(
     for rate in args.rates:
         for arm in order.sample(list(started), len(started)):
             if arm == ADAPTIVE:
-                time.sleep(1.2 * HOLD)  # until it has returned to its own policy
+                time.sleep(1.2 * HOLD + 3 * args.target_p99 / 1000)  # until its own policy is back
             one = load_server(started[arm], requests, target, rate * full[PLAIN], args, arm)
             print(loaded_row(one), flush=True)
             found.append(one)

@@ -124,17 +124,16 @@ class Adapter:
     """Which policy to use, by the rows that wait and the rate at which rows arrive.
 
     A policy is enough if the queue is at most half of the target, or will be one target from now at
-    the rate of the last two. The other half is for chance: if rows arrive independently (Poisson)
-    at capacity, their work in one target's time differs from that forecast by less than half the
-    target in 99 % of cases, if a row takes at most 1/33 of the target (2.33 sqrt(1.5 s / T) <=
-    1/2). A burst is in the queue and, by half, in the rate. If a policy can answer it and what
-    arrives beside it (r) within the target, B <= (1 - r) T, nothing changes: B + (B / 2 + r T) - T
-    <= T / 2. The rate alone decides nothing: a server that is nearly idle runs small batches, of
-    which a row takes longer.
+    the rate of the last two. The other half is for chance, which is larger the fewer rows a target
+    is long: at nine tenths of the capacity a policy is changed without need about never if a row
+    takes 1/125 of the target, and often if it takes 1/33. A burst is in the queue and, by half, in
+    the rate. If a policy can answer it and what arrives beside it (r) within the target, B <= (1 -
+    r) T, nothing changes: B + (B / 2 + r T) - T <= T / 2. The rate alone decides nothing: a server
+    that is nearly idle runs small batches, of which a row takes longer.
 
     policies: the chosen one first, then ever cheaper ones, as `curve_policies` gives them; shares:
-    (policies, segments), those of val that exit at the end of each segment; target: seconds of
-    waiting that are to be kept; hold: seconds for which a more accurate policy must have been
+    (policies, segments), those of val that exit at the end of each segment; target: the longest
+    wait that is accepted, in seconds; hold: seconds for which a more accurate policy must have been
     enough before it is used again.
     """
 
@@ -145,8 +144,8 @@ class Adapter:
         self.index = 0
         """Of the policy in use."""
         self.wait = self.rate = 0.0
-        """At the last step: the seconds until all rows that waited are answered, and the rows that
-        arrive in a second."""
+        """At the last step: the seconds that the rows that wait will take, and the rows that arrive
+        in a second."""
         self._index_of = {policy.thresholds: index for index, policy in enumerate(policies)}
         reached = np.cumsum(shares[:, ::-1], axis=1)[:, ::-1]
         self._val_remaining = np.divide(
@@ -173,8 +172,7 @@ class Adapter:
                 for thresholds, counts in load.waiting.items()
             )
         )
-        rows = sum(map(sum, load.waiting.values()))
-        queue = max(self.wait, self.target * rows / load.max_rows)  # full: no better than late
+        queue = max(self.wait, self.target * load.filled)  # to be refused is no better than late
         self._update_queues(queue, costs[:, 0], load.arrived, now)
         later = self._queues + (self.rate * costs[:, 0] - 1) * self.target
         enough = np.minimum(self._queues, later) <= SHORT * self.target
@@ -212,4 +210,5 @@ class Adapter:
         while len(self._arrivals) > 2 and self._arrivals[1][0] <= now - WINDOW * self.target:
             self._arrivals.popleft()
         begin, arrived_then = self._arrivals[0]
-        self.rate = (arrived - arrived_then) / (now - begin) if now > begin else 0.0
+        window = max(now - begin, WINDOW * self.target)  # at first nothing is known of a part of it
+        self.rate = max(0, arrived - arrived_then) / window

@@ -32,7 +32,7 @@ from early_exit.system.text import in_a_line, shortened
 
 log = logging.getLogger(__name__)
 
-FEW_BYTES = 2**14  # of a request's body: converted in less than a millisecond
+FEW_BYTES = 2**13  # of a request's body: converted in less than a millisecond
 DECODERS = 2  # one image is decoded at a time (early_exit.data.decoding), another one resized
 GONE = 499  # as nginx logs it; nobody reads the answer
 OTHER = "other"  # routes that there are not
@@ -118,12 +118,12 @@ class Service:
     ) -> tuple[protocol.InferRequest, list[RowAnswer]]:
         """Tensors do not wait for the images that are decoded."""
         with self.admission.hold_rows(1):
-            asked = await _off_loop(
+            asked = await _converted(
                 len(content),
                 *(protocol.read_request, content, length, self.signature, self.limits.max_images),
             )
             with self.admission.hold_rows(len(asked.images) - 1):
-                images = await _off_loop(
+                images = await _converted(
                     len(content), self.model.manifest.input.array, asked.images
                 )
                 return asked, await self._answers(images)
@@ -177,7 +177,7 @@ class Service:
         return await loop.run_in_executor(self.pool, function, *arguments)
 
 
-async def _off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
+async def _converted(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
     """What the function returns, called in a thread if it has more than a few bytes to convert:
     with few it takes less time than the change of threads."""
     if size <= FEW_BYTES:

@@ -231,9 +231,10 @@ class Engine:
 
     def load(self) -> LoadState:
         """What the choice of a policy depends on."""
-        workers, max_rows = self._settings.workers, self._settings.max_rows
         with self._changed:
-            return self._load.state(self._queues.counts_by_thresholds, workers, max_rows)
+            filled = len(self._in_flight) / self._settings.max_rows
+            waiting = self._queues.counts_by_thresholds
+            return self._load.state(waiting, self._settings.workers, filled)
 
     def snapshot(self) -> EngineState:
         """What the engine does now and what it has done."""
@@ -350,4 +351,5 @@ class Engine:
         with self._changed:
             for number in self._queues.discard(request.numbers):
                 del self._in_flight[number]
+                self._load.arrived -= 1
             self._changed.notify_all()

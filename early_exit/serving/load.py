@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 FADING = 0.98  # of earlier runs when one is added: about the last 50 count
-
+LAST = 15  # runs of about one size, of which the median counts
+FEW = 3  # runs of a size: one or two may have been held up
 
 Thresholds = tuple[float, ...]
-"""Of a policy: what distinguishes those that one engine uses under load."""
+"""Of a policy: what distinguishes those that change with the load."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class LoadState:
     """What an engine has to do, as far as the choice of a policy depends on it."""
 
     arrived: int
-    """Rows so far, refused ones too."""
+    """Rows so far, refused ones too, without those that were dropped while they waited."""
     waiting: Mapping[Thresholds, Sequence[int]]
     """Rows that wait for each segment, by the thresholds that they came with."""
     seconds: np.ndarray
-    """(segments,) per row, of all workers together, in the largest batches that were seen; 0 of a
-    segment that has not run."""
-    max_rows: int
-    """In flight, at most; more are refused."""
+    """(segments,) per row, of all workers together, in large batches; 0 of a segment that has not
+    run."""
+    filled: float
+    """Rows in flight as a share of those that may be, beyond which rows are refused."""
     remaining: Mapping[Thresholds, np.ndarray]
     """(segments, 2) of the last runs under these thresholds: rows, and rows that did not exit."""
 
@@ -46,8 +49,8 @@ class Load:
         self.seconds = [0.0] * num_segments
         self._recent = np.zeros((num_segments, 3))
         """Rows, seconds, and rows that remained."""
-        self._by_size: list[dict[int, np.ndarray]] = [{} for _ in range(num_segments)]
-        """Rows and seconds of recent runs of each segment, by the binary digits of their rows."""
+        self._by_size: list[dict[int, deque[float]]] = [{} for _ in range(num_segments)]
+        """Seconds per row of the last runs of each segment, by the binary digits of their rows."""
         self._remaining: dict[Thresholds, np.ndarray] = {}
 
     def add(
@@ -68,25 +71,28 @@ class Load:
         self.rows[position] += rows
         self.seconds[position] += seconds
         self._recent[position] = FADING * self._recent[position] + (rows, occupied, remaining)
-        sizes, size = self._by_size[position], rows.bit_length()
-        sizes[size] = FADING * sizes.get(size, np.zeros(2)) + (rows, occupied)
+        of_size = self._by_size[position].setdefault(rows.bit_length(), deque(maxlen=LAST))
+        of_size.append(occupied / rows)
         of_policy = self._remaining.setdefault(thresholds, np.zeros((len(self.runs), 2)))
         of_policy[position] = FADING * of_policy[position] + (rows, remaining)
 
     def state(
-        self, waiting: Mapping[Thresholds, Sequence[int]], workers: int, max_rows: int
+        self, waiting: Mapping[Thresholds, Sequence[int]], workers: int, filled: float
     ) -> LoadState:
         """What the choice of a policy depends on. A queue that is long is run in large batches, so
         the seconds per row are of these, even when only small ones have run since.
 
-        waiting: rows by segment, by the thresholds that they came with.
+        waiting: rows by segment, by the thresholds that they came with; filled: as in `LoadState`.
         """
-        largest = [sizes[max(sizes)] if sizes else np.array([1.0, 0.0]) for sizes in self._by_size]
+        seconds = []
+        for by_size in self._by_size:
+            sizes = [size for size, runs in by_size.items() if len(runs) >= FEW] or list(by_size)
+            seconds.append(statistics.median(by_size[max(sizes)]) if sizes else 0.0)
         return LoadState(
             self.arrived,
             waiting,
-            np.array([seconds / rows / workers for rows, seconds in largest]),
-            max_rows,
+            np.array(seconds) / workers,
+            filled,
             {thresholds: counts.copy() for thresholds, counts in self._remaining.items()},
         )
 

@@ -15,8 +15,9 @@ from early_exit.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_TARGET = 10  # the load is looked at this often within the target
+STEPS_PER_TARGET = 10  # the load is looked at this often within the target, if that is long
 LEAST_INTERVAL = 0.01  # seconds between two looks
+LEAST_TARGET = 2 * LEAST_INTERVAL
 
 
 class Policies:
@@ -31,9 +32,10 @@ class Policies:
         target: float,
     ) -> None:
         """directory: of the model; max_drop: the accuracy (a fraction) on val that cheaper policies
-        may lose, None: there are none; target: seconds of waiting that they are to keep.
+        may lose, None: there are none; target: the longest wait that is accepted, in seconds.
 
-        Raises UserError if the model does not store what its policies gave on val.
+        Raises UserError if the model does not store what its policies gave on val, and if there are
+        cheaper policies and the target is shorter than `LEAST_TARGET`.
         """
         self.engine, self.manifest, self.directory = engine, manifest, directory
         self.max_drop, self.target = max_drop, target
@@ -67,7 +69,7 @@ class Policies:
         if policy is not None:
             self.engine.set_policy(policy)
             log.info(
-                "an expected wait of %.0f ms at %.0f images per second: the thresholds are now %s",
+                "what waits takes %.0f ms, %.0f images arrive a second: the thresholds are now %s",
                 1000 * self.adapter.wait,
                 self.adapter.rate,
                 policy.thresholds,
@@ -76,5 +78,10 @@ class Policies:
     def _adapter_of(self, policy: Policy) -> Adapter | None:
         if self.max_drop is None:
             return None
+        if self.target < LEAST_TARGET:
+            raise UserError(
+                f"--target-p99 is {1000 * self.target:g}; with --adapt it must be at least"
+                f" {1000 * LEAST_TARGET:g}"
+            )
         policies = curve_policies(self.manifest, policy, self.max_drop)
         return Adapter(policies, segment_shares(self.manifest, policies), self.target)

@@ -120,7 +120,7 @@ class FakeEngine:
     def load(self) -> LoadState:
         """As the engine's: rows take 10 ms in each segment and wait for the first one."""
         waiting = {self.policy.thresholds: (self.waiting, 0)}
-        return LoadState(self.arrived, waiting, np.array([0.01, 0.01]), 1024, {})
+        return LoadState(self.arrived, waiting, np.array([0.01, 0.01]), 0.0, {})
 
     def stalled_for(self) -> float:
         """As the engine's."""

@@ -67,7 +67,7 @@ class SimulatedServer:
             else:
                 look += target / 10
                 if self.adapter.step(
-                    load.state(queues.counts_by_thresholds, 1, self.max_rows), now
+                    load.state(queues.counts_by_thresholds, 1, in_flight / self.max_rows), now
                 ):
                     self.changes.append((now, self.adapter.index))
             if batch is None and (batch := queues.take(now)) is not None:

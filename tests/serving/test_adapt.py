@@ -171,12 +171,17 @@ class TestWhenToChange:
             arrived,
             {thresholds: (waiting, 0)},
             np.array([0.0, seconds]),
-            max_rows,
+            waiting / max_rows,
             dict(remaining),
         )
 
+    def begin(self, adapter, rate):
+        """Rows arrive at this rate from -1 s on; none waits at 0 s."""
+        assert adapter.step(self.state(0), -1) is None
+        assert adapter.step(self.state(rate), 0) is None
+
     @pytest.mark.parametrize(
-        ("arrived", "waiting", "expected"),
+        ("rate", "waiting", "expected"),
         [
             (150, 50, None),  # half of the target
             (150, 60, 1),  # after a second 1.1 s of work, or 0.35 s
@@ -187,9 +192,9 @@ class TestWhenToChange:
             (90, 60, None),  # 0.5 s
         ],
     )
-    def test_the_first_policy_that_is_enough_at_once(self, adapter, arrived, waiting, expected):
-        assert adapter.step(self.state(0), 0) is None
-        found = adapter.step(self.state(arrived, waiting), 1)
+    def test_the_first_policy_that_is_enough_at_once(self, adapter, rate, waiting, expected):
+        self.begin(adapter, rate)
+        found = adapter.step(self.state(2 * rate, waiting), 1)
         assert found == (None if expected is None else self.POLICIES[expected])
 
     def test_nothing_changes_before_a_run(self, adapter):
@@ -198,8 +203,8 @@ class TestWhenToChange:
         assert adapter.step(self.state(1800, 1800, seconds=0.0), 1) is None
 
     def test_rows_that_wait_take_what_their_own_policy_takes(self, adapter):
-        adapter.step(self.state(0), 0)
-        assert adapter.step(self.state(300, 60, policy=2), 1) is None
+        self.begin(adapter, 300)
+        assert adapter.step(self.state(600, 60, policy=2), 1) is None
         assert adapter.wait == pytest.approx(60 * 0.25 * 0.01)
         assert adapter.rate == 300
 
@@ -215,23 +220,29 @@ class TestWhenToChange:
         assert adapter.wait == pytest.approx((10 + PRIOR / 2) / (150 + PRIOR) * 0.01)
 
     def test_a_queue_that_is_nearly_full_is_long(self, adapter):
-        adapter.step(self.state(0), 0)
-        assert adapter.step(self.state(150, 40, max_rows=80), 1) is None
-        assert adapter.step(self.state(300, 41, max_rows=80), 2) == self.POLICIES[1]
+        self.begin(adapter, 150)
+        assert adapter.step(self.state(300, 40, max_rows=80), 1) is None
+        assert adapter.step(self.state(450, 41, max_rows=80), 2) == self.POLICIES[1]
 
     def test_back_after_the_hold(self, adapter):
-        adapter.step(self.state(0), 0)
-        assert adapter.step(self.state(150, 60), 1) == self.POLICIES[1]
-        found = [adapter.step(self.state(150), now) for now in (2, 6, 10.9, 11, 12)]
+        self.begin(adapter, 150)
+        assert adapter.step(self.state(300, 60), 1) == self.POLICIES[1]
+        found = [adapter.step(self.state(300), now) for now in (2, 6, 10.9, 11, 12)]
         assert found == [None, None, None, self.POLICIES[0], None]
 
     def test_not_while_the_chosen_policy_would_not_be_enough(self, adapter):
         """The cheaper policy has no queue, the chosen one would have."""
-        adapter.step(self.state(0), 0)
-        assert adapter.step(self.state(150, 60), 1) == self.POLICIES[1]
-        assert not any(adapter.step(self.state(150 * now), now) for now in range(2, 41))
-        found = [adapter.step(self.state(6000), now) for now in (41, 49, 50)]
+        self.begin(adapter, 150)
+        assert adapter.step(self.state(300, 60), 1) == self.POLICIES[1]
+        assert not any(adapter.step(self.state(150 * now + 150), now) for now in range(2, 41))
+        found = [adapter.step(self.state(6150), now) for now in (41, 49, 50)]
         assert found == [None, None, self.POLICIES[0]]
+
+    def test_a_burst_at_the_start_is_no_rate(self, adapter):
+        """In the first look's tenth of a second; at 600 rows/s only the last policy were enough."""
+        adapter.step(self.state(0), 0)
+        assert adapter.step(self.state(60, 60), 0.1) is None
+        assert adapter.rate == 30
 
     def test_one_policy_never_changes(self):
         adapter = Adapter(self.POLICIES[:1], self.SHARES[:1], target=1.0)

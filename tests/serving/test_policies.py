@@ -56,13 +56,18 @@ def test_a_long_queue_makes_the_policy_cheaper_and_a_short_one_restores_it(
     policies.step(12.0 + adapt.HOLD)
     assert engine.policy.thresholds == (0.9,)
     assert len(caplog.messages) == 2
-    assert_names(caplog.messages[0], 1500, 100, 0.5)
+    assert_names(caplog.messages[0], 1500, 50, 0.5)
 
 
 @pytest.mark.parametrize("max_drop", [None, 0.005])
 def test_without_a_cheaper_policy_nothing_changes(engine, tmp_path, max_drop):
     overload(policies_of(engine, tmp_path, max_drop), 10.0)
     assert engine.policy.thresholds == (0.9,)
+
+
+def test_a_target_that_is_too_short_to_look_within_is_refused(engine, tmp_path):
+    message = refusal(Policies, engine, engine.model.manifest, tmp_path, 0.02, 0.019)
+    assert_names(message, "--target-p99", 19, 20)
 
 
 def test_a_model_without_a_curve_cannot_adapt(tmp_path):

@@ -197,17 +197,24 @@ class TestLoadState:
     def test_the_seconds_are_those_of_large_batches(self):
         load = Load(2)
         load.add(0, (0.5,), 1, 0, 5.0, 5.0)
-        assert load.state({}, 1, 9).seconds.tolist() == [5.0, 0.0]
+        assert load.state({}, 1, 0.0).seconds.tolist() == [5.0, 0.0]
         load.add(0, (0.5,), 8, 0, 16.0, 16.0)
         load.add(0, (0.5,), 1, 0, 5.0, 5.0)
-        assert load.state({}, 1, 9).seconds.tolist() == [2.0, 0.0]
-        assert load.state({}, 4, 9).seconds.tolist() == [0.5, 0.0]
+        assert load.state({}, 1, 0.0).seconds.tolist() == [2.0, 0.0]
+        assert load.state({}, 4, 0.0).seconds.tolist() == [0.5, 0.0]
+
+    def test_a_run_that_was_held_up_does_not_count(self):
+        load = Load(1)
+        load.add(0, (), 16, 0, 900.0, 900.0)
+        for seconds in (8.0, 80.0, 8.0):
+            load.add(0, (), 8, 0, seconds, seconds)
+        assert load.state({}, 1, 0.0).seconds.tolist() == [1.0]
 
     def test_the_rows_that_remained_under_each_policy(self):
         load = Load(2)
         load.add(0, (0.5,), 4, 3, 1.0, 1.0)
         load.add(0, (0.5,), 1, 0, 1.0, 1.0)
         load.add(0, (0.2,), 2, 1, 1.0, 1.0)
-        remaining = load.state({}, 1, 9).remaining
+        remaining = load.state({}, 1, 0.0).remaining
         assert remaining[0.5,][0] == pytest.approx([4 * FADING + 1, 3 * FADING])
         assert remaining[0.2,].tolist() == [[2, 1], [0, 0]]
