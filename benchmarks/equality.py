@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from early_exit.classifier import find_evaluation, task_of, val_from_of
 from early_exit.cli import flags
-from early_exit.errors import Failed, UserError
+from early_exit.errors import Failed
 from early_exit.evaluation.live import run_live
 from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
@@ -61,8 +61,7 @@ def parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compares and prints a table. Raises Failed if anything differs beyond rounding."""
     args = parser().parse_args(argv)
-    if min(args.batch_sizes) < 1:
-        raise UserError(f"--batch-sizes must be at least 1, got {min(args.batch_sizes)}")
+    flags.check_at_least(args, 1, "batch_sizes")
     settings = flags.settings_of(args)
     check_settings(args.runtime, settings)
     evaluation = find_evaluation(args.run, args.eval)

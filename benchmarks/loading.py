@@ -130,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{describe_device(device)}, torch {torch.__version__}, batch {args.batch_size},"
         f" {args.workers} workers, crops of {args.crop}"
     )
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    flags.check_at_least(args, 1, "batch_size")
     with tempfile.TemporaryDirectory() as generated:
         if args.dir is None:
             args.dir = generated

@@ -83,8 +83,7 @@ def parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Classifies the images and prints the answers."""
     args = parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    flags.check_at_least(args, 1, "batch_size")
     classifier = _load(args)
     table = None if args.json else Table(classifier)
     if table:

@@ -20,7 +20,7 @@ from early_exit.serving.load import LoadState
 
 STEPS = 12  # from the chosen policy to the cheapest
 HOLD = 5.0  # seconds for which a policy would have been enough before it is used again
-SHORT = 0.5  # of the target: a shorter queue is no reason for a cheaper policy
+SHORT = 0.5  # of the target: a shorter queue does not lead to a cheaper policy
 WINDOW = 2.0  # targets over which the rate is taken (see `Adapter`)
 PRIOR = 50  # rows: what val's exit shares count, compared with those of recent runs
 SLACK = 1e-12  # for the rounding of sums
@@ -124,12 +124,11 @@ class Adapter:
     """Which policy to use, by the rows that wait and the rate at which rows arrive.
 
     A policy is enough if the queue is at most half of the target, or will be one target from now at
-    the rate of the last two. The other half is for chance, which is larger the fewer rows a target
-    is long: at nine tenths of the capacity a policy is changed without need about never if a row
-    takes 1/125 of the target, and often if it takes 1/33. A burst is in the queue and, by half, in
-    the rate. If a policy can answer it and what arrives beside it (r) within the target, B <= (1 -
-    r) T, nothing changes: B + (B / 2 + r T) - T <= T / 2. The rate alone decides nothing: a server
-    that is nearly idle runs small batches, of which a row takes longer.
+    the rate of the last two. The other half is for chance, which is larger the fewer rows are
+    answered in one target. A burst is in the queue and, by half, in the rate. If a policy can
+    answer it and what arrives beside it (r) within the target, B <= (1 - r) T, nothing changes:
+    B + (B / 2 + r T) - T <= T / 2. The rate alone decides nothing: a server that is nearly idle
+    runs small batches, of which a row takes longer.
 
     policies: the chosen one first, then ever cheaper ones, as `curve_policies` gives them; shares:
     (policies, segments), those of val that exit at the end of each segment; target: the longest
@@ -172,7 +171,7 @@ class Adapter:
                 for thresholds, counts in load.waiting.items()
             )
         )
-        queue = max(self.wait, self.target * load.filled)  # to be refused is no better than late
+        queue = max(self.wait, self.target * load.filled)  # a refusal is as bad as a late answer
         self._update_queues(queue, costs[:, 0], load.arrived, now)
         later = self._queues + (self.rate * costs[:, 0] - 1) * self.target
         enough = np.minimum(self._queues, later) <= SHORT * self.target

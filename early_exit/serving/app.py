@@ -32,7 +32,7 @@ from early_exit.system.text import in_a_line, shortened
 
 log = logging.getLogger(__name__)
 
-FEW_BYTES = 2**13  # of a request's body: converted in less than a millisecond
+FEW_BYTES = 2**13  # of a request's body: converted without a change of threads
 DECODERS = 2  # one image is decoded at a time (early_exit.data.decoding), another one resized
 GONE = 499  # as nginx logs it; nobody reads the answer
 OTHER = "other"  # routes that there are not
@@ -118,14 +118,12 @@ class Service:
     ) -> tuple[protocol.InferRequest, list[RowAnswer]]:
         """Tensors do not wait for the images that are decoded."""
         with self.admission.hold_rows(1):
-            asked = await _converted(
-                len(content),
-                *(protocol.read_request, content, length, self.signature, self.limits.max_images),
+            convert = _directly if len(content) <= FEW_BYTES else asyncio.to_thread
+            asked = await convert(
+                protocol.read_request, content, length, self.signature, self.limits.max_images
             )
             with self.admission.hold_rows(len(asked.images) - 1):
-                images = await _converted(
-                    len(content), self.model.manifest.input.array, asked.images
-                )
+                images = await convert(self.model.manifest.input.array, asked.images)
                 return asked, await self._answers(images)
 
     async def _answers(self, images: np.ndarray) -> list[RowAnswer]:
@@ -177,12 +175,9 @@ class Service:
         return await loop.run_in_executor(self.pool, function, *arguments)
 
 
-async def _converted(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """What the function returns, called in a thread if it has more than a few bytes to convert:
-    with few it takes less time than the change of threads."""
-    if size <= FEW_BYTES:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
+async def _directly(function: Callable[..., Result], *arguments: Any) -> Result:
+    """As `asyncio.to_thread`, without a thread."""
+    return function(*arguments)
 
 
 def build_app(service: Service) -> Starlette:

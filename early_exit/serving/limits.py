@@ -44,7 +44,7 @@ class Admission:
     def hold_rows(self, count: int) -> Iterator[None]:
         """A context that holds images, from before they are decoded until they are answered.
 
-        Raises Refused, and counts them for the engine, if there is no room.
+        Raises Refused if there are too many in progress; the engine then counts them as arrived.
         """
         if self.rows + count > self.max_rows:
             self.engine.count_refused(count)

@@ -43,7 +43,7 @@ class Load:
 
     def __init__(self, num_segments: int) -> None:
         self.arrived = 0
-        """Rows, refused ones too."""
+        """As in `LoadState`."""
         self.runs = [0] * num_segments
         self.rows = [0] * num_segments
         self.seconds = [0.0] * num_segments

@@ -48,7 +48,7 @@ def replayed(run: Run, phase: Phase, network: nn.Module) -> Forward:
 
 def check_can_replay(run: Run) -> None:
     """Raises UserError if the run asks for CUDA graphs and they cannot be used."""
-    config = run.config
+    config, side = run.config, run.network.image_shape[1]
     if not config.run.cuda_graphs:
         return
     for fails, reason in (
@@ -57,8 +57,7 @@ def check_can_replay(run: Run) -> None:
         (config.run.compile, "and --compile exclude each other"),
         (config.optim.accumulate > 1, "and --accumulate exclude each other"),
         (
-            getattr(config.data, "train_crop", run.network.image_shape[1])
-            != run.network.image_shape[1],
+            getattr(config.data, "train_crop", side) != side,
             "needs --train-crop and --val-crop of one size",
         ),
         # a graph gives the exit gradients of 0, and weight decay would shrink its weights
