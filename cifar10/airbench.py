@@ -34,13 +34,10 @@ class Airbench(nn.Module):
         widths: Sequence[int] = (64, 256, 256),
     ) -> None:
         super().__init__()
-        patch = shape[0] * 2 * 2  # values in a patch; each eigenvector gives two filters
-        self.whiten = nn.Conv2d(shape[0], 2 * patch, 2)
-        self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)
-        self.group1 = _group(2 * patch, widths[0])
-        self.group2 = _group(widths[0], widths[1])
-        self.group3 = _group(widths[1], widths[2])
+        self.whiten = whitening(shape[0])
+        self.group1 = conv_group(self.whiten.out_channels, widths[0])
+        self.group2 = conv_group(widths[0], widths[1])
+        self.group3 = conv_group(widths[1], widths[2])
         self.pool = nn.MaxPool2d(3)
         self.linear = nn.Linear(widths[2], num_classes, bias=False)
 
@@ -59,31 +56,43 @@ class Airbench(nn.Module):
             "classifier": nn.Sequential(self.pool, nn.Flatten(), self.linear, ScaleLogits())
         }
 
-    @torch.no_grad()
     def init_from_images(self, batches: Iterable[Tensor]) -> None:
-        """Sets the filters of the first convolution so that they whiten 2x2 patches.
+        """Sets the filters of the first convolution from normalised images (`set_whitening`)."""
+        set_whitening(self.whiten, batches)
 
-        They are the eigenvectors of the patches' second moment (the covariance, as the images are
-        normalised), each divided by the root of its eigenvalue plus `EPS`, and their negatives.
 
-        batches: normalised images (B, C, H, W); the first 5,000 or a little more are used.
-        """
-        weight = self.whiten.weight
-        size = weight[0].numel()
-        moment = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-        images_read = patches_read = 0
-        for images in batches:
-            patches = F.unfold(images.double(), 2)  # (B, C * 2 * 2, patches of an image)
-            moment += (patches @ patches.mT).sum(dim=0)
-            images_read += len(images)
-            patches_read += len(images) * patches.shape[2]
-            if images_read >= IMAGES:
-                break
-        eigenvalues, eigenvectors = torch.linalg.eigh(moment / patches_read)  # rising; columns
-        filters = (
-            (eigenvectors / (eigenvalues + EPS).sqrt()).T.flip(0).reshape(-1, *weight[0].shape)
-        )
-        weight.copy_(torch.cat([filters, -filters]))
+def whitening(channels: int) -> nn.Conv2d:
+    """The first convolution, whose filters are never trained; `set_whitening` computes them."""
+    patch = channels * 2 * 2  # values in a patch; each eigenvector gives two filters
+    conv = nn.Conv2d(channels, 2 * patch, 2)
+    conv.weight.requires_grad_(False)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+@torch.no_grad()
+def set_whitening(conv: nn.Conv2d, batches: Iterable[Tensor]) -> None:
+    """Sets the filters of a convolution so that they whiten 2x2 patches.
+
+    They are the eigenvectors of the patches' second moment (the covariance, as the images are
+    normalised), each divided by the root of its eigenvalue plus `EPS`, and their negatives.
+
+    batches: normalised images (B, C, H, W); the first 5,000 or a little more are used.
+    """
+    weight = conv.weight
+    size = weight[0].numel()
+    moment = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+    images_read = patches_read = 0
+    for images in batches:
+        patches = F.unfold(images.double(), 2)  # (B, C * 2 * 2, patches of an image)
+        moment += (patches @ patches.mT).sum(dim=0)
+        images_read += len(images)
+        patches_read += len(images) * patches.shape[2]
+        if images_read >= IMAGES:
+            break
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment / patches_read)  # rising; columns
+    filters = (eigenvectors / (eigenvalues + EPS).sqrt()).T.flip(0).reshape(-1, *weight[0].shape)
+    weight.copy_(torch.cat([filters, -filters]))
 
 
 class ScaleLogits(nn.Module):
@@ -93,7 +102,7 @@ class ScaleLogits(nn.Module):
         return logits * SCALE
 
 
-def _group(in_channels: int, channels: int) -> nn.Sequential:
+def conv_group(in_channels: int, channels: int) -> nn.Sequential:
     """Two blocks, the first of which halves the resolution."""
     return nn.Sequential(
         nn.Sequential(_conv(in_channels, channels), nn.MaxPool2d(2), _norm(channels), nn.GELU()),

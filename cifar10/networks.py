@@ -10,6 +10,7 @@ from cifar10.airbench import Airbench
 from cifar10.alexnet import AlexNet
 from cifar10.lenet import LeNet, MnistCNN
 from cifar10.msdnet import LAYERS, MSDNet
+from cifar10.nested import NestedAirbench
 from cifar10.resnet import DEPTHS, ResNet
 from early_exit.errors import UserError
 from early_exit.model.cost import place_shares
@@ -22,6 +23,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "airbench_mid": partial(Airbench, widths=(48, 144, 144)),
     "airbench_half": partial(Airbench, widths=(32, 128, 128)),
     "airbench_slim": partial(Airbench, widths=(16, 128, 128)),
+    "airbench_nested": NestedAirbench,
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),
