@@ -6,9 +6,9 @@ features, as the larger sub-networks of RANet do (Yang et al., arXiv:2003.07326)
 a network whose weights from the second part's channels to the first one's are zero, so that it can
 be computed in order of width (Any-Width Networks, Vu et al., arXiv:2012.03153).
 
-The places for exits are `first.group1.0` .. `second.group3.0`; `first.group3` is the end of the first
-part. Features are a tuple of the maps that are still to be read, the newest last; during the first
-part the images are its first.
+The places for exits are `first.group1.0` .. `second.group3.0`; `first.group3` is the end of the
+first part. Features are a tuple of the maps that are still to be read, the newest last; during the
+first part the images are its first.
 """
 
 from collections.abc import Iterable, Sequence

@@ -7,12 +7,13 @@
     python -m early_exit.compare runs/a/eval/risk1 runs/b --labels certified cheap
     python -m early_exit.compare runs/*                               all runs that are evaluated
     python -m early_exit.compare runs/* --points benchmarks/literature.yaml
+    python -m early_exit.compare runs/mine --statics benchmarks/statics.yaml
 
 Besides the table it makes one figure: accuracy against multiply-adds, and against seconds in each
-runtime that something was timed in. Multi-exit runs are curves; plain runs (--exits none) and the
-public networks that the reports name are single marks; points of the literature, from --points, are
-hollow ones. A second table tells for each static network which policy is as accurate and what it
-saves (`early_exit.evaluation.savings`).
+runtime that something was timed in. Multi-exit runs are curves; plain runs (--exits none), the
+public networks that the reports name and the networks of --statics are single marks; points of the
+literature, from --points, are hollow ones. A second table tells for each static network which
+policy is as accurate and what it saves (`early_exit.evaluation.savings`).
 
 Runs whose settings differ only in the seed, evaluated under the same name, form one group. Policies
 were chosen on val when the runs were evaluated; test is only reported. Of several RUNs, as from
@@ -42,7 +43,7 @@ from early_exit.evaluation.groups import Group, group_runs
 from early_exit.evaluation.labels import labelled
 from early_exit.evaluation.literature import read_points
 from early_exit.evaluation.panels import Panel, panels_of
-from early_exit.evaluation.statics import static_networks
+from early_exit.evaluation.statics import listed_networks, static_networks
 from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluation
 from early_exit.system.directories import atomic_directory
 from early_exit.system.disk_errors import is_writable
@@ -116,6 +117,12 @@ def parser() -> flags.Parser:
         type=Path,
         metavar="FILE",
         help="YAML file of points of the literature, as benchmarks/literature.yaml",
+    )
+    parser.add_argument(
+        "--statics",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of networks without exits to compare with, as benchmarks/statics.yaml",
     )
     parser.add_argument(
         "--batch-size",
@@ -207,11 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the evaluations, writes the comparison and prints the table."""
     args = parser().parse_args(argv)
     groups = labelled(group_runs(read_evaluations(args.runs, args.eval), args.each), args.labels)
+    dataset = groups[0].first.dataset
+    listed = listed_networks(args.statics, dataset) if args.statics else []
     compared = Comparison(
         groups,
-        static_networks(groups),
+        [*static_networks(groups), *listed],
         timed(groups, args.batch_size),
-        read_points(args.points, groups[0].first.dataset) if args.points else (),
+        read_points(args.points, dataset) if args.points else (),
     )
     out = Path(os.path.abspath(args.out)) if args.out else default_directory(groups)
     if not is_writable(out):

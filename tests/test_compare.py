@@ -17,7 +17,7 @@ from early_exit.evaluation import comparison, comparison_plot
 from early_exit.evaluation.comparison import Comparison
 from early_exit.evaluation.literature import read_points
 from early_exit.evaluation.panels import panels_of
-from early_exit.evaluation.statics import static_networks
+from early_exit.evaluation.statics import listed_networks, static_networks
 from early_exit.system import files
 
 
@@ -195,7 +195,10 @@ def test_the_figure_of_everything_is_drawn_without_warnings(everything, tmp_path
     runs, points = everything
     groups, path = rows(*runs), tmp_path / "figure.png"
     compared = Comparison(
-        groups, static_networks(groups), panels_of(groups), read_points(points, "shapes")
+        groups,
+        [*static_networks(groups), *listed_networks(points, "shapes")],
+        panels_of(groups),
+        read_points(points, "shapes"),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -214,6 +217,11 @@ def test_static_networks_and_the_literature_are_shown_and_written(everything, co
     assert [row["static_network"] for row in values["savings"]["macs"]][-2:] == ["small", "large"]
     assert [len(panel["savings"]) for panel in values["savings"]["seconds"]] == [2, 2]
     assert len(values["literature"]) == 5
+    flags = ("--statics", points, "--out", tmp_path / "listed", "--no-plots")
+    code, shown, _ = compared(*runs, *flags)
+    values = json.loads((tmp_path / "listed" / "table.json").read_text())
+    assert code == 0 and "| L2W-DEN |" in shown and not values["literature"]
+    assert [row["static_network"] for row in values["savings"]["macs"]][-2:] == ["MSDNet", "RANet"]
 
 
 def test_a_batch_size_that_was_not_timed_is_an_error(made_run, compared):

@@ -23,7 +23,8 @@ class Comparison:
 
     groups: Sequence[Group]
     statics: Sequence[Static] = ()
-    """The plain runs among the groups and the public networks of their reports."""
+    """The plain runs among the groups, the public networks of their reports, and those that the
+    user lists."""
     panels: Sequence[Panel] = ()
     """The runtimes in which anything was timed."""
     points: Sequence[LiteraturePoint] = ()

@@ -16,7 +16,7 @@ from early_exit.evaluation.comparison import Comparison
 from early_exit.evaluation.groups import Group, MeanCurve, names_of, same_networks
 from early_exit.evaluation.mark_labels import Mark
 from early_exit.evaluation.panels import Panel
-from early_exit.evaluation.statics import PUBLIC, Static
+from early_exit.evaluation.statics import LISTED, PUBLIC, Static
 from early_exit.evaluation.stored import Value
 from early_exit.system.text import shortened
 
@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^vPXph"
-PUBLIC_STYLE: dict[str, Any] = {"marker": ">", "color": plots.GREY, "mec": "black", "ms": 8}
+# By kind of static network, but for plain runs: words for the legend, and the mark.
+STATIC_STYLES: dict[str, tuple[str, dict[str, Any]]] = {
+    PUBLIC: (
+        "public networks, as their sources state",
+        {"marker": ">", "color": plots.GREY, "mec": "black", "ms": 8},
+    ),
+    LISTED: (
+        "static networks of --statics",
+        {"marker": "s", "color": "white", "mec": "black", "ms": 6},
+    ),
+}
 LITERATURE_STYLE: dict[str, Any] = {
     "marker": "D",
     "mfc": "none",
@@ -151,7 +161,7 @@ def _draw_panel(
         for group in one.groups:
             if (chosen := axis.chosen(group)) is not None:
                 _draw_chosen(axes, one, chosen, group)
-    marks = _draw_public(axes, axis, comparison.statics)
+    marks = _draw_statics(axes, axis, comparison.statics)
     for mark in literature:
         axes.plot(mark.x, mark.y, ls="", zorder=5, **LITERATURE_STYLE)
     axes.set(xlabel=axis.label, ylabel="accuracy on test, %")
@@ -224,15 +234,15 @@ def _draw_chosen(axes: Axes, series: _Series, cost: Value, group: Group) -> None
     )
 
 
-def _draw_public(axes: Axes, axis: _Axis, statics: Sequence[Static]) -> list[Mark]:
-    """The public networks; returns their marks."""
+def _draw_statics(axes: Axes, axis: _Axis, statics: Sequence[Static]) -> list[Mark]:
+    """The networks that are no run; returns their marks."""
     marks = []
     for static in statics:
-        cost = axis.static(static) if static.kind == PUBLIC else None
+        cost = axis.static(static) if static.kind in STATIC_STYLES else None
         if cost is not None:
             name = shortened(static.name, plots.MAX_NAME)
             marks.append(Mark(cost, 100 * static.accuracy, name, "black"))
-            axes.plot(cost, 100 * static.accuracy, ls="", zorder=4, **PUBLIC_STYLE)
+            axes.plot(cost, 100 * static.accuracy, ls="", zorder=4, **STATIC_STYLES[static.kind][1])
     return marks
 
 
@@ -277,8 +287,8 @@ def _draw_legend(axes: Axes, series: Sequence[_Series], comparison: Comparison) 
         shape = {"color": "white", "mec": "black"}
         kinds += [("chosen policy, ± as in the table", {"marker": "*", "ms": 11, **shape})]
         kinds += [("final exit", {"marker": "D", "ms": 6, **shape})]
-    if any(static.kind == PUBLIC for static in comparison.statics):
-        kinds.append(("public networks, as their sources state", PUBLIC_STYLE))
+    drawn = {static.kind for static in comparison.statics}
+    kinds += [words for kind, words in STATIC_STYLES.items() if kind in drawn]
     if any(point.macs is not None for point in comparison.points):
         kinds.append(("literature, under other rules", LITERATURE_STYLE))
     handles += [Line2D([], [], ls="", label=words, **style) for words, style in kinds]

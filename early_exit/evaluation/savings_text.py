@@ -7,7 +7,7 @@ from early_exit.evaluation.groups import Group
 from early_exit.evaluation.literature import LiteraturePoint
 from early_exit.evaluation.panels import Panel
 from early_exit.evaluation.savings import ExitPoint, Saving, macs_savings, seconds_savings
-from early_exit.evaluation.statics import PUBLIC, Static
+from early_exit.evaluation.statics import LISTED, PUBLIC, Static
 from early_exit.evaluation.tables import escaped
 from early_exit.system.text import in_a_line
 
@@ -145,13 +145,13 @@ def _notes(groups: Sequence[Group], statics: Sequence[Static]) -> list[str]:
             f" Thresholds or a policy that were given, not chosen on val, do not count: {names}."
         )
     parts = [text]
-    public = [static for static in statics if static.kind == PUBLIC]
-    if public:
-        sources = "; ".join(dict.fromkeys(in_a_line(static.source) for static in public))
-        parts.append(
-            "The accuracy of public networks is the one that their source states, on the whole"
-            f" official test set: {sources}."
-        )
+    for kind in (PUBLIC, LISTED):
+        sources = dict.fromkeys(in_a_line(one.source) for one in statics if one.kind == kind)
+        if sources:
+            parts.append(
+                f"The accuracy of {kind} is the one that their source states, on the whole"
+                f" official test set: {'; '.join(sources)}."
+            )
     return parts
 
 

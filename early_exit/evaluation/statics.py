@@ -1,13 +1,17 @@
-"""The static networks of a comparison: its plain runs, and the public networks that its reports
-compare with."""
+"""The static networks of a comparison: its plain runs, the public networks that its reports compare
+with, and those of a file that the user names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from early_exit.errors import UserError
 from early_exit.evaluation.groups import Group, names_of, same_networks
+from early_exit.evaluation.literature import read_points
 from early_exit.evaluation.stored import Evaluation
+from early_exit.system.text import in_a_line
 
-RUN, PUBLIC = "plain runs", "public networks"
+RUN, PUBLIC, LISTED = "plain runs", "public networks", "networks of --statics"
 
 
 @dataclass(frozen=True)
@@ -15,10 +19,10 @@ class Static:
     """A network without exits."""
 
     kind: str
-    """`RUN` or `PUBLIC`."""
+    """`RUN`, `PUBLIC` or `LISTED`."""
     name: str
     accuracy: float
-    """On test; of a public network as its source states it, on the official test set."""
+    """On test; of other than a run as its source states it, on the official test set."""
     macs: int
     source: str
     """Who trained it."""
@@ -44,6 +48,23 @@ def static_networks(groups: Sequence[Group]) -> list[Static]:
         *sorted(runs, key=lambda static: static.macs),
         *sorted(public.values(), key=lambda static: static.macs),
     ]
+
+
+def listed_networks(path: Path, dataset: str) -> list[Static]:
+    """The static networks of a YAML file, by rising MACs. Its format is that of `--points`.
+
+    Raises UserError as `read_points` does, and for a network without `macs_millions`.
+    """
+    found = []
+    for point in read_points(path, dataset):
+        if point.macs is None:
+            raise UserError(
+                f"{path}: {in_a_line(point.label)} has no macs_millions, by which static networks"
+                " are compared; add it"
+            )
+        network = Static(LISTED, point.label, point.accuracy, round(point.macs), point.source)
+        found.append(network)
+    return sorted(found, key=lambda static: static.macs)
 
 
 Timed = dict[tuple[str, int], float]

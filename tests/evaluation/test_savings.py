@@ -1,13 +1,14 @@
 """What exits save over static networks, computed by hand; a plain network has 20 million MACs."""
 
 import pytest
-from helpers import assert_names
+import yaml
+from helpers import ROOT, assert_names, refusal
 from reports import public, rows, timing
 
 from early_exit.evaluation.panels import panels_of
 from early_exit.evaluation.savings import budgets, macs_savings, seconds_savings
 from early_exit.evaluation.savings_text import MACS, sections, statement
-from early_exit.evaluation.statics import PUBLIC, RUN, static_networks
+from early_exit.evaluation.statics import LISTED, PUBLIC, RUN, listed_networks, static_networks
 
 CURVE = [(1.0, 0.95), (0.5, 0.92), (0.3, 0.90), (0.2, 0.60)]
 NETWORKS = [public("low", 0.90, 5), public("middle", 0.91, 15), public("high", 0.96, 30)]
@@ -89,6 +90,49 @@ def test_a_plain_run_is_a_static_network_once_for_all_its_runtimes(made_run):
     assert (static.kind, static.accuracy, static.macs) == (RUN, 0.91, 20_000_000)
     assert len(static.groups) == 2 and "openvino" not in static.name
     assert found(groups) == {static.name: (0.92, 10.0, 0.5)}
+
+
+def listed(path, *networks):
+    """A file of networks: label, accuracy in percent, and the rest of each point."""
+    points = [
+        {"label": label, "dataset": "shapes", "accuracy_percent": accuracy, "source": "us", **rest}
+        for label, accuracy, rest in networks
+    ]
+    path.write_text(yaml.safe_dump({"points": points}))
+    return path
+
+
+def test_networks_of_a_file_are_static_networks_of_their_own_kind(made_run, tmp_path):
+    path = listed(
+        tmp_path / "statics.yaml",
+        ("dear", 92.0, {"macs_millions": 12.5}),
+        ("cheap", 91.0, {"macs_millions": 11.0}),
+    )
+    networks = listed_networks(path, "shapes")
+    assert [(one.kind, one.name, one.accuracy, one.macs) for one in networks] == [
+        (LISTED, "cheap", 0.91, 11_000_000),
+        (LISTED, "dear", 0.92, 12_500_000),
+    ]
+    # a better one of another kind does not make them no rivals
+    groups = rows(made_run("exits", curve=CURVE, static_networks=[public("p", 0.99, 1)]))
+    statics = [*static_networks(groups), *networks]
+    assert {row.static.name: row.saving for row in macs_savings(groups, statics)} == {
+        "p": None,
+        "cheap": pytest.approx(1 - 10 / 11),
+        "dear": pytest.approx(1 - 10 / 12.5),
+    }
+    text = "\n".join(sections(groups, statics, ()))
+    assert_names(text, f"than the best of the {LISTED}", f"The accuracy of {LISTED}", "us")
+
+
+def test_a_listed_network_needs_multiply_adds(tmp_path):
+    path = listed(tmp_path / "statics.yaml", ("net", 91.0, {"milliseconds": 3}))
+    assert_names(refusal(listed_networks, path, "shapes"), path, "net", "macs_millions")
+
+
+def test_our_own_list_is_read():
+    networks = listed_networks(ROOT / "benchmarks" / "statics.yaml", "cifar10")
+    assert len(networks) >= 7 and all(0.9 < one.accuracy < 1 for one in networks)
 
 
 def test_a_network_than_which_another_is_better_is_named(made_run):
