@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
     run("heads", "heads.py")
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 import cifar10.networks
 import imagenet.networks
 from early_exit.cli import flags
-from early_exit.errors import UserError
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.table import find_runtime
 from early_exit.model.heads import HEADS, HeadKind
@@ -180,7 +178,7 @@ def cell(added: np.ndarray, stage: float) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     args = parser().parse_args(argv)
-    check(args)
+    flags.check_at_least(args, 1, "batch_sizes", "turns", "threads")
     torch.set_num_threads(args.threads)
     small = args.arch in cifar10.networks.BACKBONES
     side = args.image_size or (32 if small else 224)
@@ -207,9 +205,3 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cells = [cell(added, seconds.stage) for added in seconds.heads.values()]
                 stage = f"{1000 * seconds.stage:.3f}"
                 print("| " + " | ".join([name, str(batch_size), place, stage, *cells]) + " |")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that cannot be measured."""
-    if min(args.turns, args.threads, *args.batch_sizes) < 1:
-        raise UserError("--batch-sizes, --turns and --threads must be at least 1")

@@ -183,8 +183,7 @@ def parser() -> flags.Parser:
 def check(args: argparse.Namespace) -> str:
     """The Python for earlyon. Raises UserError for flags that cannot be measured."""
     check_shares(args)
-    if min(args.threads, args.turns, args.starts) < 1:
-        raise UserError("--threads, --turns and --starts must be at least 1")
+    flags.check_at_least(args, 1, "threads", "turns", "starts")
     if args.peer_python is None and importlib.util.find_spec("earlyon") is None:
         raise UserError(
             f"earlyon is not installed here; make an environment, {INSTALL}, and pass"
