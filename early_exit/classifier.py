@@ -102,8 +102,9 @@ def load(
     run's data: images of train give the ranges of values.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
-    its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
-    named and the overrides give a precision or compile it.
+    its evaluation or its task cannot be found, if they do not belong together, if a runtime is
+    named and the overrides give a precision or compile it, and if they give the data's directory
+    and the runtime reads no data.
     """
     check_settings((runtime,), overrides or {})
     directory = find_evaluation(Path(run), evaluation)
@@ -119,6 +120,13 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
+    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
+        runtime = report.get("environment", {}).get("runtime")
+    if "root" in merged.get("data", {}) and runtime not in INTEGERS:
+        raise UserError(
+            f"--data has no effect: of the run only its weights are read in {runtime or 'torch'};"
+            " images of train are needed in 8-bit integers alone; remove it"
+        )
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if weights != loaded.weights:
         raise UserError(
@@ -129,8 +137,6 @@ def load(
     policy.check_thresholds(len(loaded.classes))
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
-    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = report.get("environment", {}).get("runtime")
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)

@@ -193,6 +193,14 @@ class TestLoad:
         message = refusal(load, evaluated_run, "mine", **options)
         assert_names(message, "--runtime", *(f"--{name}" for name in run))
 
+    @pytest.mark.parametrize("runtime", [None, "onnxruntime"])
+    def test_data_that_nothing_would_read(self, evaluated_run, tmp_path, runtime):
+        overrides = {"data": {"root": str(tmp_path)}}
+        message = refusal(
+            load, evaluated_run, "mine", task=TASK, overrides=overrides, runtime=runtime
+        )
+        assert_names(message, "--data", runtime or "torch", "remove")
+
 
 class TestIntegers:
     """A run in a runtime of 8-bit integers, which finds the ranges of values on images of train."""
