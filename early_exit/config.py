@@ -420,6 +420,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         number = hint(value)
         if hint is int and isinstance(value, float) and number != value:
             raise ValueError
+        if hint is float and not math.isfinite(number):
+            raise ValueError
         return number
     except (ValueError, TypeError, OverflowError):  # such as a date, or infinity as a whole number
         raise UserError(f"{name} must be {_kind(hint)}, got {value!r}") from None

@@ -87,6 +87,8 @@ def write(
     )
     for segment, model in zip(segments, models, strict=True):
         write_bytes(directory / segment.file, model)
+    if runtime not in INTEGERS and facts["chosen_in"]["precision"] != PRECISIONS[precision]:
+        policy = dataclasses.replace(policy, guarantee=None)  # it holds for what was evaluated
     policy.save(directory / "policy.yaml")
     write_text(directory / NAME, manifest.to_json())
     return manifest
@@ -267,7 +269,8 @@ def notes(manifest: Manifest) -> list[str]:
         "The thresholds in `policy.yaml` can be changed; `val_curve` in `model.json` lists"
         " thresholds with their accuracy and cost on val. Which exits are enabled is fixed.",
         "No torch is needed: `pip install numpy pillow pyyaml"
-        f" {split_name(manifest.runtime)[0]}` and `pip install --no-deps early-exit`.",
+        f" {split_name(manifest.runtime)[0]}` and, of a checkout of early-exit, `pip install"
+        " --no-deps CHECKOUT`.",
     ]
 
 

@@ -86,6 +86,8 @@ class TestConversion:
             ("model: {arch: [resnet20]}", "model.arch", "resnet20"),
             ("model: {arch: {name: resnet20}}", "model.arch", "resnet20"),
             ("optim: {epochs: .inf}", "optim.epochs", "inf"),
+            ("optim: {warmup_epochs: .inf}", "optim.warmup_epochs", "inf"),
+            ("loss: {teacher_weight: .nan}", "loss.teacher_weight", "nan"),
             ("optim: {epochs: 2020-01-01}", "optim.epochs", "2020"),
         ],
     )

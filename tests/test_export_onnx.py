@@ -160,6 +160,21 @@ class TestRuntimeFor:
         report = {"environment": {"runtime": chosen}}
         assert export_onnx.reference_for(report) == reference
 
+    @pytest.mark.parametrize(("precision", "kept"), [("float32", True), ("bfloat16", False)])
+    def test_a_guarantee_is_of_the_precision_that_it_was_given_in(
+        self, evaluated_copy, tmp_path, stored_models, precision, kept
+    ):
+        evaluation = evaluated_copy / "eval" / "mine"
+        policy = early_exit.Policy.load(evaluation / "policy.yaml")
+        dataclasses.replace(policy, guarantee={"risk": 0.1}).save(evaluation / "policy.yaml")
+        report = json.loads((evaluation / "report.json").read_text())
+        report["environment"] |= {"runtime": "torch", "precision": precision}
+        (evaluation / "report.json").write_text(json.dumps(report))
+        export.main([str(evaluated_copy), str(tmp_path / "model"), *ONNX])
+        exported = early_exit.Policy.load(tmp_path / "model" / "policy.yaml")
+        assert (exported.guarantee == {"risk": 0.1}) == kept
+        assert exported.thresholds == policy.thresholds
+
     def test_it_is_in_the_manifest(self, evaluated_copy, tmp_path, stored_models):
         """And the files are checked in float32 by the same package."""
         pytest.importorskip("openvino")

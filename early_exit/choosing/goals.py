@@ -76,8 +76,8 @@ class LatencyBudget(Goal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.limit > 0:
-            raise UserError(f"--latency-budget must be positive, got {self.limit:g}")
+        if not 0 < self.limit < math.inf:
+            raise UserError(f"--latency-budget must be positive and finite, got {self.limit:g}")
         _check_batch_size(self.batch_size)
 
     def seconds(self, times: SegmentTimes) -> float:
@@ -183,9 +183,16 @@ class ConditionalDeepLearning(Goal):
 
 
 def check_given(goal: Goal, num_classes: int, exit_names: Sequence[str]) -> None:
-    """Raises UserError if the thresholds or the policy that a goal gives do not fit the network, or
-    if a threshold is one that no score, or every score, reaches."""
+    """Raises UserError if the thresholds or the policy that a goal gives do not fit the network, if
+    a threshold is one that no score, or every score, reaches, and if the criterion needs more early
+    exits."""
     early_exits = len(exit_names) - 1
+    needed = get_traits(goal.criterion).min_early_exits
+    if early_exits < needed > 1:
+        raise UserError(
+            f"the criterion {goal.criterion} needs {needed} early exits, the network has"
+            f" {early_exits}; choose another criterion"
+        )
     match goal:
         case FixedThresholds(thresholds=given):
             for threshold in one_each(given, len(exit_names)):

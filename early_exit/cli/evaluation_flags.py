@@ -179,14 +179,12 @@ def _add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-sizes",
         type=int,
         nargs="+",
-        default=[1, 256],
         metavar="B",
         help="batch sizes to time (default: 1 256)",
     )
     group.add_argument(
         "--timing-images",
         type=int,
-        default=2000,
         metavar="N",
         help="time at most this many test images (default: 2000)",
     )

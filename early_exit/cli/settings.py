@@ -19,6 +19,7 @@ from early_exit.choosing.goals import (
 from early_exit.cli.flags import check_at_least, flag_of, settings_of
 from early_exit.config import Config
 from early_exit.errors import UserError
+from early_exit.evaluation.runtimes import FASTEST
 from early_exit.inference.policy import Policy
 from early_exit.system.names import is_hidden
 
@@ -138,8 +139,18 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
             f"--name is {name!r}; give the name of one directory, without a path, that is not"
             " hidden: it must not begin with a dot"
         )
+    runtimes = tuple(args.runtime or (None,))
+    if args.no_live:
+        # the fastest runtime is the one at the first batch size
+        timed = ["timing_images", *([] if FASTEST in runtimes else ["batch_sizes"])]
+        for given in (flag_of(flag) for flag in timed if getattr(args, flag) is not None):
+            raise UserError(f"{given} has no effect with --no-live, which times nothing; remove it")
+    measuring = {
+        "batch_sizes": args.batch_sizes and tuple(args.batch_sizes),
+        "timing_images": args.timing_images,
+    }
     return {
-        "runtimes": tuple(args.runtime or (None,)),
+        "runtimes": runtimes,
         "overrides": settings_of(args),
         "val_from": args.val_from,
         "cut_seed": args.cut_seed,
@@ -148,8 +159,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "base": f"policy-{args.policy.stem}" if args.policy else None,  # one for each file
         "out": args.out,
         "rounded_to": args.weights,
-        "batch_sizes": tuple(args.batch_sizes),
-        "timing_images": args.timing_images,
+        **{option: value for option, value in measuring.items() if value is not None},
         "live": not args.no_live,
         "draw": not args.no_plots,
     }

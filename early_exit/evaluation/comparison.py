@@ -170,13 +170,21 @@ def cautions(groups: Sequence[Group]) -> list[str]:
 
 def _about_columns(groups: Sequence[Group]) -> str:
     text = (
-        f"Data set {in_a_line(groups[0].first.dataset)}. Policies were chosen on val; test is"
+        f"Data set {in_a_line(groups[0].first.dataset)}. {_about_choices(groups)}; test is"
         " only reported. MACs are the chosen policy's multiply-adds per image, including the heads"
         " that ran."
     )
     if 0 < len(exit_columns(groups)) <= MAX_EXIT_COLUMNS:
         text += " *Accuracy of exit X*: if every test image exited there."
     return text
+
+
+def _about_choices(groups: Sequence[Group]) -> str:
+    given = [group.label for group in groups if any(member.given for member in group.members)]
+    if not given:
+        return "Policies were chosen on val"
+    names = "; ".join(map(in_a_line, given))
+    return f"Policies were chosen on val, but for thresholds or a policy that were given ({names})"
 
 
 def _about_deviations(groups: Sequence[Group]) -> list[str]:

@@ -83,6 +83,13 @@ class Options:
             raise UserError(f"--val-from is train or test, got {self.val_from!r}")
         if (self.cuts > 1 or self.cut_seed) and self.val_from != "test":
             raise UserError("--cuts and --cut-seed cut the test set and need --val-from test")
+        for name in ("cuts", "timing_images"):
+            if getattr(self, name) < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} must be at least 1, got {getattr(self, name)}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            sizes = " ".join(map(str, self.batch_sizes)) or "none"
+            raise UserError(f"--batch-sizes must be one or more sizes of at least 1, got {sizes}")
         if self.rounded_to not in (None, *ROUNDINGS):
             raise UserError(f"--weights is {' or '.join(ROUNDINGS)}, got {self.rounded_to!r}")
 
@@ -146,7 +153,10 @@ def evaluate_each(
             raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     trained = load_run(output, task, overrides or {}, chosen.val_from, rounded_to=chosen.rounded_to)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
-    names = resolved(trained, runtimes, timed_batch(goal) or chosen.batch_sizes[0])
+    timed = timed_batch(goal)
+    if timed and timed > (size := _val_size(trained, chosen.val_from)):
+        raise UserError(f"--latency-batch is {timed}, and val has only {size} images")
+    names = resolved(trained, runtimes, timed or chosen.batch_sizes[0])
     directories = list(map(directory_in, names))
     parts = _in_runtimes(trained, names)
     known = task.static_networks(trained.config, len(trained.classes))
@@ -164,6 +174,13 @@ def evaluate_each(
         for written in zip(reports, found, directories, strict=True):
             write(*written, chosen.draw)
     return list(zip(reports, directories, strict=True))
+
+
+def _val_size(trained: Trained, val_from: str) -> int:
+    """The images of val, at most."""
+    if val_from == "train":
+        return trained.data.size("val")
+    return -(-trained.data.size("test") // 2)
 
 
 def _in_runtimes(trained: Trained, names: Sequence[str | None]) -> list[Trained]:

@@ -13,7 +13,7 @@ rules, and their milliseconds, which are those of another machine, are in the ta
 """
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,6 @@ def _text(values: Mapping[str, Any], key: str, where: str) -> str:
 
 def _number(value: Any, key: str, where: str) -> float:
     number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value < sys.float_info.max:  # NaN and huge whole numbers too
         raise UserError(f"{where}: {key} must be a number above 0, got {value!r}")
     return float(value)

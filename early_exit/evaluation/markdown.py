@@ -252,7 +252,10 @@ def provenance(choice: Choice, *, plain: bool, cdl: bool) -> str:
         fitted.append("the enabled stages")
     where = f"{choice.val_images:,} val images ({choice.val_from})"
     if choice.policy_given:
-        sentence = "The policy was given; nothing was fitted here."
+        sentence = (
+            "The policy was given, so nothing was fitted here; which images it was chosen on is not"
+            " known."
+        )
     elif fitted:
         sentence = f"{' and '.join(fitted).capitalize()} were fitted on {where}."
     else:

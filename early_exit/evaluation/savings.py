@@ -65,8 +65,10 @@ def seconds_savings(panel: Panel, statics: Sequence[Static]) -> list[Saving]:
     """In measured seconds, in the panel's unit; one for each static network that was timed.
 
     Beside a policy, a static network has the time of the policy's own process, if it was timed
-    there.
+    there. There are none if nothing relates the times of several machines.
     """
+    if panel.reference is None and len(panel.machines) > 1:
+        return []
     rows = []
     for static in statics:
         cost = panel.static(static)

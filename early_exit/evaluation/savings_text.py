@@ -84,18 +84,18 @@ def statement(rows: Sequence[Saving], kind: str, words: Comparatives) -> str:
     rivals = [row for row in rows if not row.better]
     missed = [in_a_line(row.static.name) for row in rivals if row.exits is None]
     not_reached = f"no policy is as accurate as {' or '.join(missed)}" if missed else ""
-    reached = {row.static.name: row.saving for row in rivals if row.saving is not None}
+    reached = [(row.static.name, row.saving) for row in rivals if row.saving is not None]
     if not reached:
         return f"{not_reached[:1].upper()}{not_reached[1:]}."
     accuracies = [row.static.accuracy for row in rivals if row.saving is not None]
     low, high = min(accuracies), max(accuracies)
     span = "At" if low == high else f"From {_percent(low)} to"
-    smallest, (less, more) = min(reached.values()), words
+    smallest, (less, more) = min(saving for _, saving in reached), words
     needed = f"at least {100 * smallest:.1f} % {less}"
     if smallest < 0:
         needed = f"up to {-100 * smallest:.1f} % {more}"
     parts = [f"{span} {_percent(high)} accuracy, exits need {needed} than the best of the {kind}"]
-    wins = [in_a_line(name) for name, saving in reached.items() if saving < 0]
+    wins = [in_a_line(name) for name, saving in reached if saving < 0]
     if wins:
         parts.append(f"{' and '.join(wins)} {'wins' if len(wins) == 1 else 'win'}")
     return "; ".join([*parts, *([not_reached] if missed else [])]) + "."

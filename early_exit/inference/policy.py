@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEVER = math.inf  # a threshold no score reaches
+LEAST_TEMPERATURE = 1e-6  # logits divided by less may overflow
 SLACK = 1e-5  # of the lowest score, for the rounding of float32
 
 
@@ -63,8 +64,10 @@ class Policy:
                     f"a policy of {num_exits} exits needs {length} {name}, got {len(values)}"
                 )
             object.__setattr__(self, name, values)
-        if not all(t > 0 and math.isfinite(t) for t in self.temperatures):
-            raise UserError(f"temperatures must be positive, got {self.temperatures}")
+        if not all(LEAST_TEMPERATURE <= t < math.inf for t in self.temperatures):
+            raise UserError(
+                f"temperatures must be at least {LEAST_TEMPERATURE:g}, got {self.temperatures}"
+            )
         if any(math.isnan(threshold) for threshold in self.thresholds):
             raise UserError(f"each threshold must be a number, got {self.thresholds}")
         if not isinstance(self.guarantee, Mapping | None):
@@ -171,7 +174,7 @@ def _values(name: str, values: Any, convert: Callable[[Any], Any]) -> tuple:
     for value in values:
         try:
             converted.append(convert(value))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise UserError(f"{name} has {value!r}; expected {KINDS[name]}") from None
     return tuple(converted)
 

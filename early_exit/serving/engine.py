@@ -266,7 +266,7 @@ class Engine:
                 if self._is_closed and not self._in_flight:
                     return None
                 due = self._queues.next_due()
-                self._changed.wait(None if due is None else due - now)
+                self._changed.wait(None if due is None else min(due - now, threading.TIMEOUT_MAX))
 
     def _run(self, batch: Batch, worker: int) -> None:
         """Runs a segment on a batch, reports the rows that exited and queues the others."""

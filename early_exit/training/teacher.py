@@ -1,5 +1,6 @@
 """A trained network whose final exit teaches another one."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from early_exit.training import checkpoint
 from early_exit.training.state import Run
 from early_exit.training.state_dicts import load_into
 
+log = logging.getLogger(__name__)
+
 
 def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     """What gives the logits (B, K) of the final exit of the run at `path`, for images normalised as
     those of `run`, without a gradient.
 
-    Raises UserError if it has other classes, or takes images normalised otherwise.
+    What it has seen, the run has seen: unless val was held out in its training too, val no longer
+    counts as unseen. Raises UserError if it has other classes, or takes images normalised
+    otherwise.
     """
     state = checkpoint.load(path)
     if list(state["classes"]) != list(run.data.classes):
@@ -31,6 +36,9 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
             f"the teacher {path} takes images normalised by {state['normalisation']}, and the"
             f" network by {own}; name one that was trained on the same data"
         )
+    if state.get("unseen_val") != run.data.val_hash:
+        log.info("the teacher %s may have seen val; evaluate with --val-from test", path)
+        run.unseen_val = None
     config = configs.build(type(run.config), state["config"])
     with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
         network = run.task.build_network(config, len(run.data.classes))

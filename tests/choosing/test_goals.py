@@ -50,6 +50,7 @@ class TestRefusals:
             (Budget, {"share": math.nan}, ["--budget", "nan"]),
             (LatencyBudget, {"limit": math.nan}, ["--latency-budget", "nan"]),
             (LatencyBudget, {"limit": 0.0}, ["--latency-budget", "0"]),
+            (LatencyBudget, {"limit": math.inf}, ["--latency-budget", "inf"]),
             (LatencyBudget, {"limit": 0.1, "batch_size": 0}, ["--latency-batch", "0"]),
             (Risk, {"risk": 0.0}, ["--risk", "0"]),
             (Risk, {"risk": 1.0}, ["--risk", "100"]),
@@ -158,6 +159,11 @@ class TestRefusals:
             enabled=(enabled,),
         )
         check_given(FixedPolicy(policy), 7, policy.exit_names)
+
+    def test_a_criterion_that_needs_more_exits(self):
+        message = refusal(check_given, MaxDrop(0.1, criterion="patience"), 4, ("one", "final"))
+        assert_names(message, "patience", 2, 1)
+        check_given(MaxDrop(0.1, criterion="patience"), 4, NAMES)
 
     def test_a_criterion_without_a_range_takes_any_number(self, monkeypatch):
         monkeypatch.setitem(CRITERIA, "mine", lambda logits, state: (logits, logits[:, 0], None))

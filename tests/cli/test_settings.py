@@ -209,6 +209,8 @@ class TestGoalOf:
             (("--risk", 2, "--confidence", 0), ("--confidence", 0)),
             (("--latency-budget", 3), ("--latency-budget", "'3'", "3ms", "60%")),
             (("--latency-budget", "xms"), ("--latency-budget", "'xms'")),
+            (("--latency-budget", "infms"), ("--latency-budget", "inf")),
+            (("--latency-budget", "1e999%"), ("--latency-budget", "inf")),
             (("--policy", "none.yaml", "--criterion", "margin"), ("--policy",)),
             (("--policy", "none.yaml", "--no-calibration"), ("--policy",)),
             (("--policy", "none.yaml"), ("none.yaml",)),
@@ -234,11 +236,22 @@ class TestEvaluationOptions:
             "base": None,
             "out": None,
             "rounded_to": None,
-            "batch_sizes": (1, 256),
-            "timing_images": 2000,
             "live": True,
             "draw": True,
         }
+
+    def test_what_is_timed(self):
+        found = settings.evaluation_options(
+            parsed("--batch-sizes", 4, 8, "--timing-images", 16, "--runtime", "fastest")
+        )
+        assert (found["batch_sizes"], found["timing_images"]) == ((4, 8), 16)
+        fastest = parsed("--batch-sizes", 4, "--runtime", "fastest", "--no-live")
+        assert settings.evaluation_options(fastest)["batch_sizes"] == (4,)
+
+    @pytest.mark.parametrize("flags", [("--batch-sizes", 4), ("--timing-images", 9)])
+    def test_what_is_timed_without_timing(self, flags):
+        message = refusal(settings.evaluation_options, parsed(*flags, "--no-live"))
+        assert_names(message, flags[0], "--no-live", "remove")
 
     def test_weights_can_be_rounded(self):
         found = settings.evaluation_options(parsed("--weights", "float16"))

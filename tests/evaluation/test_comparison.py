@@ -128,3 +128,13 @@ def test_a_speedup_stands_with_its_runtime(made_run, runtimes, heading):
     assert_names(note, "same runtime", *(f"{name} (float32)" for name in runtimes))
     written = csv.DictReader(comparison.to_csv(groups).splitlines())
     assert [row["runtime"] for row in written] == [*runtimes]
+
+
+@pytest.mark.parametrize("given", ["thresholds_given", "policy_given"])
+def test_what_was_given_is_not_said_to_be_chosen_on_val(made_run, given):
+    chosen = made_run("a")
+    assert any("Policies were chosen on val;" in note for note in comparison.notes(rows(chosen)))
+    groups = rows(chosen, made_run("b", settings={"optim": {"epochs": 3}}, **{given: True}))
+    (note,) = [note for note in comparison.notes(groups) if "chosen on val" in note]
+    assert_names(note, "given", groups[1].label)
+    assert groups[0].label not in note

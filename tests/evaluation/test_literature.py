@@ -46,6 +46,7 @@ def test_points_on_the_data_set_are_read(tmp_path):
         ({"accuracy_percent": 9000}, ("accuracy_percent", "100")),
         ({"macs_millions": "22"}, ("macs_millions", "22")),
         ({"macs_millions": True}, ("macs_millions", "True")),
+        ({"macs_millions": 10**400}, ("macs_millions",)),
         ({"macs_millions": float("inf")}, ("macs_millions",)),
         ({"dataset": "letters"}, ("shapes", "letters")),
     ],

@@ -148,6 +148,8 @@ def test_a_network_than_which_another_is_better_is_named(made_run):
         ((NETWORKS[1],), ("91.00", "33.3", "fewer", PUBLIC)),
         ((NETWORKS[0], NETWORKS[1]), ("90.00", "91.00", "20.0", "more", "low")),
         ((NETWORKS[2],), ("high",)),
+        # two of one name
+        ((public("a", 0.90, 5), public("a", 0.92, 20)), ("90.00", "92.00", "20.0", "more", "a")),
         # the second is no rival, although exits save most beside it
         ((public("a", 0.92, 12), public("b", 0.90, 20)), ("92.00", "16.7", "fewer")),
     ],
@@ -176,6 +178,24 @@ def test_seconds_are_compared_within_a_process(made_run):
     assert row.exits.group is groups[1]
     assert (row.cost, row.exits.cost) == (pytest.approx(80), pytest.approx(40))  # % of "unit"
     assert (missed.static.name, missed.exits) == ("unit", None)
+
+
+def test_seconds_of_two_machines_save_nothing_if_no_network_relates_them(made_run):
+    plain = {"exits": (), "share": 1.0, "accuracy": 0.9, "evaluation": "plain"}
+    plain["settings"] = {"model": {"arch": "resnet20"}}
+    runs = {
+        device: rows(
+            made_run(f"plain-{device}", timing=[timing(8, 5.0, 5.0)], device="A", **plain),
+            made_run(f"exits-{device}", timing=[timing(8, 9.0, 3.0)], device=device),
+        )
+        for device in ("A", "B")
+    }
+    found = {}
+    for device, groups in runs.items():
+        (panel,) = panels_of(groups)
+        assert panel.reference is None
+        found[device] = len(seconds_savings(panel, static_networks(groups)))
+    assert found == {"A": 1, "B": 0}
 
 
 def test_without_exits_or_static_networks_there_is_no_section(made_run):

@@ -35,7 +35,7 @@ def policies(draw):
         thresholds=tuple(draw(st.lists(st.floats(allow_nan=False), **sizes))),
         criterion=criterion,
         temperatures=tuple(
-            draw(st.lists(st.floats(1e-30, 1e30), min_size=early + 1, max_size=early + 1))
+            draw(st.lists(st.floats(1e-6, 1e30), min_size=early + 1, max_size=early + 1))
         ),
         enabled=tuple(enabled),
     )
@@ -111,6 +111,7 @@ def test_scores_are_float32_whatever_the_network_ran_in():
         ({"thresholds": (0.9, math.nan)}, "threshold"),
         ({"temperatures": (1.0, 0.0, 1.0)}, r"temperatures.*1\.0, 0\.0, 1\.0"),
         ({"temperatures": (1.0, -1.0, 1.0)}, r"temperatures.*1\.0, -1\.0, 1\.0"),
+        ({"temperatures": (1.0, 1e-40, 1.0)}, r"1e-06.*1\.0, 1e-40, 1\.0"),
         ({"temperatures": (1.0, math.nan, 1.0)}, r"temperatures.*1\.0, nan, 1\.0"),
         ({"temperatures": (1.0, math.inf, 1.0)}, r"temperatures.*1\.0, inf, 1\.0"),
         ({"criterion": "oracle"}, "'oracle'"),
@@ -167,6 +168,7 @@ def test_a_file_that_is_not_a_policy_is_refused_in_one_line(content, tmp_path):
         ("exit_names: [a, final]\nthresholds: [0.5]\nenabled: ['false']", "enabled"),
         ("exit_names: [a, final]\nthresholds: ['0,5']", "0,5"),
         ("exit_names: [a, final]\nthresholds: [yes]", "thresholds"),
+        (f"exit_names: [a, final]\nthresholds: [{10**400}]", "thresholds"),
         ("exit_names: a final\nthresholds: [0.5]", "exit_names"),
         ("exit_names: [a, final]\nthresholds: [0.5]\nguarantee: sure", "guarantee"),
         ("exit_names: [a, final]\nthreshold: [0.5]", "'threshold'"),

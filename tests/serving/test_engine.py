@@ -1,5 +1,6 @@
 """The engine: answers, batches across requests, policies, cancelling, failures, overload, end."""
 
+import math
 import statistics
 import threading
 import time
@@ -142,8 +143,10 @@ class TestBatches:
             expected_rows(3, [2, 2]),
         ]
 
-    def test_a_small_batch_is_held_back(self, start):
-        engine, (first, *_) = start(max_batch=4, max_wait=1e6)
+    @pytest.mark.parametrize("max_wait", [1e6, 1e300, math.inf])
+    def test_a_small_batch_is_held_back(self, start, max_wait):
+        """Also for longer than a thread can be told to wait."""
+        engine, (first, *_) = start(max_batch=4, max_wait=max_wait)
         reported = Reported()
         engine.submit(images(0, [0, 0, 0]), reported)
         engine.submit(images(3, [0]), reported)

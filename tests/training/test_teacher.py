@@ -44,6 +44,18 @@ def test_it_is_learnt_from_and_resumed_to_the_last_bit(teacher, tmp_path, monkey
     assert_same_run(resumed, whole)
 
 
+def test_what_the_teacher_has_seen_the_run_has_seen(teacher, tmp_path):
+    """A teacher from another split learnt some labels of val, and passes them on."""
+    own = checkpoint.load(teacher)["unseen_val"]
+    taught = {}
+    for name, unseen in (("same", own), ("other", "0" * 16), ("unknown", None)):
+        path = tmp_path / f"{name}.pt"
+        torch.save({**checkpoint.load(teacher), "unseen_val": unseen}, path)
+        run = train(config(teacher=str(path)), TASK, runs=tmp_path, run_dir=tmp_path / name)
+        taught[name] = checkpoint.load(run)["unseen_val"]
+    assert taught == {"same": own, "other": None, "unknown": None}
+
+
 def test_other_classes_are_refused(teacher, tmp_path):
     state = checkpoint.load(teacher)
     path = tmp_path / "other.pt"
