@@ -1,15 +1,16 @@
 """The shallow wide network in two parts: a narrow network, and one that widens it.
 
-The first part is an `Airbench` of few channels, and an exit at its end answers most images. The
-others do not begin anew: at the start of each group the second part also reads the first one's
-features, as the larger sub-networks of RANet do (Yang et al., arXiv:2003.07326). Together they are
-a network whose weights from the second part's channels to the first one's are zero, so that it can
-be computed in order of width (Any-Width Networks, Vu et al., arXiv:2012.03153).
+The first part is an `Airbench` of few channels; its exits, in its middle and at its end, answer
+most images. Those that remain do not begin anew: at the start of each group the second part also
+reads the first one's features, as the larger sub-networks of RANet do (Yang et al.,
+arXiv:2003.07326). Together they are a network whose weights from the second part's channels to the
+first one's are zero, so that it can be computed in order of width (Any-Width Networks, Vu et al.,
+arXiv:2012.03153).
 
 The places for exits are `first.group1.0` .. `second.group3.0`; `first.group3` is the end of the
 first part. Features are a tuple of the maps that are still to be read, the newest last; during the
 first part the images are its first. The second part computes the first convolution again, which is
-0.4 % of all multiply-adds: its 24 maps would be eight times as much to hand on as the images.
+0.4 % of all multiply-adds: its 24 maps would be seven times as much to hand on as the images.
 """
 
 from collections.abc import Iterable, Sequence
@@ -91,8 +92,7 @@ class Step(nn.Module):
     dropped, and adds its own as the newest.
 
     reads: indices of the maps whose channels, one after the other, are the block's input. keep:
-    whether they are not dropped. Maps a tensor or a tuple of tensors to the same; one tensor alone
-    is no tuple.
+    whether the maps that it reads stay. Features with a single map are a tensor, not a tuple.
     """
 
     def __init__(self, block: nn.Module, reads: Sequence[int], keep: bool = False) -> None:

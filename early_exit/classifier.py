@@ -102,9 +102,8 @@ def load(
     run's data: images of train give the ranges of values.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
-    its evaluation or its task cannot be found, if they do not belong together, if a runtime is
-    named and the overrides give a precision or compile it, and if they give the data's directory
-    and the runtime reads no data.
+    its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
+    named and the overrides give a precision or compile it.
     """
     check_settings((runtime,), overrides or {})
     directory = find_evaluation(Path(run), evaluation)
@@ -122,11 +121,6 @@ def load(
     merged = configs.merge({"run": {"device": device}}, overrides or {})
     if runtime is None and not {"amp", "compile"} & merged["run"].keys():
         runtime = report.get("environment", {}).get("runtime")
-    if "root" in merged.get("data", {}) and runtime not in INTEGERS:
-        raise UserError(
-            f"--data has no effect: of the run only its weights are read in {runtime or 'torch'};"
-            " images of train are needed in 8-bit integers alone; remove it"
-        )
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if weights != loaded.weights:
         raise UserError(
@@ -140,6 +134,17 @@ def load(
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)
+
+
+def check_data_is_read(classifier: Classifier, overrides: dict[str, Any]) -> None:
+    """Raises UserError if the overrides name the directory of the data and the classifier reads
+    none: only 8-bit integers need images, of train."""
+    runtime = classifier.runtime.runtime.name
+    if "root" in overrides.get("data", {}) and runtime not in INTEGERS:
+        raise UserError(
+            f"--data has no effect: of the run only its weights are read in {runtime}; images of"
+            " train are needed in 8-bit integers alone; remove it"
+        )
 
 
 def _in_runtime(

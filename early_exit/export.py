@@ -28,7 +28,7 @@ from typing import Any
 from early_exit import config as configs
 from early_exit import export_onnx
 from early_exit.card import card
-from early_exit.classifier import Classifier, find_evaluation, load
+from early_exit.classifier import Classifier, check_data_is_read, find_evaluation, load
 from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides=flags.settings_of(args),
         runtime=runtime,
     )
+    check_data_is_read(classifier, flags.settings_of(args))
     with atomic_directory(args.directory) as partial:
         with _complete(path):
             environment = report["environment"]
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.format == "onnx":
             input_type = "float32" if args.input == "float" else "uint8"
             manifest = export_onnx.write(partial, classifier, report, input_type)
-            notes = export_onnx.notes(manifest)
+            notes = export_onnx.notes(manifest, bool(report.get("guarantee")))
         else:
             notes = []
             write_run(partial, classifier, report, run, evaluation.name)

@@ -87,7 +87,7 @@ def write(
     )
     for segment, model in zip(segments, models, strict=True):
         write_bytes(directory / segment.file, model)
-    if runtime not in INTEGERS and facts["chosen_in"]["precision"] != PRECISIONS[precision]:
+    if not as_evaluated(runtime, facts["chosen_in"]):
         policy = dataclasses.replace(policy, guarantee=None)  # it holds for what was evaluated
     policy.save(directory / "policy.yaml")
     write_text(directory / NAME, manifest.to_json())
@@ -256,9 +256,23 @@ def compare(
     }
 
 
-def notes(manifest: Manifest) -> list[str]:
-    """Paragraphs of the card on what the directory holds and needs, in Markdown."""
+def as_evaluated(runtime: str, chosen_in: dict[str, str]) -> bool:
+    """Whether the models compute in the precision in which the policy was chosen."""
+    return runtime in INTEGERS or chosen_in["precision"] == PRECISIONS[split_name(runtime)[1]]
+
+
+def notes(manifest: Manifest, guaranteed: bool = False) -> list[str]:
+    """Paragraphs of the card on what the directory holds and needs, in Markdown.
+
+    guaranteed: whether the evaluation gave a guarantee.
+    """
     chosen, count = manifest.chosen_in, len(manifest.segments)
+    lost = []
+    if guaranteed and not as_evaluated(manifest.runtime, chosen):
+        lost = [
+            f"The guarantee of the evaluation holds in {chosen['precision']} and is not part of"
+            f" this model, which computes in {PRECISIONS[manifest.precision]}."
+        ]
     return [
         f"{count} ONNX file{'s' if count > 1 else ''} (opset {manifest.opset}), one per segment,"
         f" for {manifest.runtime}. The first takes images of {manifest.input.type}"
@@ -269,8 +283,9 @@ def notes(manifest: Manifest) -> list[str]:
         "The thresholds in `policy.yaml` can be changed; `val_curve` in `model.json` lists"
         " thresholds with their accuracy and cost on val. Which exits are enabled is fixed.",
         "No torch is needed: `pip install numpy pillow pyyaml"
-        f" {split_name(manifest.runtime)[0]}` and, of a checkout of early-exit, `pip install"
-        " --no-deps CHECKOUT`.",
+        f" {split_name(manifest.runtime)[0]}` and `pip install --no-deps CHECKOUT`, where CHECKOUT"
+        " is a checkout of early-exit.",
+        *lost,
     ]
 
 

@@ -116,6 +116,7 @@ def _load(args: argparse.Namespace) -> ImageClassifier:
     loaded = classifier.load(
         args.run, args.eval, task=args.task, overrides=settings, runtime=args.runtime
     )
+    classifier.check_data_is_read(loaded, settings)
     set_up(loaded.loaded.config.run)
     return loaded
 

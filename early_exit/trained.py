@@ -418,9 +418,9 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
     """
     if val_from == "train" and trained.unseen_val != trained.data.val_hash:
         raise UserError(
-            f"the backbone of {trained.run_dir} was trained on another or an unknown split and may"
-            " have seen the val images, so nothing can be fitted on them; pass --val-from test,"
-            " which cuts the official test set into val and test"
+            f"the backbone of {trained.run_dir}, or what taught it, was trained on another or an"
+            " unknown split and may have seen the val images, so nothing can be fitted on them;"
+            " pass --val-from test, which cuts the official test set into val and test"
         )
     test = get_record(trained, "test")
     left_out, data = test.info.left_out_names, _recorded(trained.data, test)

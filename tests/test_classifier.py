@@ -11,7 +11,7 @@ import torch
 from helpers import CPU, ROOT, SIDE, TASK, Engine, assert_names, refusal
 from PIL import Image
 
-from early_exit import classifier
+from early_exit import classifier, export, predict
 from early_exit.choosing.record import ExitRecord
 from early_exit.classifier import load
 from early_exit.config import DataConfig
@@ -193,13 +193,15 @@ class TestLoad:
         message = refusal(load, evaluated_run, "mine", **options)
         assert_names(message, "--runtime", *(f"--{name}" for name in run))
 
-    @pytest.mark.parametrize("runtime", [None, "onnxruntime"])
-    def test_data_that_nothing_would_read(self, evaluated_run, tmp_path, runtime):
+    def test_data_that_nothing_would_read(self, evaluated_run, tmp_path, photos):
+        """The commands refuse it; a program that loads a run may read the data itself."""
         overrides = {"data": {"root": str(tmp_path)}}
-        message = refusal(
-            load, evaluated_run, "mine", task=TASK, overrides=overrides, runtime=runtime
-        )
-        assert_names(message, "--data", runtime or "torch", "remove")
+        load(evaluated_run, "mine", task=TASK, device="cpu", overrides=overrides)
+        flags = ["--task", "helpers:TASK", "--eval", "mine", "--data", str(tmp_path)]
+        for command, directory in ((predict, photos), (export, tmp_path / "copy")):
+            message = refusal(command.main, [str(evaluated_run), str(directory), *flags])
+            assert_names(message, "--data", "torch", "remove")
+        assert not (tmp_path / "copy").exists()
 
 
 class TestIntegers:

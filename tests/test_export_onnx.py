@@ -169,8 +169,11 @@ class TestRuntimeFor:
         dataclasses.replace(policy, guarantee={"risk": 0.1}).save(evaluation / "policy.yaml")
         report = json.loads((evaluation / "report.json").read_text())
         report["environment"] |= {"runtime": "torch", "precision": precision}
+        report["guarantee"] = {"risk": 0.1}
         (evaluation / "report.json").write_text(json.dumps(report))
         export.main([str(evaluated_copy), str(tmp_path / "model"), *ONNX])
+        card = (tmp_path / "model" / "README.md").read_text()
+        assert ("The guarantee of the evaluation holds in bfloat16" in card) == (not kept)
         exported = early_exit.Policy.load(tmp_path / "model" / "policy.yaml")
         assert (exported.guarantee == {"risk": 0.1}) == kept
         assert exported.thresholds == policy.thresholds

@@ -109,7 +109,9 @@ def _next_command(config: Config, run_dir: Path, eval_script: Path) -> str:
     words = [str(eval_script), str(run_dir)]
     if config.run.regime == "cdl":
         words += ["--delta", "0.9"]
-    if config.model.backbone and checkpoint.load(run_dir)["unseen_val"] is None:
+    if (config.model.backbone or config.loss.teacher) and checkpoint.load(run_dir)[
+        "unseen_val"
+    ] is None:
         words += ["--val-from", "test"]
     return shlex.join([sys.executable, *words])
 

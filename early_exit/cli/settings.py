@@ -144,7 +144,9 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         # the fastest runtime is the one at the first batch size
         timed = ["timing_images", *([] if FASTEST in runtimes else ["batch_sizes"])]
         for given in (flag_of(flag) for flag in timed if getattr(args, flag) is not None):
-            raise UserError(f"{given} has no effect with --no-live, which times nothing; remove it")
+            raise UserError(
+                f"{given} has no effect with --no-live, which does not time test images; remove it"
+            )
     measuring = {
         "batch_sizes": args.batch_sizes and tuple(args.batch_sizes),
         "timing_images": args.timing_images,

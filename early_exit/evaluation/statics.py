@@ -22,7 +22,7 @@ class Static:
     """`RUN`, `PUBLIC` or `LISTED`."""
     name: str
     accuracy: float
-    """On test; of other than a run as its source states it, on the official test set."""
+    """On test; for a network that is not a run, as its source states it."""
     macs: int
     source: str
     """Who trained it."""
