@@ -109,9 +109,8 @@ def _next_command(config: Config, run_dir: Path, eval_script: Path) -> str:
     words = [str(eval_script), str(run_dir)]
     if config.run.regime == "cdl":
         words += ["--delta", "0.9"]
-    if (config.model.backbone or config.loss.teacher) and checkpoint.load(run_dir)[
-        "unseen_val"
-    ] is None:
+    others = config.model.backbone or config.loss.teacher  # weights that may have seen val
+    if others and checkpoint.load(run_dir)["unseen_val"] is None:
         words += ["--val-from", "test"]
     return shlex.join([sys.executable, *words])
 
