@@ -119,8 +119,6 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
-    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = report.get("environment", {}).get("runtime")
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if weights != loaded.weights:
         raise UserError(
@@ -131,6 +129,8 @@ def load(
     policy.check_thresholds(len(loaded.classes))
     if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
         torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
+    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
+        runtime = report.get("environment", {}).get("runtime")
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = source_run(evaluation.parent.parent)
     path = evaluation / "report.json"
     report = read_report(path)
-    runtime = "torch"
+    settings, runtime = flags.settings_of(args), "torch"
     if args.format == "onnx":
         with _complete(path):
             runtime = export_onnx.reference_for(report)
@@ -104,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation,
         task=args.task,
         device="cpu",
-        overrides=flags.settings_of(args),
+        overrides=settings,
         runtime=runtime,
     )
-    check_data_is_read(classifier, flags.settings_of(args))
+    check_data_is_read(classifier, settings)
     with atomic_directory(args.directory) as partial:
         with _complete(path):
             environment = report["environment"]

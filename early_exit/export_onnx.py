@@ -87,7 +87,7 @@ def write(
     )
     for segment, model in zip(segments, models, strict=True):
         write_bytes(directory / segment.file, model)
-    if not as_evaluated(runtime, facts["chosen_in"]):
+    if facts["chosen_in"]["precision"] != computes_in(runtime):
         policy = dataclasses.replace(policy, guarantee=None)  # it holds for what was evaluated
     policy.save(directory / "policy.yaml")
     write_text(directory / NAME, manifest.to_json())
@@ -155,7 +155,7 @@ def runtime_for(runtime: str, precision: str) -> str:
     in another precision.
     """
     deployed = runtime if runtime in DEPLOYABLE else "onnxruntime"
-    computed = PRECISIONS[split_name(deployed)[1]]
+    computed = computes_in(deployed)
     if precision != computed:
         log.warning(
             "the thresholds were chosen in %s, the deployed model computes in %s: evaluate the run"
@@ -256,9 +256,9 @@ def compare(
     }
 
 
-def as_evaluated(runtime: str, chosen_in: dict[str, str]) -> bool:
-    """Whether the models compute in the precision in which the policy was chosen."""
-    return runtime in INTEGERS or chosen_in["precision"] == PRECISIONS[split_name(runtime)[1]]
+def computes_in(runtime: str) -> str:
+    """The precision of a runtime, as reports name it."""
+    return PRECISIONS[split_name(runtime)[1]]
 
 
 def notes(manifest: Manifest, guaranteed: bool = False) -> list[str]:
@@ -268,10 +268,10 @@ def notes(manifest: Manifest, guaranteed: bool = False) -> list[str]:
     """
     chosen, count = manifest.chosen_in, len(manifest.segments)
     lost = []
-    if guaranteed and not as_evaluated(manifest.runtime, chosen):
+    if guaranteed and chosen["precision"] != computes_in(manifest.runtime):
         lost = [
             f"The guarantee of the evaluation holds in {chosen['precision']} and is not part of"
-            f" this model, which computes in {PRECISIONS[manifest.precision]}."
+            f" this model, which computes in {computes_in(manifest.runtime)}."
         ]
     return [
         f"{count} ONNX file{'s' if count > 1 else ''} (opset {manifest.opset}), one per segment,"

@@ -180,7 +180,7 @@ def _about_columns(groups: Sequence[Group]) -> str:
 
 
 def _about_choices(groups: Sequence[Group]) -> str:
-    given = [group.label for group in groups if any(member.given for member in group.members)]
+    given = [group.label for group in groups if group.given]
     if not given:
         return "Policies were chosen on val"
     names = "; ".join(map(in_a_line, given))

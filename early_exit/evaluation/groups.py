@@ -49,6 +49,11 @@ class Group:
         return not self.first.exit_accuracy
 
     @property
+    def given(self) -> bool:
+        """Whether thresholds or a policy were given, not chosen on val."""
+        return any(member.given for member in self.members)
+
+    @property
     def batch_sizes(self) -> list[int]:
         """Batch sizes that were timed."""
         return sorted({size for member in self.members for size in member.speedups})

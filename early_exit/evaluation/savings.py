@@ -129,7 +129,7 @@ def policies(group: Group) -> list[ExitPoint]:
 
 def _counts(group: Group) -> bool:
     """Whether its policies were chosen on val."""
-    return not group.plain and not any(member.given for member in group.members)
+    return not group.plain and not group.given
 
 
 def budgets(group: Group) -> list[ExitPoint]:

@@ -138,7 +138,7 @@ def _notes(groups: Sequence[Group], statics: Sequence[Static]) -> list[str]:
             f" An accuracy on {min(images):,} images has a standard error of up to"
             f" {100 * error:.2f} points, so smaller differences mean little."
         )
-    given = [group.label for group in groups if any(member.given for member in group.members)]
+    given = [group.label for group in groups if group.given]
     if given:
         names = "; ".join(map(in_a_line, given))
         text += (
