@@ -1,6 +1,6 @@
 """Trains the same network in several ways and compares the accuracy for half of its cost.
 
-    python benchmarks/ablations.py --seeds 0 1                      all arms
+    python benchmarks/ablations.py --seeds 0 1 --teacher FILE       all arms
     python benchmarks/ablations.py --arms base distill --seeds 0 1 2 3 4
     python benchmarks/ablations.py --table                          what is trained so far
 

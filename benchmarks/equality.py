@@ -27,7 +27,7 @@ from early_exit.evaluation.live import run_live
 from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.policy import Policy
-from early_exit.trained import get_record, load_run
+from early_exit.trained import get_record, load_run, recorded
 
 HEADING = """\
 | runtime | precision | batch size | images | accuracy | differ within rounding | differ beyond it \
@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             report.get("run", {}).get("rounded_to"),
         )
         test = get_record(trained, "test")
+        data = recorded(trained.data, test)
         for batch_size in dict.fromkeys(args.batch_sizes):
-            live = run_live(trained, trained.data, test, policy, batch_size)
+            live = run_live(trained, data, test, policy, batch_size)
             beyond += live.differing_beyond_rounding
             cells = [
                 name,

@@ -23,12 +23,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from network_flags import CIFAR_SIZE, NETWORK, add_network_flags, check_shares
+from network_flags import CIFAR_SIZE, NETWORK, add_network_flags, check_order, check_shares
 from torch import Tensor, nn
 
 import cifar10.networks
 import imagenet.networks
 from early_exit.cli import flags
+from early_exit.evaluation.verdict import speedup_range
 from early_exit.inference.latency import Timing, measure
 from early_exit.inference.policy import NEVER, Policy
 from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
@@ -144,9 +145,9 @@ def check(args: argparse.Namespace) -> None:
 def row(name: str, timing: Timing) -> str:
     """One runtime at one batch size, as a row of the table."""
     segments = " / ".join(f"{100 * share:.0f}" for share in timing.segment_shares)
-    low, high = timing.speedup_range
+    low, high = speedup_range(timing)
     return (
-        f"| {name} | {timing.batch_size} | {1000 * timing.plain.p50:.2f}"
+        f"| {name} | {timing.batch_size} | {1000 * timing.plain.total / timing.batches:.2f}"
         f" | {1000 * timing.live.total / timing.batches:.2f}"
         f" | {timing.speedup:.2f} x | {low:.2f} to {high:.2f}"
         f" | {100 * timing.fraction_of_ideal:.0f} %"
@@ -155,7 +156,7 @@ def row(name: str, timing: Timing) -> str:
 
 
 HEADING = """\
-| runtime | batch size | plain network, ms | with exits, mean ms | speed-up | over repeats \
+| runtime | batch size | plain network, ms | with exits, ms | speed-up | over repeats \
 | fraction of ideal | overhead when no exit is taken | share of seconds by segment |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"""
 
@@ -169,6 +170,7 @@ def prepare(
     runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
     torch.manual_seed(0)
     network = build_network(args.arch, args.exits, args.head, args.image_size)
+    check_order(args, network.exit_names)
     network.to(device, memory_format=torch.channels_last)
     images = torch.randn(args.images, *network.image_shape, device=device)
     images = images.to(memory_format=torch.channels_last)

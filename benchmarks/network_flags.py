@@ -2,7 +2,7 @@
 share. Imports no torch."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from early_exit.cli.flags import flag_of
@@ -62,3 +62,14 @@ def check_shares(args: argparse.Namespace) -> None:
         )
     if not 1 <= min(args.batch_sizes) <= max(args.batch_sizes) <= args.images:
         raise UserError(f"--batch-sizes must be between 1 and the {args.images} --images")
+
+
+def check_order(args: argparse.Namespace, exit_names: Sequence[str]) -> None:
+    """Raises UserError if --exits are in another order than the network's, in which --exit-shares
+    are applied. exit_names: the network's, the final exit's last."""
+    own = list(exit_names[:-1])
+    if args.exits != own:
+        raise UserError(
+            "--exit-shares belong to the exits in the network's order; pass --exits"
+            f" {' '.join(own)}, and the shares in that order"
+        )

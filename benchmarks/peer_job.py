@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from inference import BATCH, policy_for_logits, set_statistics
+from network_flags import check_order
 from torch import Tensor
 
 from cifar10 import networks
@@ -76,6 +77,7 @@ def write_job(args: argparse.Namespace, directory: Path) -> Reference:
     """Writes what `peer_sides.load_job` reads."""
     torch.manual_seed(0)
     network = networks.build_network(args.arch, tuple(args.exits), args.head)
+    check_order(args, network.exit_names)
     network.to(memory_format=torch.channels_last)
     images = torch.randn(args.images, 3, 32, 32)
     set_statistics(network, images[:BATCH])

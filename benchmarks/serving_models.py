@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from inference import build_network, policy_for_shares, set_statistics
+from network_flags import check_order
 
 from early_exit import classifier as classifiers
 from early_exit import export_onnx
@@ -100,6 +101,7 @@ def random_classifier(
     images exit, what `export_onnx` needs of a report, and the images."""
     torch.manual_seed(0)
     network = build_network(args.arch, args.exits, None, args.image_size)
+    check_order(args, network.exit_names)
     pixels = torch.randint(0, 256, (args.images, *network.image_shape), dtype=torch.uint8)
     images = normalise(pixels, MEAN, STD, torch.channels_last)
     network.to(memory_format=torch.channels_last)

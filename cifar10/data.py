@@ -45,10 +45,12 @@ def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> D
     """The data set called `dataset`: cifar10, cifar100 or mnist, downloaded if absent, or digits.
 
     root: where the files are; default: data/ in the repository. Raises UserError for an unknown
-    data set, Unavailable if a download fails.
+    data set and for a `root` of the digits, Unavailable if a download fails.
     """
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
+    if dataset == "digits" and root:
+        raise UserError("--data has no effect: the digits are part of scikit-learn; remove it")
     return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
 
 
@@ -89,6 +91,7 @@ def _cifar(
         mean=mean,
         std=std,
         flip=True,
+        fixed_order=True,
     )
 
 
@@ -112,6 +115,7 @@ def _mnist(root: Path, split_seed: int) -> Data:
         mean=MNIST_MEAN,
         std=MNIST_STD,
         pad=2,
+        fixed_order=True,
     )
 
 
@@ -187,6 +191,7 @@ def _digits(_root: Path, split_seed: int) -> Data:
         split_seed=split_seed,
         mean=MEAN,
         std=STD,
+        fixed_order=True,
     )
 
 

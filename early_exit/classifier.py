@@ -29,7 +29,7 @@ from early_exit.inference.runtimes.table import INTEGERS
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
 from early_exit.output import source_run
-from early_exit.prediction import ImageClassifier, Prediction
+from early_exit.prediction import ImageClassifier, Prediction, check_images
 from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
@@ -42,6 +42,7 @@ from early_exit.trained import (
     in_runtime,
     load_data,
     load_network,
+    on_their_device,
     record_name,
 )
 
@@ -67,8 +68,12 @@ class Classifier(ImageClassifier):
         return as_bytes(picture, shape[0])
 
     def answer(self, images: Tensor) -> Answers:
-        """The network's answers for images (B, C, H, W) uint8 of its own size."""
+        """The network's answers for images (B, C, H, W) uint8 of its own size, B at least 1.
+
+        Raises UserError for images of another type or size.
+        """
         loaded = self.loaded
+        check_images(images, loaded.network.image_shape)
         mean, std = (loaded.normalisation[name] for name in ("mean", "std"))
         layout = loaded.config.run.memory_format
         images = normalise(images.to(loaded.device), mean, std, layout)
@@ -119,7 +124,12 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
+    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
+        runtime = report.get("environment", {}).get("runtime")
+    merged = on_their_device(merged, [runtime])
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
+    if loaded.config.run.threads:  # before anything is compiled, which would be compiled again
+        torch.set_num_threads(loaded.config.run.threads)
     if weights != loaded.weights:
         raise UserError(
             f"the policy in {directory} was chosen for {weights}, and the run now has"
@@ -127,10 +137,6 @@ def load(
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     policy.check_thresholds(len(loaded.classes))
-    if loaded.device.type == "cuda":  # as in the evaluation: float32 means float32
-        torch.backends.cudnn.allow_tf32 = loaded.precision != "off"
-    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = report.get("environment", {}).get("runtime")
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)

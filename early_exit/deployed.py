@@ -25,9 +25,11 @@ from early_exit.inference.infer import Answers, RunSegment, run_segments
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.table import DEPLOYABLE, INTEGERS, find_runtime, split_name
 from early_exit.manifest import Manifest, SegmentFile
-from early_exit.prediction import ImageClassifier, Prediction
+from early_exit.prediction import ImageClassifier, Prediction, check_images
 
 log = logging.getLogger(__name__)
+
+_declared: set[str] = set()  # the criteria that only deployed models have brought
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,7 @@ class DeployedClassifier(ImageClassifier):
 
         Raises UserError for images of another type or size.
         """
-        shape = self.manifest.input.shape
-        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-            raise UserError(
-                f"the images are {images.dtype} {images.shape}; expected uint8 of (B,"
-                f" {', '.join(map(str, shape))}), B at least 1"
-            )
+        check_images(images, self.manifest.input.shape)
         return run_segments(self.segments, self.manifest.input.array(images), self.policy)
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
@@ -172,8 +169,8 @@ def _loaded(directory: Path, segment: SegmentFile, runtime: Any) -> RunSegment:
 
 
 def _declare_criterion(manifest: Manifest) -> None:
-    """Makes a criterion known by its properties if this process has none of its name. The segments
-    contain the criterion itself."""
+    """Makes a criterion known by its properties if this process has none of its name but from
+    another deployed model. The segments contain the criterion itself."""
 
     @declare(**vars(manifest.traits))
     def in_the_segments(_logits: Any, _state: Any = None) -> Any:
@@ -182,4 +179,7 @@ def _declare_criterion(manifest: Manifest) -> None:
             " it to early_exit.inference.criteria.CRITERIA"
         )
 
-    CRITERIA.setdefault(manifest.criterion, in_the_segments)
+    name = manifest.criterion
+    if name not in CRITERIA or name in _declared:  # two models may differ in its range
+        CRITERIA[name] = in_the_segments
+        _declared.add(name)

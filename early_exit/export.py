@@ -165,12 +165,13 @@ def training_sentence(run: Path) -> str:
 
 
 def without_directories(command: Sequence[str]) -> str:
-    """A command in which absolute paths are shortened to their last part, because the directories
-    are private."""
+    """A command in which paths from the root or above the working directory are shortened to their
+    last part, because the directories are private."""
     return shlex.join(map(_without_directory, command))
 
 
 def _without_directory(word: str) -> str:
-    """A word of a command with its absolute path shortened; the path may follow `flag=`."""
-    flag, equals, path = ("", "", word) if word.startswith("/") else word.partition("=")
-    return f"{flag}{equals}{Path(path).name}" if path.startswith("/") else word
+    """A word of a command with its path shortened; the path may follow `flag=`."""
+    outside = ("/", "../")
+    flag, equals, path = ("", "", word) if word.startswith(outside) else word.partition("=")
+    return f"{flag}{equals}{Path(path).name}" if path.startswith(outside) else word

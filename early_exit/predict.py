@@ -84,23 +84,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Classifies the images and prints the answers."""
     args = parser().parse_args(argv)
     flags.check_at_least(args, 1, "batch_size")
+    if args.null and "-" not in args.images:
+        raise UserError("-0 has no effect without -, which reads the names from standard input")
     classifier = _load(args)
     table = None if args.json else Table(classifier)
     if table:
         print(table.heading())
     skipped: list[str] = []
-    predictions = []
+    exits: Counter[int] = Counter()
     for path, found in predict(
         classifier, _names(args.images, args.null), args.batch_size, skipped
     ):
-        predictions.append(found)
+        exits[found.exit_index] += 1
         print(table.row(path, found) if table else as_json(path, found), flush=True)
-    if predictions and table:
-        print(summary(predictions, classifier))
-    if not predictions and not skipped:
+    if exits and table:
+        print(summary(exits, classifier))
+    if not exits and not skipped:
         raise UserError("no image was named; name files or folders, or - for a list of names")
     if skipped:
-        raise UserError(f"skipped {len(skipped)} of {len(skipped) + len(predictions)} images")
+        raise UserError(f"skipped {len(skipped)} of {len(skipped) + exits.total()} images")
 
 
 def _load(args: argparse.Namespace) -> ImageClassifier:
@@ -248,15 +250,14 @@ def as_json(path: Path, prediction: Prediction) -> str:
     return json.dumps({"image": path_text(path), "class": values.pop("name"), **values})
 
 
-def summary(predictions: Sequence[Prediction], classifier: ImageClassifier) -> str:
-    """Where the images exited and what they cost, in one sentence."""
-    counts = Counter(prediction.exit for prediction in predictions)
-    exits = ", ".join(
-        f"{counts[name]} at {name}" for name in classifier.policy.exit_names if counts[name]
-    )
-    mean = sum(prediction.macs_share for prediction in predictions) / len(predictions)
-    plain = classifier.cost.plain_macs / 1e6
+def summary(exits: Counter[int], classifier: ImageClassifier) -> str:
+    """Where the images exited and what they cost, in one sentence. exits: the number of images at
+    each exit."""
+    policy, cost, count = classifier.policy, classifier.cost, exits.total()
+    shares = cost.shares(policy.enabled)
+    where = ", ".join(f"{exits[index]} at {policy.exit_names[index]}" for index in sorted(exits))
+    mean = sum(shares[index] * number for index, number in exits.items()) / count
     return (
-        f"{len(predictions)} image{'s' if len(predictions) > 1 else ''}: {exits};"
-        f" {100 * mean:.1f} % of the plain network's {plain:.2f} M multiply-adds on average"
+        f"{count} image{'s' if count > 1 else ''}: {where}; {100 * mean:.1f} % of the plain"
+        f" network's {cost.plain_macs / 1e6:.2f} M multiply-adds on average"
     )

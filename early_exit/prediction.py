@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from early_exit.data.decoding import ImageSource
+from early_exit.errors import UserError
 from early_exit.inference.policy import Policy
 from early_exit.model.macs import Cost
 
@@ -43,8 +47,13 @@ class ImageClassifier:
     def __call__(self, images: Sequence[ImageSource], batch_size: int = 64) -> list[Prediction]:
         """The predictions, in the order of the images.
 
-        Raises UserError for a file that cannot be read as an image.
+        batch_size: images per forward pass. Raises UserError for a file that cannot be read as an
+        image, for one image instead of a sequence, and for a batch size below 1.
         """
+        if isinstance(images, (str, bytes, PathLike, Image)):
+            raise UserError(f"expected a sequence of images, got {images!r}; put it in a list")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
             batch = [self.read(image) for image in images[start : start + batch_size]]
@@ -82,3 +91,13 @@ class ImageClassifier:
             )
             for class_index, sure, index in zip(classes, confidence, exit_index, strict=True)
         ]
+
+
+def check_images(images: Any, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless `images` is an array or tensor (B, *shape) uint8, B at least 1."""
+    kind = str(images.dtype).removeprefix("torch.")
+    if kind != "uint8" or tuple(images.shape[1:]) != shape or not len(images):
+        raise UserError(
+            f"the images are {kind} {tuple(images.shape)}; expected uint8 of (B,"
+            f" {', '.join(map(str, shape))}), B at least 1"
+        )

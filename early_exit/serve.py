@@ -6,7 +6,7 @@
 
 Clients of the Open Inference Protocol (KServe v2, Triton) find the model under /v2. Prometheus
 reads /metrics. SIGHUP reads the model's policy.yaml again; SIGTERM answers what is in progress and
-ends. Needs the extra serve: pip install "early-exit[serve]".
+ends. Needs the packages of the extra serve (setup.cfg).
 """
 
 if __name__ == "__main__":  # before the imports, which may fail
@@ -183,6 +183,11 @@ def _check(args: argparse.Namespace) -> None:
     flags.check_at_least(args, 1, "workers", "threads", "max_batch", "target_p99", "stall")
     flags.check_at_least(args, 1, "max_rows", "max_body", "max_images", "max_pixels")
     flags.check_at_least(args, 2, "grace")
+    if args.max_wait >= args.target_p99:
+        raise UserError(
+            f"--max-wait {args.max_wait:g} holds images until --target-p99 {args.target_p99:g} has"
+            " passed; both are milliseconds"
+        )
     if args.adapt != (args.max_drop is not None):
         raise UserError("--adapt and --max-drop need each other; pass both or none")
     if args.port > 65535:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from early_exit.errors import UserError
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.quantise import RULES
-from early_exit.inference.runtimes.table import find_runtime, torch_name
+from early_exit.inference.runtimes.table import DEPLOYABLE, find_runtime, torch_name
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
@@ -239,7 +239,7 @@ def load_run(
     settings say so. Raises DataError if the data have other classes, and if val is held out from
     train and the images that the run held out are not there.
     """
-    loaded = load_network(run_dir, task, overrides, rounded_to)
+    loaded = load_network(run_dir, task, on_their_device(overrides, [runtime]), rounded_to)
     set_up(loaded.config.run)
     data, gone = load_data(loaded, task, val_from)
     file_lists.log_changed_test(data, source_run(run_dir))
@@ -250,6 +250,15 @@ def load_run(
         runtime=in_runtime(loaded, data, runtime),
         gone=gone,
     )
+
+
+def on_their_device(overrides: dict, runtimes: Sequence[str | None]) -> dict:
+    """The overrides, with the CPU as the device if they leave it open and all of the runtimes have
+    the CPU alone."""
+    open_ = overrides.get("run", {}).get("device", EVALUATION["device"]) == "auto"
+    if not open_ or not set(runtimes) <= set(DEPLOYABLE):
+        return overrides
+    return configs.merge(overrides, {"run": {"device": "cpu"}})
 
 
 def load_data(loaded: Loaded, task: Task, val_from: str) -> tuple[Data, tuple[str, ...]]:
@@ -423,13 +432,13 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
             " pass --val-from test, which cuts the official test set into val and test"
         )
     test = get_record(trained, "test")
-    left_out, data = test.info.left_out_names, _recorded(trained.data, test)
+    left_out, data = test.info.left_out_names, recorded(trained.data, test)
     if val_from == "train":
         val = get_record(trained, "val")
         return Splits(
             val,
             test,
-            _recorded(data, val),
+            recorded(data, val),
             HELD_OUT,
             (*trained.gone, *val.info.left_out_names, *left_out),
         )
@@ -441,7 +450,7 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
     )
 
 
-def _recorded(data: Data, stored: ExitRecord) -> Data:
+def recorded(data: Data, stored: ExitRecord) -> Data:
     """The data without the images that a record of one of its splits left out."""
     info = stored.info
     return data.without(info.split, info.left_out) if isinstance(data, FileData) else data
@@ -449,7 +458,7 @@ def _recorded(data: Data, stored: ExitRecord) -> Data:
 
 def cut_record(test: ExitRecord, data: Data, seed: int) -> tuple[ExitRecord, ExitRecord]:
     """The record of the official test set, cut into val and test. data: what it is a record of."""
-    val_half, test_half = _recorded(data, test).test_halves(seed)
+    val_half, test_half = recorded(data, test).test_halves(seed)
     name = f"{data.name} test, cut {seed}"
     return (
         test.subset(val_half, "val", f"{name}, val half"),

@@ -245,10 +245,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     advice = "name the directory of the data set before the flags, or try --dummy, which needs none"
     with program.with_data_advice(advice):
+        defaults = script_defaults(args)
+        if args.pretrained is not None:
+            backbone = str(_pretrained(args, defaults))
+            args.settings = {**args.settings, "model.backbone": backbone}
         program.train_or_score(
             args,
             TASK,
-            script_defaults(args),
+            defaults,
             RUNS,
             ROOT / "imagenet" / "eval.py",
             default_split="test",
@@ -256,13 +260,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """The default settings, with the data set named after its directory, and with the weights that
-    --pretrained names as the backbone."""
+    """The default settings, with the data set named after its directory."""
     config = settings.resolve_config(args, None, CLASSIC, FolderRun)
     name = "dummy" if config.data.dummy else Path(config.data.root or DATA).name
-    defaults = configs.merge(CLASSIC, {"data": {"dataset": name}})
-    if args.pretrained is None:
-        return defaults
+    return configs.merge(CLASSIC, {"data": {"dataset": name}})
+
+
+def _pretrained(args: argparse.Namespace, defaults: dict[str, Any]) -> Path:
+    """The file of the weights that --pretrained names. Raises UserError if they have no use."""
+    config = settings.resolve_config(args, None, defaults, FolderRun)
     if config.model.backbone:
         raise UserError("--pretrained and --backbone both give weights; remove one")
     if config.run.regime == "joint" and not args.evaluate:
@@ -270,6 +276,4 @@ def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
             "--pretrained gives trained weights, but a joint run trains from scratch; add --exits"
             " with --regime frozen or --regime mixed, or add -e to score the weights"
         )
-    fetch = not args.print_config
-    backbone = weights.find(config, args.pretrained, fetch)
-    return configs.merge(defaults, {"model": {"backbone": str(backbone)}})
+    return weights.find(config, args.pretrained, fetch=not args.print_config)

@@ -177,10 +177,18 @@ def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) ->
     """torchvision's network called `arch`, untrained.
 
     image_size: side of the images in pixels, which only a ViT depends on. Raises UserError for a
-    network that is not supported.
+    network that is not supported, and for a side that a ViT cannot divide into its patches.
     """
     check_arch(arch)
-    options = {"image_size": image_size} if arch.startswith("vit_") else {}
+    options = {}
+    if arch.startswith("vit_"):
+        patch = int(arch.rpartition("_")[2])
+        if image_size % patch:
+            raise UserError(
+                f"{arch} divides images into patches of {patch} pixels, got {image_size} pixels;"
+                f" pass a multiple of {patch} as --train-crop and --val-crop"
+            )
+        options = {"image_size": image_size}
     return models.get_model(arch, weights=None, num_classes=num_classes, **options)
 
 

@@ -24,7 +24,7 @@ def find(config: FolderRun, name: str, fetch: bool = True) -> Path:
     """
     arch = config.model.arch
     networks.check_arch(arch)
-    if "/" in name or Path(name, "train").is_dir():
+    if name and ("/" in name or Path(name, "train").is_dir()):
         raise UserError(
             f"--pretrained got the directory {name} instead of the name of weights; put the"
             " directory before the flags"
@@ -43,7 +43,7 @@ def find(config: FolderRun, name: str, fetch: bool = True) -> Path:
             f" {config.data.val_crop} pixels; it has {', '.join(known)}"
         )
     path = WEIGHTS / f"{arch}-{name}.pth"
-    if not fetch:
+    if path.exists() or not fetch:  # written whole, perhaps on a volume that is read-only here
         return path
     with locked(WEIGHTS, wait=True):  # several processes or runs may share the directory
         if not path.exists():

@@ -73,6 +73,7 @@ def assert_shares(out, expected):
         (("--runtime", "tensorflow"), ["tensorflow"]),
         (("--criterion", "patience"), ["--criterion", "patience"]),
         (("--exits", "layr1", "layer2"), ["layr1", "layer1"]),
+        (("--exits", "layer2", "layer1"), ["--exit-shares", "--exits layer1 layer2"]),
     ],
 )
 def test_mistakes_end_in_one_line(run, flags, named):

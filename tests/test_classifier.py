@@ -11,6 +11,7 @@ import torch
 from helpers import CPU, ROOT, SIDE, TASK, Engine, assert_names, refusal
 from PIL import Image
 
+from cifar10 import data
 from early_exit import classifier, export, predict
 from early_exit.choosing.record import ExitRecord
 from early_exit.classifier import load
@@ -55,6 +56,43 @@ class TestFromPython:
         classify = load(evaluated_run, "mine", task=TASK)
         path = photos / "a" / "0.png"
         assert classify([Image.open(path)]) == classify([path]) == classify([str(path)])
+
+    def test_what_are_not_the_bytes_of_its_size_is_refused(self, evaluated_run):
+        """Otherwise normalised images would be normalised again, and answered in earnest."""
+        classify = load(evaluated_run, "mine", task=TASK)
+        images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
+        assert len(classify.answer(images).exit_index) == 2
+        for wrong in (images.float(), images[..., 1:], images[:0], images[0]):
+            kind = str(wrong.dtype).removeprefix("torch.")
+            assert_names(refusal(classify.answer, wrong), kind, tuple(wrong.shape), SIDE, "uint8")
+
+    def test_one_image_is_not_a_sequence(self, evaluated_run, photos):
+        classify = load(evaluated_run, "mine", task=TASK)
+        path = photos / "a" / "0.png"
+        for one in (path, str(path), Image.open(path)):
+            assert_names(refusal(classify, one), "list")
+
+    def test_a_batch_has_an_image(self, evaluated_run, photos):
+        classify = load(evaluated_run, "mine", task=TASK)
+        for size in (0, -1):
+            message = refusal(classify, [photos / "a" / "0.png"], batch_size=size)
+            assert_names(message, "batch_size", size)
+
+    def test_threads_are_set_before_anything_is_built(self, evaluated_run, monkeypatch):
+        """torch.compile would compile again if they changed afterwards."""
+        seen = []
+        build = classifier._in_runtime
+        monkeypatch.setattr(
+            classifier,
+            "_in_runtime",
+            lambda *args: (seen.append(torch.get_num_threads()), build(*args))[1],
+        )
+        before = torch.get_num_threads()
+        try:
+            load(evaluated_run, "mine", task=TASK, overrides={"run": {"threads": before + 1}})
+        finally:
+            torch.set_num_threads(before)
+        assert seen == [before + 1]
 
     def test_a_disabled_exit_costs_nothing(self, evaluated_copy):
         path = evaluated_copy / "eval" / "mine" / "policy.yaml"
@@ -267,12 +305,9 @@ class TestPretrained:
     @pytest.mark.slow
     def test_it_is_as_accurate_as_its_card_says(self, path):
         """On the test set of CIFAR-10, if it is here."""
-        from cifar10 import data
-
-        try:
-            test = data.load("cifar10").splits["test"]
-        except Exception as error:
-            pytest.skip(f"no CIFAR-10 here: {error}")
+        if not (data.ROOT / "cifar-10-batches-py").is_dir():
+            pytest.skip(f"no CIFAR-10 in {data.ROOT}")
+        test = data.load("cifar10").splits["test"]
         classify = load(path)
         correct = np.zeros(0, bool)
         for start in range(0, len(test), 500):

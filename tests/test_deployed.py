@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import early_exit
 from early_exit import compare, deployed, export, predict
 from early_exit.choosing.goals import MaxDrop
 from early_exit.evaluation.evaluate import evaluate
+from early_exit.inference import criteria
 from early_exit.inference.policy import Policy
 from early_exit.manifest import NAME, Manifest
 
@@ -426,3 +428,18 @@ def test_the_table_is_that_of_a_run(deployed_model, evaluated_run, photos, capsy
         return [first, *(row[:1] + row[3:] for row in rows), last]
 
     assert words(ours) == words(theirs)
+
+
+def test_two_models_of_one_unknown_criterion_have_ranges_of_their_own(monkeypatch):
+    """With more classes a score may be higher."""
+    known = dict(criteria.CRITERIA)
+    monkeypatch.setattr(deployed, "CRITERIA", known)
+    monkeypatch.setattr(criteria, "CRITERIA", known)
+    monkeypatch.setattr(deployed, "_declared", set())
+    for highest in (1.0, 9.0):
+        traits = criteria.Traits(lowest=0.0, highest=highest)
+        deployed._declare_criterion(SimpleNamespace(criterion="own", traits=traits))
+        assert criteria.get_traits("own") == traits
+    own = known["max_prob"]
+    deployed._declare_criterion(SimpleNamespace(criterion="max_prob", traits=traits))
+    assert known["max_prob"] is own

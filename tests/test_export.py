@@ -112,7 +112,8 @@ class TestExport:
             ("trainer.py --data=/home/alice/x", "trainer.py --data=x"),
             ("trainer.py --set data.root=/home/alice/x/", "trainer.py --set data.root=x"),
             ("'/home/a b/trainer.py' --data='/home/a b/c d'", "trainer.py '--data=c d'"),
-            ("/home/a=b/trainer.py --lr=0.1 -- ../x", "trainer.py --lr=0.1 -- ../x"),
+            ("/home/a=b/trainer.py --lr=0.1 -- sub/x", "trainer.py --lr=0.1 -- sub/x"),
+            ("trainer.py --save-dir ../../runs/x --data=../d", "trainer.py --save-dir x --data=d"),
         ],
     )
     def test_absolute_paths_in_a_command_are_shortened(self, command, shortened):

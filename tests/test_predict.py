@@ -119,6 +119,10 @@ class TestCommand:
         assert json.loads(lines[0])["image"] == str(odd)
         assert len(lines) == 1 + 3
 
+    def test_nul_without_standard_input(self, evaluated_run, photos):
+        message = refusal(predict.main, [str(evaluated_run), str(photos), "-0", *FLAGS])
+        assert_names(message, "-0", "-")
+
     def test_an_evaluation_can_be_named_by_its_directory(self, evaluated_run, photos, capsys):
         assert printed(capsys, evaluated_run / "eval" / "mine", photos) == printed(
             capsys, evaluated_run, photos, "--eval", "mine"

@@ -267,6 +267,26 @@ class TestRuntime:
         assert (runtime.name, runtime.precision) == (name, precision)
         assert loaded.runtime.network is loaded.network
 
+    @pytest.mark.parametrize(
+        ("device", "runtimes", "expected"),
+        [
+            (None, ["onnxruntime", "openvino-bf16"], "cpu"),
+            ("auto", ["onnxruntime"], "cpu"),
+            ("cuda", ["onnxruntime"], "cuda"),  # refused, because it was asked for
+            ("auto", ["onnxruntime", "torch"], "auto"),
+            ("auto", [None], "auto"),
+        ],
+    )
+    def test_the_device_of_those_that_have_one_is_that(self, device, runtimes, expected):
+        given = {} if device is None else {"run": {"device": device, "threads": 3}}
+        found = trained.on_their_device(given, runtimes)["run"]
+        assert found == {**given.get("run", {}), "device": expected}
+
+    def test_a_gpu_is_not_used_where_the_runtime_has_none(self, run, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(trained, "find_runtime", lambda *_: Engine())
+        assert load_run(run, TASK, {}, runtime="onnxruntime").device == torch.device("cpu")
+
     def test_integers_are_calibrated_on_images_of_several_classes(self, run, monkeypatch):
         """Also where images are in order of their classes, as in class folders."""
         loaded = load_run(run, TASK, CPU)

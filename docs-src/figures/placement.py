@@ -5,8 +5,8 @@
 For a run with an exit after every block (--regime cdl). First each exit is enabled on its own, with
 the threshold that loses half a point on val, and its saving on test is drawn against its position.
 Then exits are added, each time the one that saves most on val. The run must have been evaluated,
-because its records are read. Means and deviations are over ten cuts, as in criteria.py. Prints
-tables and draws docs-src/docs/imgs/placement.png.
+because its records are read. Means and deviations are over ten cuts, as in criteria_table.py.
+Prints tables and draws docs-src/docs/imgs/placement.png.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -31,7 +31,7 @@ from run_records import CUTS, RunRecords, run_parser
 from early_exit.choosing.choice import calibrated
 from early_exit.choosing.curve import for_max_drop, shared_curve
 from early_exit.choosing.goals import MaxDrop
-from early_exit.choosing.outcome import Point, apply_policy
+from early_exit.choosing.outcome import Outcome, Point, apply_policy
 from early_exit.choosing.overthinking import correct_answers
 from early_exit.choosing.record import ExitRecord, Scores, score_record
 from early_exit.cli import flags
@@ -86,7 +86,7 @@ class Val:
 class Cut:
     """One cut of the records: what was chosen on val, reported on test."""
 
-    single: list[Point]
+    single: list[Outcome]
     """One per early exit: only this exit enabled."""
     exit_sets: list[list[int]]
     """The sets that `Val.add_exits` found, then all early exits."""
@@ -100,12 +100,13 @@ def measure_cut(records: RunRecords, seed: int) -> Cut:
     cost = test.cost
     val, early = Val.of(val_record, cost), range(len(cost.exit_names) - 1)
 
-    def report(exits: Sequence[int]) -> Point:
+    def report(exits: Sequence[int]) -> Outcome:
         policy, _ = val.choose(exits)
-        return apply_policy(policy, test, cost).point
+        return apply_policy(policy, test, cost)
 
     exit_sets = [*val.add_exits(), list(early)]
-    return Cut([report([index]) for index in early], exit_sets, [report(s) for s in exit_sets])
+    several = [report(exits).point for exits in exit_sets]
+    return Cut([report([index]) for index in early], exit_sets, several)
 
 
 def single_table(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> str:
@@ -115,9 +116,9 @@ def single_table(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for index, position in enumerate(positions(cost)):
-        points = [cut.single[index] for cut in cuts]
-        saved = percent([1 - point.macs_share for point in points])
-        lost = percent([accuracy[-1] - point.accuracy for point in points], 2)
+        outcomes = [cut.single[index] for cut in cuts]
+        saved = percent([1 - outcome.point.macs_share for outcome in outcomes])
+        lost = percent([outcome.final_accuracy - outcome.point.accuracy for outcome in outcomes], 2)
         lines.append(
             f"| {cost.exit_names[index]} | {100 * position:.1f} %"
             f" | {100 * cost.head_macs[index] / cost.plain_macs:.2f} %"
@@ -160,7 +161,7 @@ def draw(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> None:
     """Accuracy of each exit above, what it saves on its own below, against its position."""
     x = 100 * positions(cost)
     saved = [
-        mean_std([100 * (1 - cut.single[index].macs_share) for cut in cuts])
+        mean_std([100 * (1 - cut.single[index].point.macs_share) for cut in cuts])
         for index in range(len(x))
     ]
     means, deviations = zip(*saved, strict=True)

@@ -112,7 +112,8 @@ class ExitRecord:
     def save(self, directory: Path | str) -> None:
         """Writes the record as a directory, whole or not at all."""
         with atomic_directory(Path(directory)) as partial:
-            _save_array(partial / "logits.npy", self.logits)
+            rows = slice(None) if self.rows is None else self.rows
+            _save_array(partial / "logits.npy", self.logits[rows])
             _write_targets_and_info(partial, self.targets, self.info)
 
     @classmethod

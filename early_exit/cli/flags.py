@@ -48,6 +48,11 @@ class StoreSetting(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         value = self.const if self.nargs == 0 else values
+        earlier = namespace.given_by.get(self.dest, self)
+        if earlier is not self:
+            one, other = ((*action.option_strings, action.metavar) for action in (earlier, self))
+            raise UserError(f"{one[0]} and {other[0]} give the same setting; remove one")
+        namespace.given_by = {**namespace.given_by, self.dest: self}
         namespace.settings = {**namespace.settings, self.dest: value}
 
 
@@ -63,7 +68,7 @@ def build_parser(prog: str, usage: str, docstring: str | None) -> Parser:
         description=summary.replace("%", "%%"),
         formatter_class=Formatter,
     )
-    parser.set_defaults(settings={})
+    parser.set_defaults(settings={}, given_by={})
     return parser
 
 
@@ -102,6 +107,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or "." not in key:
             raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
+        if key in args.settings:
+            raise UserError(f"--set {pair} gives a setting that a flag gives too; remove one")
         given[key] = value.split(",") if "," in value else value
     nested: dict[str, Any] = {}
     for key, value in given.items():

@@ -46,8 +46,8 @@ def resolve_config(
     return configs.build(cls, configs.merge(defaults or {}, given))
 
 
-def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
-    """Raises UserError for flags that this run would ignore."""
+def check_flags_have_effect(args: argparse.Namespace, config: Config, fresh: bool) -> None:
+    """Raises UserError for flags that this run would ignore. fresh: whether it begins anew."""
     given = settings_of(args)
     plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
     one_phase = plain or config.run.regime == "joint" or config.model.backbone is not None
@@ -60,6 +60,12 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     ):
         if ignored and name in given.get(section, {}):
             raise UserError(f"{flag} has no effect: this run has {reason}; remove it")
+    regime, has_weights = config.run.regime, config.model.backbone is not None
+    if plain and fresh and regime != "joint" and not has_weights:  # with them: see plan_phases
+        raise UserError(
+            f"the regime {regime} has no effect: this run has no early exits; name them with"
+            " --exits, or pass --regime joint"
+        )
 
 
 def goal_of(args: argparse.Namespace) -> Goal:
@@ -158,10 +164,16 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
         "cut_seed": args.cut_seed,
         "cuts": args.cuts,
         "name": name,
-        "base": f"policy-{args.policy.stem}" if args.policy else None,  # one for each file
+        "base": f"policy-{_policy_name(args.policy)}" if args.policy else None,
         "out": args.out,
         "rounded_to": args.weights,
         **{option: value for option, value in measuring.items() if value is not None},
         "live": not args.no_live,
         "draw": not args.no_plots,
     }
+
+
+def _policy_name(path: Path) -> str:
+    """What tells an evaluation's policy file from another one: its name, or that of the evaluation
+    whose policy.yaml it is."""
+    return path.resolve().parent.name if path.stem == "policy" else path.stem

@@ -60,6 +60,7 @@ def class_folders(root: Path) -> Sources:
     classes, test_classes = _classes(train), _classes(test)
     _check_same_classes(root, name, classes, test_classes)
     _check_apart(train, test)
+    _tell_copies(train)
     if len(classes) == 1:
         raise _one_class(train, classes[0])
     files = _files(train, classes)
@@ -224,6 +225,31 @@ def _check_apart(train: Found, test: Found) -> None:
         )
 
 
+def _tell_copies(train: Found) -> None:
+    """Logs a warning if images of train are in several classes by links: val may have a copy of
+    what the weights are trained on."""
+    listed = set().union(*train.images.values()) if train.links else set()
+    links = [path for path in train.links if path in listed]  # the others are in their class twice
+    counts = Counter(train.links[path] for path in links)
+    root, is_listed = os.fsencode(train.root), cache(partial(_is_listed, train))
+    copies = [
+        path
+        for path in links
+        if counts[train.links[path]] > 1 or is_listed(_folder_of_target(os.path.join(root, path)))
+    ]
+    if copies:
+        log.warning(
+            "%d links, such as %s, lead to images that are in another class too; one copy may be"
+            " trained on and the other be in val: remove these links, or do not rely on val",
+            len(copies),
+            in_a_line(os.fsdecode(copies[0])),
+        )
+
+
+def _folder_of_target(link: bytes) -> bytes:
+    return os.path.dirname(os.path.join(os.path.dirname(link), os.readlink(link)))
+
+
 def _shared_folders(train: Found, test: Found) -> Iterator[tuple[Path, Path]]:
     """The two paths of each folder that is in train and in test."""
     for identity in train.folders.keys() & test.folders.keys():
@@ -242,8 +268,7 @@ def _shared_files(train: Found, test: Found) -> Iterator[Path]:
         is_listed = cache(partial(_is_listed, other))
         for path, identity in found.links.items():
             link = os.path.join(os.fsencode(found.root), path)
-            target = os.path.join(os.path.dirname(link), os.readlink(link))
-            if identity in in_both or is_listed(os.path.dirname(target)):
+            if identity in in_both or is_listed(_folder_of_target(link)):
                 yield Path(os.fsdecode(link))
 
 

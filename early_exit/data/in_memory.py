@@ -75,11 +75,7 @@ class Data(NormalisedImages):
 
     def digest(self, split: str) -> str:
         """Identifies the content of a split: a hash of its images and targets."""
-        part, content_hash = self.splits[split], hashlib.sha256()
-        for tensor in (part.images, part.targets):
-            content_hash.update(f"{tuple(tensor.shape)}".encode())
-            content_hash.update(tensor.cpu().contiguous().numpy().data)
-        return content_hash.hexdigest()[:16]
+        return content_hash(self.splits[split])
 
     def to(self, device: torch.device, layout: torch.memory_format) -> "Data":
         """The same data with its tensors on `device`, giving batches in that memory layout."""
@@ -238,6 +234,15 @@ def augment(
     return images
 
 
+def content_hash(images: ImageSet) -> str:
+    """A short hash of images and targets, in their order."""
+    found = hashlib.sha256()
+    for tensor in (images.images, images.targets):
+        found.update(f"{tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
+
+
 def cut(
     name: str,
     train: ImageSet,
@@ -250,11 +255,14 @@ def cut(
     std: Sequence[float] | None = None,
     flip: bool = False,
     pad: int = PAD,
+    fixed_order: bool = False,
 ) -> Data:
     """A data set whose val is `val_size` images of train, stratified by class.
 
     mean, std: of each channel, pixels in [0, 1]; default: those of train without val. flip, pad:
-    the augmentation (`Data`). Raises UserError if val is empty or leaves no image for train.
+    the augmentation (`Data`). fixed_order: whether the images have one order everywhere, as those
+    of a published archive, so that the numbers of those in val identify them; otherwise their
+    content does. Raises UserError if val is empty or leaves no image for train.
     """
     if not 0 < val_size < len(train):
         raise UserError(
@@ -271,7 +279,7 @@ def cut(
         name=name,
         classes=tuple(classes),
         splits=splits,
-        val_hash=index_hash(name, val),
+        val_hash=index_hash(name if fixed_order else f"{name} {content_hash(splits['val'])}", val),
         mean=tuple(mean),
         std=tuple(std),
         flip=flip,

@@ -199,8 +199,9 @@ def _about_deviations(groups: Sequence[Group]) -> list[str]:
         deviation = ", with one seed ± their standard deviation" if some_single else ""
         found.append(
             "Cuts: the numbers of the final exit and of the chosen policy are means over several"
-            f" cuts of the test set into val and test{deviation}. The accuracies of the other exits"
-            " and the curve are those of the first cut."
+            f" cuts of the test set into val and test{deviation}, which says how much depends on"
+            " the half that was drawn and is not a standard error. The accuracies of the other"
+            " exits and the curve are those of the first cut."
         )
     if len(with_seeds) < len(groups):
         found.append("Rows with one seed do not show how much results vary between seeds.")

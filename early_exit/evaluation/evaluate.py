@@ -48,7 +48,15 @@ from early_exit.system.disk_errors import is_writable
 from early_exit.system.files import write_text
 from early_exit.system.locks import locked
 from early_exit.task import Task
-from early_exit.trained import Trained, cut_record, get_record, get_splits, in_runtime, load_run
+from early_exit.trained import (
+    Trained,
+    cut_record,
+    get_record,
+    get_splits,
+    in_runtime,
+    load_run,
+    on_their_device,
+)
 from early_exit.training.rounding import ROUNDINGS
 
 log = logging.getLogger(__name__)
@@ -151,7 +159,8 @@ def evaluate_each(
     for directory in map(directory_in, runtimes):
         if not is_writable(directory):
             raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
-    trained = load_run(output, task, overrides or {}, chosen.val_from, rounded_to=chosen.rounded_to)
+    settings = on_their_device(overrides or {}, runtimes)
+    trained = load_run(output, task, settings, chosen.val_from, rounded_to=chosen.rounded_to)
     check_given(goal, len(trained.classes), trained.network.exit_names)  # before inference
     timed = timed_batch(goal)
     if timed and timed > (size := _val_size(trained, chosen.val_from)):
@@ -272,6 +281,9 @@ def over_cuts(evaluated: Evaluated, options: Options) -> Cuts:
         MeanStd(*mean_std([point.macs_share for point in points])),
         MeanStd(*mean_std([outcome.final_accuracy for outcome in outcomes])),
         None if times is None else MeanStd(*mean_std(speedups(outcomes, times))),
+        MeanStd(
+            *mean_std([outcome.final_accuracy - outcome.point.accuracy for outcome in outcomes])
+        ),
     )
 
 

@@ -176,12 +176,17 @@ def cuts_text(cuts: Cuts, ran_in: str) -> str:
         f" {_percent(cuts.macs_share)} % of the MACs, the final exit"
         f" {_percent(cuts.final_accuracy)} %"
     )
+    if cuts.lost:
+        text += f"; on the same images the policy loses {_percent(cuts.lost)} points"
     if cuts.speedup:
         text += (
             f"; from the segments' times in {ran_in}, {cuts.speedup.mean:.2f} ±"
             f" {cuts.speedup.std:.2f} times as fast as the plain network"
         )
-    return f"{text} (mean and standard deviation)."
+    return (
+        f"{text} (mean and standard deviation over which half was drawn; the halves share images,"
+        " so it is not a standard error)."
+    )
 
 
 def _measured_sections(report: Report) -> list[Section]:

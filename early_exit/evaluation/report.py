@@ -175,6 +175,9 @@ class Cuts:
     final_accuracy: MeanStd
     speedup: MeanStd | None = None
     """Over the plain network, expected from the segments' times, if the goal counts seconds."""
+    lost: MeanStd | None = None
+    """Accuracy of the final exit minus that of the policy, on the same images; older reports lack
+    it."""
 
 
 @dataclass(frozen=True)

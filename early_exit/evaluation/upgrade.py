@@ -65,7 +65,7 @@ def of_a_runtime(report: dict[str, Any]) -> dict[str, Any]:
     added: dict[str, dict[str, Any]] = {
         "environment": {"runtime": TORCH.get(precision, "torch")},
         "live": {"rounding": ROUNDING},
-        "cuts": {"speedup": None},
+        "cuts": {"speedup": None, "lost": None},
     }
     for name, since in added.items():
         if isinstance(report.get(name), dict):

@@ -163,7 +163,7 @@ def check_threshold(
     meant = None
     if high == 1 and not traits.counts and 2 <= threshold <= 100:  # a percentage
         meant = threshold / 100
-    elif high <= 0 and low < -threshold:  # an entropy instead of a score
+    elif never and high <= 0 and low < -threshold:  # an entropy instead of a score
         meant = -threshold
     flag = f"{owner}=" if owner.startswith("--") else ""
     hint = "" if meant is None else f"; try {flag}{meant:g}"

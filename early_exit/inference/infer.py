@@ -123,7 +123,8 @@ def advance(
         return onward, None
     if len(remaining) == 0:
         return None, Exited(rows.index, answer, score)
-    return onward.select(remaining), Exited(rows.index[exits], answer[exits], score[exits])
+    taken = indices(exits)  # once: a mask would be searched again, and waited for, by each array
+    return onward.select(remaining), Exited(rows.index[taken], answer[taken], score[taken])
 
 
 def run_segments(

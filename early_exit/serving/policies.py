@@ -84,4 +84,10 @@ class Policies:
                 f" {1000 * LEAST_TARGET:g}"
             )
         policies = curve_policies(self.manifest, policy, self.max_drop)
+        if len(policies) == 1:
+            log.warning(
+                "--adapt has no effect: no threshold of val_curve in model.json costs less within"
+                " --max-drop %g",
+                100 * self.max_drop,
+            )
         return Adapter(policies, segment_shares(self.manifest, policies), self.target)

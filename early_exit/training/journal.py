@@ -46,6 +46,17 @@ class EpochRecord:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
+def summary_writer() -> Any:
+    """TensorBoard's writer. Raises UserError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs the package tensorboard; run: pip install -r requirements.txt"
+        ) from None
+    return SummaryWriter
+
+
 class Journal:
     """The records of a run; a context manager.
 
@@ -69,16 +80,10 @@ class Journal:
         write_text(self.path, "".join(lines))
         self.count = len(lines)
         if self.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "--tensorboard needs the package tensorboard; run: pip install -r"
-                    " requirements.txt"
-                ) from None
+            make_writer = summary_writer()
             with self._tensorboard_may_fail():
                 place = str(self.directory / "tensorboard")
-                self.writer = SummaryWriter(place, purge_step=self.count)
+                self.writer = make_writer(place, purge_step=self.count)
         return self
 
     def __exit__(self, *_: object) -> None:

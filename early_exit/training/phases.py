@@ -1,12 +1,18 @@
 """The phases of a regime."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+from early_exit import config as configs
 from early_exit.config import Config, OptimConfig
 from early_exit.errors import UserError
 from early_exit.model.losses import resolve_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,3 +93,17 @@ def unfinished(config: Config, num_exits: int, position: Mapping[str, int]) -> s
         return None
     phase = phases[position["phase"]]
     return f"epoch {position['epoch']} of {phase.optim.epochs}, phase {phase.name}"
+
+
+def warn_if_unfinished(state: Mapping[str, Any], cls: type[Config], name: object) -> None:
+    """Logs a warning if weights are those of a run that is not finished.
+
+    state: of its checkpoint; weights of another origin lack what is needed. cls: of its settings;
+    those of another task are not looked at. name: whose weights they are.
+    """
+    if not {"config", "position", "exit_names"} <= state.keys():
+        return
+    with suppress(UserError):
+        config = configs.build(cls, state["config"])
+        if trained := unfinished(config, len(state["exit_names"]), state["position"]):
+            log.warning("%s is not finished: its weights are those of %s", name, trained)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from early_exit import config as configs
 from early_exit.config import Config
 from early_exit.data.base import Data
 from early_exit.data.file_lists import check_same_classes, with_val_of
@@ -18,7 +17,7 @@ from early_exit.system.device import autocast_context, set_up
 from early_exit.system.distributed import Group
 from early_exit.task import Task
 from early_exit.training import checkpoint
-from early_exit.training.phases import unfinished
+from early_exit.training.phases import warn_if_unfinished
 from early_exit.training.state_dicts import load_into
 from early_exit.training.steps import Tally, score_batches
 
@@ -64,7 +63,7 @@ def score(
     if config.run.compile:
         network.compile()
     if saved and group.is_main:
-        warn_if_unfinished(saved, type(config), network.num_exits)
+        warn_if_unfinished(saved, type(config), "this run")
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     batches = data.eval_batches(split, data.eval_batch, Shard(group.rank, group.world))
@@ -82,10 +81,3 @@ def score(
             split,
         )
     return network.exit_names, total
-
-
-def warn_if_unfinished(saved: dict, cls: type[Config], num_exits: int) -> None:
-    """Logs a warning if a checkpoint is of a run that is not finished."""
-    trained = unfinished(configs.build(cls, saved["config"]), num_exits, saved["position"])
-    if trained:
-        log.warning("this run is not finished: its weights are those of %s", trained)

@@ -10,6 +10,7 @@ from torch import Tensor
 from early_exit import config as configs
 from early_exit.errors import UserError
 from early_exit.training import checkpoint
+from early_exit.training.phases import warn_if_unfinished
 from early_exit.training.state import Run
 from early_exit.training.state_dicts import load_into
 
@@ -21,8 +22,8 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     those of `run`, without a gradient.
 
     What it has seen, the run has seen: unless val was held out in its training too, val no longer
-    counts as unseen. Raises UserError if it has other classes, or takes images normalised
-    otherwise.
+    counts as unseen. Raises UserError if it has other classes, or takes images of another size or
+    normalised otherwise.
     """
     state = checkpoint.load(path)
     if list(state["classes"]) != list(run.data.classes):
@@ -39,6 +40,7 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     if state.get("unseen_val") != run.data.val_hash:
         log.info("the teacher %s may have seen val; evaluate with --val-from test", path)
         run.unseen_val = None
+    warn_if_unfinished(state, type(run.config), f"the teacher {path}")
     config = configs.build(type(run.config), state["config"])
     with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
         network = run.task.build_network(config, len(run.data.classes))
@@ -51,4 +53,11 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
         with run.autocast():
             return backbone(images)
 
+    try:
+        teach(torch.zeros(2, *run.network.image_shape, device=run.device))
+    except (AssertionError, RuntimeError) as error:  # as a vision transformer, for another size
+        raise UserError(
+            f"the teacher {path} does not take images of {run.network.image_shape} ({error}); name"
+            " one that was trained on the same size"
+        ) from None
     return teach

@@ -31,6 +31,8 @@ from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.cuda_graphs import check_can_replay
 from early_exit.training.epochs import run_phases
+from early_exit.training.journal import summary_writer
+from early_exit.training.phases import warn_if_unfinished
 from early_exit.training.state import (
     PhaseState,
     Position,
@@ -200,6 +202,7 @@ def to_device(run: Run, saved: dict[str, Any] | None) -> None:
         path = Path(config.model.backbone)
         advice = "; --regime mixed trains a new one, the other regimes keep the file's"
         meta = checkpoint.load_backbone_into(run.network, path, trains_backbone, advice)
+        warn_if_unfinished(meta, type(config), path)
         if meta.get("unseen_val") != run.data.val_hash:
             run.unseen_val = None
     normalised = run.data.normalised_by(meta.get("normalisation"))
@@ -241,6 +244,10 @@ def check_settings(run: Run) -> None:
     check_can_replay(run)
     if config.run.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn needs a GPU: torch has no synchronised BatchNorm on a CPU")
+    if config.run.sync_bn and run.group.world == 1:
+        log.warning("--sync-bn has no effect in one process; torchrun starts several")
+    if config.run.tensorboard:
+        summary_writer()
 
 
 def check_step_size(config: Config, images: int, group: Group) -> None:
@@ -311,7 +318,12 @@ def write_settings(run: Run, fresh: bool) -> None:
         "precision": run.precision,
         "command": sys.argv,
     }
-    write_text(run.directory / "versions.json", json.dumps(versions, indent=2) + "\n")
+    path = run.directory / "versions.json"
+    if not fresh:  # what began the run stays: its command is the one that makes the result
+        with suppress(OSError, ValueError, TypeError):
+            began = json.loads(path.read_text("utf-8"))
+            versions = {**began, "resumed": [*began.get("resumed", []), versions]}
+    write_text(path, json.dumps(versions, indent=2) + "\n")
     if fresh or not (run.directory / file_lists.NAME).exists():
         file_lists.remember(run.directory, run.data)
 

@@ -327,6 +327,10 @@ def test_a_subset_of_a_mapped_record_is_not_copied(stored, tmp_path, monkeypatch
     scores = [torch.from_numpy(score_record(part, policy).scores) for part in (some, expected)]
     assert_close(*scores, terms=64)
     assert torch.equal(some.exit_logits(1), expected.exit_logits(1))
+    some.save(tmp_path / "some")
+    saved = ExitRecord.load(tmp_path / "some")
+    assert np.array_equal(saved.logits, expected.logits)
+    assert np.array_equal(saved.targets, expected.targets)
     fewer = some.subset(np.array([5, 600, 7]), "test", "three")
     assert torch.equal(fewer.exit_logits(0), torch.from_numpy(stored.logits[again, 0]))
     right = replayed_live(some, policy)

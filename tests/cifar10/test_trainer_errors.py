@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers import TINY, assert_names, refusal
+from helpers import ROOT, TINY, assert_names, refusal
 
 from cifar10 import data
 from early_exit.system import locks
 from early_exit.training import checkpoint
 from early_exit.training.train import check_not_overwritten
+
+FROZEN = ROOT / "cifar10" / "configs" / "frozen.yaml"
 
 
 class TestFlagsOfOtherScripts:
@@ -124,6 +126,17 @@ class TestErrors:
     )
     def test_flags_that_would_be_ignored(self, error, flags, ignored):
         assert_names(error(*TINY, *flags), ignored)
+
+    @pytest.mark.parametrize("given", [("--regime", "frozen"), ("--config", FROZEN)])
+    def test_a_regime_without_early_exits(self, error, given, tmp_path):
+        message = error(*TINY, *given, "--exits", "none", "--save-dir", tmp_path / "run")
+        assert_names(message, "frozen", "--exits", "--regime joint")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_directory_of_the_digits(self, error, monkeypatch, tmp_path):
+        monkeypatch.undo()
+        message = error("--dataset", "digits", "--data", tmp_path)
+        assert_names(message, "--data", "scikit-learn")
 
     def test_two_weights_to_score(self, error, joint, tmp_path):
         message = error("-e", "--resume", joint, "--backbone", tmp_path / "no.pt")

@@ -17,6 +17,7 @@ from early_exit.choosing.goals import (
 from early_exit.cli import settings
 from early_exit.config import Config, OptimConfig
 from early_exit.inference.policy import Policy
+from imagenet import main as imagenet_main
 
 
 def from_flags(*flags: object, saved: dict | None = None, own: dict | None = None) -> Config:
@@ -38,9 +39,15 @@ class TestSettingsOf:
         found = self.given("--lr", "0.3", "-b", "32", "--seed", "4")
         assert found == {"optim": {"lr": "0.3", "batch_size": "32"}, "run": {"seed": "4"}}
 
-    def test_the_last_of_a_flag_and_set_wins(self):
+    def test_the_last_of_one_flag_wins(self):
         assert self.given("--lr", "0.3", "--lr", "0.4") == {"optim": {"lr": "0.4"}}
-        assert self.given("--set", "optim.lr=0.5", "--lr", "0.4") == {"optim": {"lr": "0.5"}}
+        assert self.given("--set", "optim.lr=3", "--set", "optim.lr=4") == {"optim": {"lr": "4"}}
+
+    def test_a_setting_is_given_by_one_flag(self):
+        args = trainer.parser().parse_args(["--set", "optim.lr=0.5", "--lr", "0.4"])
+        assert_names(refusal(settings.settings_of, args), "--set optim.lr=0.5", "remove")
+        message = refusal(imagenet_main.parser().parse_args, ["--device", "cpu", "--gpu", "0"])
+        assert_names(message, "--device", "--gpu", "remove")
 
     def test_a_flag_that_is_no_setting_is_not_among_them(self):
         assert self.given("--check", "--start-epoch", "3", "--resume", "a.b") == {}
@@ -270,6 +277,8 @@ class TestEvaluationOptions:
     def test_a_policy_files_evaluation_is_named_after_it(self):
         found = settings.evaluation_options(parsed("--policy", "here/mine.yaml"))
         assert (found["name"], found["base"]) == (None, "policy-mine")
+        found = settings.evaluation_options(parsed("--policy", "runs/a/eval/cheap/policy.yaml"))
+        assert found["base"] == "policy-cheap"
         named = settings.evaluation_options(parsed("--policy", "here/mine.yaml", "--name", "x"))
         assert named["name"] == "x"
 

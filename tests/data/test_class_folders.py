@@ -253,6 +253,29 @@ class TestApart:
         assert_names(refusal(load_folders, folders), "x.png")
 
 
+class TestCopies:
+    """An image in two classes of train may be trained on and in val."""
+
+    def test_links_from_one_class_to_another_are_told(self, folders, tmp_path, caplog):
+        (folders / "train" / "ape" / "y.JPEG").symlink_to("../bee/0.JPEG")
+        load_folders(folders)
+        assert_names("".join(caplog.messages), 1, "ape/y.JPEG", "val")
+
+    def test_links_from_two_classes_to_one_image_are_told(self, folders, tmp_path, caplog):
+        image = add(tmp_path / "pool" / "1.png")
+        for name in ("ape", "bee"):
+            (folders / "train" / name / "x.png").symlink_to(image)
+        load_folders(folders)
+        assert_names("".join(caplog.messages), 2, "ape/x.png", "val")
+
+    def test_other_links_are_not(self, folders, tmp_path, caplog):
+        for name in ("ape", "bee"):
+            (folders / "train" / name / "x.png").symlink_to(add(tmp_path / f"{name}.png"))
+        (folders / "train" / "ape" / "twin.JPEG").symlink_to("0.JPEG")
+        load_folders(folders)
+        assert not any("another class" in message for message in caplog.messages)
+
+
 class TestUnreadable:
     @pytest.mark.parametrize("where", ["train", "train/ape", "train/ape/deep", "val/bee"])
     @pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])

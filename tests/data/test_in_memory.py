@@ -10,6 +10,7 @@ from helpers import assert_names, refusal
 from cifar10 import data
 from cifar10.data import Data, ImageSet
 from early_exit.data import in_memory
+from early_exit.data.in_memory import cut
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,29 @@ class TestCutTest:
     def test_its_hash_is_another_than_the_one_cut_from_train(self, digits):
         hashes = {digits.val_hash, digits.cut_test(0).val_hash, digits.cut_test(1).val_hash}
         assert len(hashes) == 3
+
+    def test_the_hash_tells_other_val_images_under_the_same_numbers(self):
+        """As where files are read in another order; without it, val would be trained on."""
+        images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
+        targets = torch.arange(12) % 2
+        orders = (torch.arange(12), torch.tensor([2, 3, 0, 1, *range(4, 12)]))
+        for fixed, hashes in ((False, 2), (True, 1)):
+            cuts = [
+                cut(
+                    "own",
+                    ImageSet(images[order], targets[order]),
+                    ImageSet(images, targets),
+                    "ab",
+                    val_size=10,
+                    fixed_order=fixed,
+                )
+                for order in orders
+            ]
+            assert len({each.val_hash for each in cuts}) == hashes
+        again = [ImageSet(images.clone(), targets.clone()) for _ in range(2)]
+        assert cut("own", *again, "ab", val_size=10).val_hash != cuts[0].val_hash
+        same = [cut("own", *again, "ab", val_size=10).val_hash for _ in range(2)]
+        assert same[0] == same[1]
 
     def test_pictures_are_those_of_the_half(self, digits):
         cut, (_, rest) = digits.cut_test(0), digits.test_halves(0)

@@ -84,6 +84,11 @@ class TestHonesty:
             np.mean([one["test"]["macs_share"] for one in each])
         )
         assert report["test"] == each[0]["test"]
+        lost = [one["exits"][-1]["accuracy"] - one["test"]["accuracy"] for one in each]
+        assert report["cuts"]["lost"]["mean"] == pytest.approx(np.mean(lost))
+        assert report["cuts"]["lost"]["std"] == pytest.approx(np.std(lost, ddof=1))
+        page = (copy / "eval").glob("*/report.md")
+        assert any("points (mean" in path.read_text() for path in page)
 
 
 def test_a_plain_network_has_nothing_to_choose(plain):

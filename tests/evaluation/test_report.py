@@ -94,7 +94,7 @@ def test_a_report_of_version_0_1_is_upgraded():
     }
     assert new["environment"]["runtime"] == "torch"
     assert new["live"] == {"images": 360, "differing": 0, "rounding": 1e-5}
-    assert new["cuts"] == {"count": 3, "speedup": None}
+    assert new["cuts"] == {"count": 3, "speedup": None, "lost": None}
     assert new["static_networks"] == OLD["statics"]
     assert new["curve_seconds"][0]["at_exit"] == [1.0]
     assert new["guarantee"]["unguaranteed_lost"] == 0.2
@@ -152,7 +152,7 @@ def test_what_a_report_of_today_says_of_its_runtime_is_kept():
                 "networks": {"a": 1},
             }
         ],
-        "cuts": {"speedup": {"mean": 1.1, "std": 0.1}},
+        "cuts": {"speedup": {"mean": 1.1, "std": 0.1}, "lost": {"mean": 0.1, "std": 0.0}},
         "live": {"rounding": 0.01},
         "verdicts": [{"kind": "exits"}],
         "runtimes": [{"runtime": "torch"}],

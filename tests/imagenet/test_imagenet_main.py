@@ -191,6 +191,16 @@ class TestFlags:
         assert code == 2
         assert all(word in err for word in ("vit_b_32", "--train-crop", "192", "--val-crop", "224"))
 
+    def test_a_vit_takes_whole_patches(self, main, folders):
+        code, _, err = main(folders, "--arch", "vit_b_32", "--train-crop", 112, "--val-crop", 112)
+        assert code == 2 and err.count("\n") == 1
+        assert all(word in err for word in ("vit_b_32", "32", "112", "--val-crop"))
+
+    def test_a_regime_needs_early_exits(self, main, folders):
+        code, _, err = main(folders, *QUICK, "--regime", "mixed", "--check")
+        assert code == 2 and err.count("\n") == 1
+        assert all(word in err for word in ("mixed", "--exits", "--regime joint"))
+
     def test_list_archs(self, main, monkeypatch):
         monkeypatch.setattr(networks, "list_archs", lambda: ["resnet18", "mobilenet_v3_small"])
         code, out, _ = main("--list-archs")
@@ -281,6 +291,8 @@ class TestTraining:
             monkeypatch,
             capsys,
             trained,
+            "--name",
+            "whole",
             "--batch-sizes",
             1,
             "--timing-images",
@@ -293,13 +305,13 @@ class TestTraining:
             "cpu",
         )
         assert code == 0, err
-        assert str(next(trained.glob("eval/*/report.md"))) in out
-        report = json.loads(next(trained.glob("eval/*/report.json")).read_text())
+        assert str(trained / "eval" / "whole" / "report.md") in out
+        report = json.loads((trained / "eval" / "whole" / "report.json").read_text())
         assert report["choice"]["test_images"] == report["live"]["images"] == 12
         assert report["top5"] is None
         assert "average" in report["run"]["weights"]
         assert report["run"]["dataset"] == "set"
-        assert next(trained.glob("eval/*/gallery.png")).exists()
+        assert (trained / "eval" / "whole" / "gallery.png").exists()
 
     def test_evaluation_of_a_cut_test_set(self, trained, monkeypatch, capsys):
         code, _, err = run_main(
@@ -405,6 +417,22 @@ class TestWeights:
         loaded, meta = checkpoint.load_backbone(path, net.state_dict())
         assert meta == {}
         assert all(torch.equal(loaded[k], value) for k, value in net.state_dict().items())
+
+    def test_without_a_name_the_working_directory_does_not_matter(
+        self, folders, monkeypatch, tmp_path
+    ):
+        monkeypatch.chdir(folders)  # it holds train/
+        monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
+        path = weights.find(configured(folders, *QUICK), "", fetch=False)
+        assert path == tmp_path / "resnet18-IMAGENET1K_V1.pth"
+
+    def test_a_run_has_weights_of_its_own(self, main, trained, folders, monkeypatch, tmp_path):
+        monkeypatch.setattr(weights, "find", lambda *_args, **_options: tmp_path / "public.pth")
+        given = (folders, *QUICK, "--pretrained", "--resume", trained)
+        code, _, err = main(*given, "-e")
+        assert code == 2 and "--resume" in err and "only one" in err
+        code, _, err = main(*given, "--regime", "mixed", "--exits", "layer1")
+        assert code == 2 and err.count("\n") == 1
 
     def test_a_vits_must_fit_its_images(self, tmp_path):
         config = configured("-a", "vit_l_16", "--val-crop", 384, "--val-resize", 400)

@@ -167,3 +167,10 @@ def test_a_count_is_not_taken_for_a_percentage():
     message = refusal(check_threshold, "patience", 2, "--thresholds", 10, 2)
     assert_names(message, "--thresholds", 2, "0 to 1")
     assert "try" not in message
+
+
+def test_a_hint_is_a_threshold_that_is_accepted():
+    message = refusal(check_threshold, "entropy", 0.5, "--thresholds", 10)
+    assert "try --thresholds=-0.5" in message
+    check_threshold("entropy", -0.5, "--thresholds", 10)
+    assert "try" not in refusal(check_threshold, "entropy", -5.0, "--thresholds", 10)

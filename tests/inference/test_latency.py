@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from helpers import assert_close, in_torch, replay
 
 from early_exit.choosing.record import score_record
+from early_exit.inference import latency
 from early_exit.inference.latency import (
     BatchSeconds,
     Timing,
+    make_timer,
     measure,
     segment_inputs,
     stage_inputs,
@@ -74,6 +77,34 @@ def test_where_it_is_not_measured_there_is_none_without_heads():
 
 def test_segment_shares_are_of_all_segments():
     assert HAND.segment_shares == (0.125, 0.25, 0.625)
+
+
+class QueueingDevice:
+    """A runtime on a device that works only while it is waited for."""
+
+    def __init__(self):
+        self.now = self.queued = 0.0
+
+    def call(self, seconds):
+        """What starts that much work."""
+
+        def start():
+            self.queued += seconds
+
+        return start
+
+    def synchronize(self):
+        """Does all that is queued."""
+        self.now, self.queued = self.now + self.queued, 0.0
+
+
+def test_the_work_that_a_call_has_queued_is_timed_and_no_other(monkeypatch):
+    device = QueueingDevice()
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: device.now))
+    timer = make_timer(SimpleNamespace(runtime=device))
+    device.call(100.0)()  # of what ran before
+    assert timer(device.call(3.0), device.call(5.0)) == 8.0
+    assert (device.now, device.queued) == (116.0, 0.0)  # both ran once before they were timed
 
 
 def test_segments_take_the_features_of_the_remaining_rows(tiny_net, images, stored, policy):

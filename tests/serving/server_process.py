@@ -28,7 +28,8 @@ class Server:
             stderr=subprocess.PIPE,
         )
         self.log: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read_log, daemon=True).start()
+        self.reader = threading.Thread(target=self._read_log, daemon=True)
+        self.reader.start()
         self.line = self.process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+) serves mine", self.line)
         assert found, (self.line, self.process.wait(PATIENCE), list(self.log.queue))
@@ -42,4 +43,10 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal, and gives the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for the end, and for the whole log; gives the exit code."""
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code

@@ -60,9 +60,13 @@ def test_a_long_queue_makes_the_policy_cheaper_and_a_short_one_restores_it(
 
 
 @pytest.mark.parametrize("max_drop", [None, 0.005])
-def test_without_a_cheaper_policy_nothing_changes(engine, tmp_path, max_drop):
+def test_without_a_cheaper_policy_nothing_changes(engine, tmp_path, caplog, max_drop):
     overload(policies_of(engine, tmp_path, max_drop), 10.0)
     assert engine.policy.thresholds == (0.9,)
+    if max_drop is None:
+        assert caplog.messages == []
+    else:
+        assert_names("".join(caplog.messages), "--adapt has no effect", "--max-drop 0.5")
 
 
 def test_a_target_that_is_too_short_to_look_within_is_refused(engine, tmp_path):

@@ -142,7 +142,7 @@ def test_what_was_accepted_is_answered_after_a_signal(deployed_model, expected, 
         assert head.startswith(b"HTTP/1.1 200")
         assert_predicted(json.loads(body)["predictions"], [prediction], slack(deployed_model))
         connection.close()
-    assert server.process.wait(PATIENCE) == 0
+    assert server.wait() == 0
     assert list(server.log.queue) == []
 
 
@@ -297,6 +297,7 @@ class TestFlags:
             (["--workers", "0"], ("--workers", 1)),
             (["--port", "65536"], ("--port", 65536)),
             (["--max-wait", "nan"], ("--max-wait", "nan")),
+            (["--max-wait", "250"], ("--max-wait", "--target-p99", 250)),
             (["--max-batch", "0"], ("--max-batch", 0)),
             (["--target-p99", "0"], ("--target-p99", 0)),
             (["--max-pixels", str(2**28 + 1)], ("--max-pixels", 2**28)),
@@ -311,6 +312,12 @@ class TestFlags:
     def test_numbers_that_make_no_sense(self, tmp_path, flags, named):
         (tmp_path / "model.json").touch()
         assert_names(refusal(serve.main, [str(tmp_path), *flags]), *named)
+
+    @pytest.mark.parametrize("host", ["0.0.0..0", "a" * 64])
+    def test_what_is_not_a_host(self, tmp_path, host):
+        pytest.importorskip("uvicorn")
+        (tmp_path / "model.json").touch()
+        assert_names(refusal(serve.main, [str(tmp_path), "--host", host]), host)
 
     def test_what_is_no_deployed_model(self, tmp_path):
         assert_names(refusal(serve.main, [str(tmp_path)]), tmp_path, "early_exit.export")

@@ -1,8 +1,10 @@
 """Resuming equals never having stopped: what a resumed run may change, and where it continues."""
 
 import dataclasses
+import json
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -125,6 +127,16 @@ class TestOtherSettings:
         (told,) = [line for line in caplog.messages if "optim.lr" in line]
         assert_names(told, 0.05, 0.01)
         assert read_journal(half)[-1]["lr"] < 0.01 < read_journal(half)[-2]["lr"]
+
+    def test_the_command_that_began_a_run_is_kept(self, half, monkeypatch):
+        began = json.loads((half / "versions.json").read_text())
+        monkeypatch.setattr(trainer, "TASK", TASK)
+        monkeypatch.setattr(sys, "argv", ["trainer.py", "--resume", "it"])
+        trainer.main(["--resume", str(half)])
+        now = json.loads((half / "versions.json").read_text())
+        (resumed,) = now.pop("resumed")
+        assert now == began
+        assert resumed["command"] == ["trainer.py", "--resume", "it"] != began["command"]
 
     def test_without_flags_the_runs_own_settings_are_used(self, half, whole, monkeypatch):
         monkeypatch.setattr(trainer, "TASK", TASK)

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from helpers import TASK, ask_to_stop, assert_same_run, at_batch, refusal, resume_run
+from helpers import (
+    TASK,
+    ask_to_stop,
+    assert_names,
+    assert_same_run,
+    at_batch,
+    refusal,
+    resume_run,
+)
 
+from cifar10.resnet import ResNet
 from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.system import signals
 from early_exit.training import checkpoint
@@ -64,3 +73,30 @@ def test_other_classes_are_refused(teacher, tmp_path):
     assert "2" in message
     assert "classes" in message
     assert not (tmp_path / "r" / "config.yaml").exists()  # it can be corrected and started again
+
+
+def test_one_that_is_not_finished_is_told(teacher, tmp_path, caplog):
+    path = tmp_path / "half.pt"
+    torch.save({**checkpoint.load(teacher), "position": {"phase": 0, "epoch": 1, "step": 0}}, path)
+    for taught in (config(teacher=str(path)), config(teacher=str(teacher))):
+        train(taught, TASK, runs=tmp_path, run_dir=tmp_path / "r", check=True)
+    told = [message for message in caplog.messages if "not finished" in message]
+    assert len(told) == 1
+    assert_names(told[0], path, "epoch 1 of 2")
+
+
+def test_images_of_another_size_are_refused_before_training(teacher, tmp_path, monkeypatch):
+    """As a vision transformer does."""
+
+    forward = ResNet.forward
+
+    def refuse(self, images):
+        if not any(weight.requires_grad for weight in self.parameters()):  # the teacher's
+            raise AssertionError("Wrong image height!")
+        return forward(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", refuse)
+    run = tmp_path / "r"
+    message = refusal(train, config(teacher=str(teacher)), TASK, runs=tmp_path, run_dir=run)
+    assert_names(message, teacher, "Wrong image height!", 16)
+    assert not (run / "config.yaml").exists()

@@ -95,6 +95,7 @@ class OpenVINOModel:
 
     def __init__(self, compiled: Any, request: Any) -> None:
         self.request, self.lock = request, threading.Lock()
+        self.package = import_package("openvino")
         self.inputs = [port.any_name for port in compiled.inputs]
         self.outputs = [port.any_name for port in compiled.outputs]
         self.input_types = [port.element_type for port in compiled.inputs]
@@ -110,19 +111,14 @@ class OpenVINOModel:
             arrays.append(np.require(value, requirements="C"))
         with self.lock:
             for index, (array, kind) in enumerate(zip(arrays, self.input_types, strict=True)):
-                self.request.set_input_tensor(index, _tensor(array, kind))
+                shape = self.package.Shape(list(array.shape))  # a tensor in the array's memory
+                self.request.set_input_tensor(index, self.package.Tensor(array, shape, kind))
             self.request.infer()
             # the request's own memory, which the next call overwrites
             values = [
                 _array(self.request.get_output_tensor(index)) for index in range(len(self.outputs))
             ]
         return by_name(self.outputs, values)
-
-
-def _tensor(array: np.ndarray, kind: Any) -> Any:
-    """A contiguous array as OpenVINO's tensor, without a copy."""
-    ov = import_package("openvino")
-    return ov.Tensor(array, ov.Shape(list(array.shape)), kind)
 
 
 def _array(tensor: Any) -> np.ndarray:

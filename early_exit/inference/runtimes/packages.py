@@ -32,6 +32,6 @@ def import_package(name: str) -> ModuleType:
     except ImportError as error:
         package, reason = name.partition(".")[0], " ".join(str(error).split())
         raise UserError(
-            f"the package {package} cannot be imported ({reason}); install it:"
-            f' pip install "early-exit[{EXTRAS[package]}]"'
+            f"the package {package} cannot be imported ({reason}); install it: pip install"
+            f" {package.replace('_', '-')}, or this project with its extra {EXTRAS[package]}"
         ) from None

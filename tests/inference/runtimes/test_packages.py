@@ -38,7 +38,8 @@ def needs(package, call):
     """That a call ends in one line which names the package and the command."""
     with pytest.raises(UserError) as caught:
         call()
-    assert_names(str(caught.value), package, f'pip install "early-exit[{EXTRAS[package]}]"')
+    name = package.replace("_", "-")
+    assert_names(str(caught.value), package, f"pip install {name}", EXTRAS[package])
     assert "\n" not in str(caught.value)
 
 
