@@ -4,9 +4,10 @@ network that is not less accurate on test, and what it costs less.
 Nothing is interpolated: a static network exists or does not, and so does a policy. Policies were
 chosen on val and are only looked up on test. They are the evaluated ones; for multiply-adds, of an
 evaluation on one split, also the thresholds of its curve that a budget on val would choose: those
-that are more accurate on val than every cheaper one. Thresholds or policies that the user gave do
-not count, because nothing says what they were chosen on. In seconds only the evaluated policies
-count, which were timed with exits taken.
+that are more accurate on val than every cheaper one. Where several networks have the same val, the
+same holds between them: val decides whose policy is used, not test. Thresholds or policies that the
+user gave do not count, because nothing says what they were chosen on. In seconds only the evaluated
+policies count, which were timed with exits taken.
 
 The best static network at an accuracy is the cheapest one that reaches it. Up to its own accuracy
 it costs the same, while exits cost the more the more accurate they are; so the smallest saving over
@@ -33,6 +34,8 @@ class ExitPoint(NamedTuple):
     cost: float
     accuracy: float
     group: Group
+    val: tuple[float, float] | None
+    """Cost and accuracy on val; None if nothing says."""
     budget: float | None = None
     """The budget of MACs on val that chooses it; None: it is an evaluated policy."""
 
@@ -57,7 +60,7 @@ class Saving:
 
 def macs_savings(groups: Sequence[Group], statics: Sequence[Static]) -> list[Saving]:
     """In multiply-adds, heads counted; one for each static network."""
-    points = [point for group in groups for point in policies(group)]
+    points = unbeaten([point for group in groups for point in policies(group)])
     return _savings([(static, [(static.macs, points)], static.macs) for static in statics])
 
 
@@ -69,20 +72,41 @@ def seconds_savings(panel: Panel, statics: Sequence[Static]) -> list[Saving]:
     """
     if panel.reference is None and len(panel.machines) > 1:
         return []
+    points = unbeaten([_timed(panel, group) for group in filter(_counts, panel.groups)])
     rows = []
     for static in statics:
         cost = panel.static(static)
         if cost is None:
             continue
-        rivals = [
-            (
-                panel.static(static, group) or cost,
-                [ExitPoint(panel.measured(group).mean, group.accuracy().mean, group)],
-            )
-            for group in filter(_counts, panel.groups)
-        ]
+        rivals = [(panel.static(static, point.group) or cost, [point]) for point in points]
         rows.append((static, rivals, cost))
     return _savings(rows)
+
+
+def _timed(panel: Panel, group: Group) -> ExitPoint:
+    """A group's evaluated policy at its measured seconds."""
+    seconds, val = panel.measured(group).mean, _val(group)
+    on_val = None if val is None else (seconds, val[1])
+    return ExitPoint(seconds, group.accuracy().mean, group, on_val)
+
+
+def unbeaten(points: Sequence[ExitPoint]) -> list[ExitPoint]:
+    """The policies that are more accurate on val than every one that costs no more there, among
+    those of the same val images. What nothing says val of remains."""
+    kept = [point for point in points if point.val is None]
+    by_val: dict[tuple[object, ...], list[tuple[float, float, ExitPoint]]] = {}
+    for point in points:
+        if point.val is not None:
+            first = point.group.first
+            images = (first.val_from, first.settings.get("data.split_seed"), first.left_out)
+            by_val.setdefault(images, []).append((*point.val, point))
+    for same in by_val.values():
+        best = -1.0
+        for _, accuracy, point in sorted(same, key=lambda one: (one[0], -one[1])):
+            if accuracy > best:
+                best = accuracy
+                kept.append(point)
+    return kept
 
 
 Rivals = Sequence[tuple[float, Sequence[ExitPoint]]]
@@ -123,13 +147,22 @@ def policies(group: Group) -> list[ExitPoint]:
     those of its curve, unless that is the curve of one cut of several."""
     if not _counts(group):
         return []
-    chosen = [ExitPoint(group.macs().mean, group.accuracy().mean, group)]
+    chosen = [ExitPoint(group.macs().mean, group.accuracy().mean, group, _val(group))]
     return chosen if group.first.cuts else [*chosen, *budgets(group)]
 
 
 def _counts(group: Group) -> bool:
     """Whether its policies were chosen on val."""
     return not group.plain and not group.given
+
+
+def _val(group: Group) -> tuple[float, float] | None:
+    """MACs and accuracy of the evaluated policy on val, means over seeds."""
+    values = [member.val for member in group.members if member.val is not None]
+    if len(values) < len(group.members):
+        return None
+    macs, accuracy = np.mean(values, axis=0).tolist()
+    return macs, accuracy
 
 
 def budgets(group: Group) -> list[ExitPoint]:
@@ -146,17 +179,19 @@ def budgets(group: Group) -> list[ExitPoint]:
     ]
     means = np.mean(within, axis=0).T.tolist()
     return [
-        ExitPoint(macs, accuracy, group, budget)
-        for (macs, accuracy), budget in zip(means, levels.tolist(), strict=True)
+        ExitPoint(macs, accuracy, group, (budget, on_val), budget)
+        for (macs, accuracy, on_val), budget in zip(means, levels.tolist(), strict=True)
     ]
 
 
 def _choices(member: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets on val, rising, (C,), and what each chooses: MACs and accuracy on test, (2, C)."""
+    """Budgets on val, rising, (C,), and what each chooses: MACs and accuracy on test and accuracy
+    on val, (3, C)."""
     if member.curve_val is None:
-        return np.empty(0), np.empty((2, 0))
+        return np.empty(0), np.empty((3, 0))
     macs, accuracy = member.curve_val
     order = np.lexsort((-accuracy, macs))
     record = np.maximum.accumulate(accuracy[order])
     kept = order[np.r_[True, record[1:] > record[:-1]]]
-    return macs[kept], np.array([member.curve_macs, member.curve_accuracy])[:, kept]
+    values = np.array([member.curve_macs, member.curve_accuracy, accuracy])
+    return macs[kept], values[:, kept]

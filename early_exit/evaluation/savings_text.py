@@ -121,8 +121,9 @@ def _notes(groups: Sequence[Group], statics: Sequence[Static]) -> list[str]:
     text = (
         "Each row has the cheapest policy whose accuracy on test is not lower; nothing is"
         " interpolated. Policies were chosen on val, for a goal or for a budget of multiply-adds,"
-        " and only looked up on test; heads are counted. Evaluations with several cuts, and all"
-        " tables of seconds, count with the evaluated policies alone."
+        " and only looked up on test; of several networks of one val, only those count that are"
+        " more accurate on val than every cheaper one. Heads are counted. Evaluations with several"
+        " cuts, and all tables of seconds, count with the evaluated policies alone."
     )
     images = [
         member.test_images

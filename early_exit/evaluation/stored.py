@@ -75,6 +75,9 @@ class Evaluation:
     curve_val: np.ndarray | None
     """(2, P): MACs and accuracy on val of the same thresholds, in the same order; None if the
     report does not say."""
+    val: tuple[float, float] | None
+    """MACs and accuracy of the chosen policy on val; None if there are several cuts, and if the
+    report does not say."""
     speedups: dict[int, float]
     """Over the plain network, by batch size."""
     seconds: dict[int, Seconds]
@@ -198,6 +201,7 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         curve_macs=macs,
         curve_accuracy=accuracy,
         curve_val=val,
+        val=_val(report),
         speedups={
             int(timing["batch_size"]): timing["plain"]["total"] / timing["live"]["total"]
             for timing in report.get("timing", ())
@@ -229,6 +233,14 @@ def _test_values(report: dict[str, Any]) -> dict[str, Value]:
         "macs_share": Value(float(report["test"]["macs_share"])),
         "final_accuracy": Value(float(report["final_accuracy"])),
     }
+
+
+def _val(report: dict[str, Any]) -> tuple[float, float] | None:
+    """MACs and accuracy of the chosen policy on val."""
+    point = report.get("val")
+    if not point or report.get("cuts"):
+        return None
+    return int(report["plain_macs"]) * float(point["macs_share"]), float(point["accuracy"])
 
 
 def _curve(

@@ -5,11 +5,17 @@ import re
 import pytest
 import yaml
 from helpers import ROOT, assert_names, refusal
-from reports import public, rows, timing
+from reports import point, public, rows, timing
 
 from cifar10.networks import build_network
 from early_exit.evaluation.panels import panels_of
-from early_exit.evaluation.savings import budgets, macs_savings, seconds_savings
+from early_exit.evaluation.savings import (
+    budgets,
+    macs_savings,
+    policies,
+    seconds_savings,
+    unbeaten,
+)
 from early_exit.evaluation.savings_text import MACS, sections, statement
 from early_exit.evaluation.statics import LISTED, PUBLIC, RUN, listed_networks, static_networks
 from early_exit.model.cost import network_cost
@@ -37,9 +43,44 @@ def test_the_cheapest_policy_of_no_lower_accuracy_and_what_it_saves(made_run):
 
 
 def test_the_best_of_several_runs_counts(made_run):
-    cheaper = made_run("b", curve=[(0.4, 0.93)], val_curve=[(0.9, 0.5)], share=0.9)
+    cheaper = made_run("b", curve=[(0.4, 0.93)], share=0.9)
     groups = rows(made_run("a", curve=CURVE, static_networks=NETWORKS), cheaper)
     assert found(groups)["middle"][:2] == (0.93, 8.0)
+
+
+@pytest.mark.parametrize("on_val", [0.91, 0.93])
+def test_which_run_is_best_is_decided_on_val(made_run, on_val):
+    """The second is more accurate on test at the same cost."""
+    first = made_run("a", curve=[(0.5, 0.92)], static_networks=NETWORKS)
+    second = made_run("b", curve=[(0.5, 0.95)], val_curve=[(0.5, on_val)], accuracy=0.5)
+    groups = rows(first, second)
+    row = {row.static.name: row for row in macs_savings(groups, static_networks(groups))}["middle"]
+    assert row.exits.accuracy == (0.92 if on_val < 0.92 else 0.95)
+
+
+@pytest.mark.parametrize(
+    "other", [{"settings": {"data": {"split_seed": 1}}}, {"val_from": "half of test"}]
+)
+def test_val_decides_only_between_runs_that_have_the_same(made_run, other):
+    first = made_run("a", curve=[(0.5, 0.92)], static_networks=NETWORKS)
+    second = made_run("b", curve=[(0.4, 0.95)], val_curve=[(0.5, 0.1)], accuracy=0.5, **other)
+    assert found(rows(first, second))["middle"][:2] == (0.95, 8.0)
+
+
+def test_an_evaluated_policy_that_is_worse_on_val_does_not_count(made_run):
+    """It costs as much on val as one that is better there, and is better on test."""
+    runs = [
+        made_run(name, accuracy=accuracy, share=0.5, val=point(on_val, 0.5), settings=settings)
+        for name, accuracy, on_val, settings in (
+            ("a", 0.91, 0.90, {}),
+            ("b", 0.95, 0.89, {"optim": {"epochs": 3}}),
+        )
+    ]
+    groups = rows(*runs)
+    kept = unbeaten([each for group in groups for each in policies(group)])
+    evaluated = [each for each in kept if each.budget is None]
+    assert [(each.group, each.accuracy) for each in evaluated] == [(groups[0], 0.91)]
+    assert evaluated[0].val == (pytest.approx(10e6), 0.90)
 
 
 def test_thresholds_are_chosen_on_val(made_run):
@@ -55,9 +96,7 @@ def test_budgets_of_several_seeds_are_means_of_what_each_chooses(made_run):
         made_run("a-0", 0, curve=[(0.2, 0.6), (0.6, 0.9)]),
         made_run("a-1", 1, curve=[(0.3, 0.7), (0.5, 0.8)]),
     )
-    points = [
-        (1e-6 * point.budget, 1e-6 * point.cost, point.accuracy) for point in budgets(groups[0])
-    ]
+    points = [(1e-6 * one.budget, 1e-6 * one.cost, one.accuracy) for one in budgets(groups[0])]
     assert points == [
         pytest.approx((6, (4 + 6) / 2, (0.6 + 0.7) / 2)),
         pytest.approx((10, (4 + 10) / 2, (0.6 + 0.8) / 2)),
