@@ -45,12 +45,10 @@ def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> D
     """The data set called `dataset`: cifar10, cifar100 or mnist, downloaded if absent, or digits.
 
     root: where the files are; default: data/ in the repository. Raises UserError for an unknown
-    data set and for a `root` of the digits, Unavailable if a download fails.
+    data set, Unavailable if a download fails.
     """
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
-    if dataset == "digits" and root:
-        raise UserError("--data has no effect: the digits are part of scikit-learn; remove it")
     return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
 
 

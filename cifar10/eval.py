@@ -26,7 +26,7 @@ from early_exit.cli import evaluation_flags, flags, program
 
 def parser() -> flags.Parser:
     """The flags."""
-    return evaluation_flags.evaluation_parser("cifar10", "trainer.py", __doc__)
+    return evaluation_flags.evaluation_parser("cifar10/eval.py", "trainer.py", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,7 +29,7 @@ from early_exit.inference.runtimes.table import INTEGERS
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
 from early_exit.output import source_run
-from early_exit.prediction import ImageClassifier, Prediction, check_images
+from early_exit.prediction import ImageClassifier, Prediction, check_bytes
 from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
@@ -67,13 +67,14 @@ class Classifier(ImageClassifier):
             picture = fitted(picture, shape)
         return as_bytes(picture, shape[0])
 
-    def answer(self, images: Tensor) -> Answers:
+    def answer(self, images: Tensor | np.ndarray) -> Answers:
         """The network's answers for images (B, C, H, W) uint8 of its own size, B at least 1.
 
         Raises UserError for images of another type or size.
         """
         loaded = self.loaded
-        check_images(images, loaded.network.image_shape)
+        images = torch.as_tensor(images)
+        check_bytes(images, loaded.network.image_shape)
         mean, std = (loaded.normalisation[name] for name in ("mean", "std"))
         layout = loaded.config.run.memory_format
         images = normalise(images.to(loaded.device), mean, std, layout)
@@ -137,6 +138,9 @@ def load(
         )
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     policy.check_thresholds(len(loaded.classes))
+    if loaded.device.type == "cuda" and loaded.precision == "off":
+        # for good: float32 means float32, as in the evaluation, whatever is loaded later
+        torch.backends.cudnn.allow_tf32 = False
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)

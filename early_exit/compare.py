@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
 
     run("early_exit.compare", "early_exit.compare")
 
+import hashlib
 import logging
 import os
 import re
@@ -55,13 +56,19 @@ from early_exit.trained import evaluations, trained_since
 log = logging.getLogger(__name__)
 
 PROG = "early_exit.compare"
+MAX_NAME = 80  # of a default directory
 FILES = ("table.md", "table.csv", "table.json", comparison_files.FIGURE)
 
 
 def default_directory(groups: Sequence[Group]) -> Path:
-    """Where a comparison is written by default: compare/LABELS beside the first run."""
+    """Where a comparison is written by default: compare/LABELS beside the first run; with the name
+    of the evaluation, if all have the same."""
     labels = [re.sub(r"[^a-z0-9.]+", "-", group.label.lower()).strip("-.") for group in groups]
-    words = "-vs-".join(labels)[:80].strip("-.")
+    names = {member.name for group in groups for member in group.members}
+    words = "-".join(["-vs-".join(labels), *(names if len(names) == 1 else ())]).strip("-.")
+    if len(words) > MAX_NAME:
+        digest = hashlib.sha256(words.encode()).hexdigest()[:8]
+        words = f"{words[: MAX_NAME - 9].strip('-.')}-{digest}"
     first = Path(os.path.abspath(groups[0].first.run))
     return first.parent / "compare" / (words or "comparison")
 

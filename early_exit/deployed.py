@@ -25,7 +25,7 @@ from early_exit.inference.infer import Answers, RunSegment, run_segments
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.table import DEPLOYABLE, INTEGERS, find_runtime, split_name
 from early_exit.manifest import Manifest, SegmentFile
-from early_exit.prediction import ImageClassifier, Prediction, check_images
+from early_exit.prediction import ImageClassifier, Prediction, check_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class DeployedClassifier(ImageClassifier):
 
         Raises UserError for images of another type or size.
         """
-        check_images(images, self.manifest.input.shape)
+        images = np.asarray(images)
+        check_bytes(images, self.manifest.input.shape)
         return run_segments(self.segments, self.manifest.input.array(images), self.policy)
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:

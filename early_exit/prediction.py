@@ -51,7 +51,9 @@ class ImageClassifier:
         image, for one image instead of a sequence, and for a batch size below 1.
         """
         if isinstance(images, (str, bytes, PathLike, Image)):
-            raise UserError(f"expected a sequence of images, got {images!r}; put it in a list")
+            raise UserError(
+                f"expected a sequence of images, got one {type(images).__name__}; put it in a list"
+            )
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         predictions: list[Prediction] = []
@@ -93,7 +95,7 @@ class ImageClassifier:
         ]
 
 
-def check_images(images: Any, shape: tuple[int, ...]) -> None:
+def check_bytes(images: Any, shape: tuple[int, ...]) -> None:
     """Raises UserError unless `images` is an array or tensor (B, *shape) uint8, B at least 1."""
     kind = str(images.dtype).removeprefix("torch.")
     if kind != "uint8" or tuple(images.shape[1:]) != shape or not len(images):

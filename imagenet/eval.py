@@ -24,7 +24,7 @@ from imagenet.main import TASK, add_reading_flags
 
 def parser() -> flags.Parser:
     """The flags."""
-    parser = evaluation_flags.evaluation_parser("imagenet", "main.py", __doc__)
+    parser = evaluation_flags.evaluation_parser("imagenet/eval.py", "main.py", __doc__)
     add_reading_flags(parser)
     return parser
 

@@ -185,8 +185,8 @@ def build_backbone(arch: str, num_classes: int = 1000, image_size: int = 224) ->
         patch = int(arch.rpartition("_")[2])
         if image_size % patch:
             raise UserError(
-                f"{arch} divides images into patches of {patch} pixels, got {image_size} pixels;"
-                f" pass a multiple of {patch} as --train-crop and --val-crop"
+                f"{arch} divides images into patches of {patch} pixels, got images of"
+                f" {image_size}; crop them to a multiple of {patch}"
             )
         options = {"image_size": image_size}
     return models.get_model(arch, weights=None, num_classes=num_classes, **options)

@@ -61,7 +61,8 @@ class TestFromPython:
         """Otherwise normalised images would be normalised again, and answered in earnest."""
         classify = load(evaluated_run, "mine", task=TASK)
         images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
-        assert len(classify.answer(images).exit_index) == 2
+        exits = classify.answer(images).exit_index
+        assert len(exits) == 2 and torch.equal(classify.answer(images.numpy()).exit_index, exits)
         for wrong in (images.float(), images[..., 1:], images[:0], images[0]):
             kind = str(wrong.dtype).removeprefix("torch.")
             assert_names(refusal(classify.answer, wrong), kind, tuple(wrong.shape), SIDE, "uint8")
@@ -69,8 +70,10 @@ class TestFromPython:
     def test_one_image_is_not_a_sequence(self, evaluated_run, photos):
         classify = load(evaluated_run, "mine", task=TASK)
         path = photos / "a" / "0.png"
-        for one in (path, str(path), Image.open(path)):
-            assert_names(refusal(classify, one), "list")
+        for one in (path, str(path), path.read_bytes(), Image.open(path)):
+            message = refusal(classify, one)
+            assert_names(message, type(one).__name__, "list")
+            assert len(message) < 200
 
     def test_a_batch_has_an_image(self, evaluated_run, photos):
         classify = load(evaluated_run, "mine", task=TASK)

@@ -49,6 +49,24 @@ def test_labels_are_given_in_order(made_run, compared, tmp_path):
     assert_names(message, "--labels", 1, 2, *(row.label for row in rows(one, two)))
 
 
+def test_a_label_belongs_to_one_row(made_run, tmp_path):
+    runs = [str(made_run(name, evaluation=name)) for name in ("a", "b")]
+    message = refusal(compare.main, [*runs, "--labels", "x", " x", "--out", str(tmp_path / "o")])
+    assert_names(message, "--labels", "x")
+
+
+def test_comparisons_of_other_evaluations_stay(made_run):
+    """Of the same runs, each time of one evaluation."""
+    run = made_run("a", evaluation="cheap")
+    made_run("b", evaluation="dear")
+    places = {
+        compare.default_directory(rows(run / "eval" / "cheap")),
+        compare.default_directory(rows(run.parent / "b" / "eval" / "dear")),
+    }
+    assert len(places) == 2
+    assert all(place.name.endswith(("cheap", "dear")) for place in places)
+
+
 def test_the_figure_shows_the_labels_as_they_are(made_run, tmp_path, monkeypatch):
     one, two = made_run("a"), made_run("b", settings={"optim": {"epochs": 3}})
     labels = [r"_\frac $x$", "$x_"]  # not valid as mathematics in matplotlib

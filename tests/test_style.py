@@ -177,6 +177,7 @@ def test_a_shown_command_is_accepted_by_its_script(where, command, monkeypatch):
     elif module is trainer:
         digits = settings.settings_of(args).get("data", {}).get("dataset") == "digits"
         config = settings.resolve_config(args, None, trainer.DIGITS if digits else None)
+        settings.check_flags_have_effect(args, config)
         with torch.device("meta"):
             network = trainer.build_network(config, 10)
         assert args.evaluate or plan_phases(config, network.num_exits)
@@ -184,6 +185,7 @@ def test_a_shown_command_is_accepted_by_its_script(where, command, monkeypatch):
         own = configs.merge(main.CLASSIC, {"model": {"backbone": args.pretrained}})
         # `main` would put a downloaded file there
         config = settings.resolve_config(args, None, own, FolderRun)
+        settings.check_flags_have_effect(args, config)
         with torch.device("meta"):
             network = main.build_network(config, 1000)
         assert args.evaluate or plan_phases(config, network.num_exits)

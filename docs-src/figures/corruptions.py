@@ -105,7 +105,7 @@ def parser() -> flags.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the network on each corruption and prints the table."""
     args = parser().parse_args(argv)
-    trained = load_run(args.run, TASK, {})
+    trained = load_run(args.run, TASK, {"run": {"device": "cpu"}})
     policy = Policy.load(args.run / "eval" / args.evaluation / "policy.yaml")
     shares = torch.tensor(trained.cost.shares(policy.enabled))
     exits = [f"exit at {name}" for name in policy.exit_names[:-1]]

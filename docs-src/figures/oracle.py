@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and draws the figure."""
     args = parser().parse_args(argv)
     records = RunRecords.load(args.run, args.val_from)
-    test, cost = records.test, records.test.cost
-    val = test if records.val is None else records.val
+    val, test = records.cut(0) if records.val is None else (records.val, records.test)
+    cost = test.cost
     chosen, losses = choose(val, MaxDrop(MAX_DROP), cost), label_losses(test)
     scored = score_record(test, chosen.with_all_enabled())
     point = compare(outcome_of(scored, chosen, cost), losses)

@@ -86,12 +86,14 @@ class Val:
 class Cut:
     """One cut of the records: what was chosen on val, reported on test."""
 
-    single: list[Outcome]
+    single: list[Point]
     """One per early exit: only this exit enabled."""
     exit_sets: list[list[int]]
     """The sets that `Val.add_exits` found, then all early exits."""
     several: list[Point]
     """One per set."""
+    final_accuracy: float
+    """Of the final exit on the same images."""
 
 
 def measure_cut(records: RunRecords, seed: int) -> Cut:
@@ -104,9 +106,14 @@ def measure_cut(records: RunRecords, seed: int) -> Cut:
         policy, _ = val.choose(exits)
         return apply_policy(policy, test, cost)
 
+    single = [report([index]) for index in early]
     exit_sets = [*val.add_exits(), list(early)]
-    several = [report(exits).point for exits in exit_sets]
-    return Cut([report([index]) for index in early], exit_sets, several)
+    return Cut(
+        [outcome.point for outcome in single],
+        exit_sets,
+        [report(exits).point for exits in exit_sets],
+        single[0].final_accuracy,
+    )
 
 
 def single_table(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> str:
@@ -116,9 +123,8 @@ def single_table(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for index, position in enumerate(positions(cost)):
-        outcomes = [cut.single[index] for cut in cuts]
-        saved = percent([1 - outcome.point.macs_share for outcome in outcomes])
-        lost = percent([outcome.final_accuracy - outcome.point.accuracy for outcome in outcomes], 2)
+        saved = percent([1 - cut.single[index].macs_share for cut in cuts])
+        lost = percent([cut.final_accuracy - cut.single[index].accuracy for cut in cuts], 2)
         lines.append(
             f"| {cost.exit_names[index]} | {100 * position:.1f} %"
             f" | {100 * cost.head_macs[index] / cost.plain_macs:.2f} %"
@@ -161,7 +167,7 @@ def draw(cuts: Sequence[Cut], cost: Cost, accuracy: np.ndarray) -> None:
     """Accuracy of each exit above, what it saves on its own below, against its position."""
     x = 100 * positions(cost)
     saved = [
-        mean_std([100 * (1 - cut.single[index].point.macs_share) for cut in cuts])
+        mean_std([100 * (1 - cut.single[index].macs_share) for cut in cuts])
         for index in range(len(x))
     ]
     means, deviations = zip(*saved, strict=True)

@@ -10,9 +10,9 @@ from early_exit.inference.criteria import CRITERIA
 from early_exit.training.rounding import ROUNDINGS
 
 
-def evaluation_parser(folder: str, trainer: str, docstring: str | None) -> Parser:
-    """The parser of `folder`/eval.py, which evaluates the runs of `folder`/`trainer`."""
-    parser = build_parser("eval.py", f"python {folder}/eval.py RUN [flags]", docstring)
+def evaluation_parser(script: str, trainer: str, docstring: str | None) -> Parser:
+    """The parser of a script, such as cifar10/eval.py, which evaluates the runs of `trainer`."""
+    parser = build_parser(Path(script).name, f"python {script} RUN [flags]", docstring)
     parser.add_argument("run", type=Path, metavar="RUN", help=f"run directory made by {trainer}")
     add_data_flag(parser)
     _add_weights_flag(parser)

@@ -63,7 +63,7 @@ def train_or_score(
     if args.check and args.print_config:
         raise UserError("--print-config prints the settings alone; remove --check")
     if args.evaluate and args.resume and settings_of(args).get("model", {}).get("backbone"):
-        raise UserError("-e scores the weights of --resume or others (--backbone); give only one")
+        raise UserError("-e scores the weights of --resume, --backbone or --pretrained; give one")
     run_dir = args.save_dir
     if run_dir is None and args.resume == "auto":  # the directory that these flags would make
         fresh = resolve_config(args, None, defaults, task.config)
@@ -71,7 +71,7 @@ def train_or_score(
         run_dir = training.default_run_dir(runs, fresh, exit_names)
     path, saved = find_resumed(args.resume, run_dir)
     config = resolve_config(args, saved and saved["config"], defaults, task.config)
-    check_flags_have_effect(args, config, fresh=saved is None)
+    check_flags_have_effect(args, config)
     if args.print_config:
         print(yaml.safe_dump(configs.to_dict(config), sort_keys=False), end="")
         return

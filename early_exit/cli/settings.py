@@ -23,6 +23,12 @@ from early_exit.evaluation.runtimes import FASTEST
 from early_exit.inference.policy import Policy
 from early_exit.system.names import is_hidden
 
+# The schedules that a setting of optim belongs to.
+SCHEDULES_OF = {
+    "milestones": ("step",),
+    "warmup_epochs": ("step", "cosine"),
+    **dict.fromkeys(("peak", "start_factor", "end_factor"), ("triangular",)),
+}
 # The defaults of the regime cdl: linear heads, and an exit after every block.
 CDL = {"model": {"head": ["linear"], "exits": None}}
 
@@ -46,26 +52,31 @@ def resolve_config(
     return configs.build(cls, configs.merge(defaults or {}, given))
 
 
-def check_flags_have_effect(args: argparse.Namespace, config: Config, fresh: bool) -> None:
-    """Raises UserError for flags that this run would ignore. fresh: whether it begins anew."""
+def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError for flags that this run would ignore."""
     given = settings_of(args)
     plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
-    one_phase = plain or config.run.regime == "joint" or config.model.backbone is not None
+    has_weights = config.model.backbone is not None
+    one_phase = plain or config.run.regime == "joint" or has_weights
+    no_heads = plain and config.run.regime != "joint" and not has_weights  # else: plan_phases
+    untaught, schedule = config.loss.teacher is None, config.optim.schedule
+    of_schedule = [
+        (f"--set optim.{name}", "optim", name, schedule not in schedules, f"a {schedule} schedule")
+        for name, schedules in SCHEDULES_OF.items()
+    ]
     for flag, section, name, ignored, reason in (
+        ("--set loss.teacher_weight", "loss", "teacher_weight", untaught, "no teacher"),
+        ("--set loss.start", "loss", "start", plain, "no early exits"),
+        *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
         ("--backbone-lr", "backbone_phase", "lr", one_phase, "no such phase"),
         ("--loss-weights", "loss", "weights", plain and several, "no early exits"),
         ("--distill", "loss", "distill", plain and config.loss.distill > 0, "no early exits"),
         ("--head", "model", "head", plain, "no early exits"),
+        ("--regime", "run", "regime", no_heads, "no early exits (--exits names them)"),
     ):
         if ignored and name in given.get(section, {}):
             raise UserError(f"{flag} has no effect: this run has {reason}; remove it")
-    regime, has_weights = config.run.regime, config.model.backbone is not None
-    if plain and fresh and regime != "joint" and not has_weights:  # with them: see plan_phases
-        raise UserError(
-            f"the regime {regime} has no effect: this run has no early exits; name them with"
-            " --exits, or pass --regime joint"
-        )
 
 
 def goal_of(args: argparse.Namespace) -> Goal:
@@ -174,6 +185,9 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _policy_name(path: Path) -> str:
-    """What tells an evaluation's policy file from another one: its name, or that of the evaluation
+    """What tells a policy file from another one: its name, or those of the run and the evaluation
     whose policy.yaml it is."""
-    return path.resolve().parent.name if path.stem == "policy" else path.stem
+    path = path.resolve()
+    if path.name != "policy.yaml" or path.parent.parent.name != "eval":
+        return path.stem
+    return f"{path.parents[2].name}-{path.parent.name}"

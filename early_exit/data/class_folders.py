@@ -226,8 +226,8 @@ def _check_apart(train: Found, test: Found) -> None:
 
 
 def _tell_copies(train: Found) -> None:
-    """Logs a warning if images of train are in several classes by links: val may have a copy of
-    what the weights are trained on."""
+    """Logs if images of train are in several classes by links: val may have a copy of what the
+    weights are trained on."""
     listed = set().union(*train.images.values()) if train.links else set()
     links = [path for path in train.links if path in listed]  # the others are in their class twice
     counts = Counter(train.links[path] for path in links)
@@ -238,7 +238,7 @@ def _tell_copies(train: Found) -> None:
         if counts[train.links[path]] > 1 or is_listed(_folder_of_target(os.path.join(root, path)))
     ]
     if copies:
-        log.warning(
+        log.info(
             "%d links, such as %s, lead to images that are in another class too; one copy may be"
             " trained on and the other be in val: remove these links, or do not rely on val",
             len(copies),

@@ -6,6 +6,7 @@ of these three, and training can resume in the middle of an epoch.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,11 @@ class Data(NormalisedImages):
     first epoch, and the others in the next."""
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 500
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.splits["train"].images.shape[1:])
 
     def digest(self, split: str) -> str:
         """Identifies the content of a split: a hash of its images and targets."""
@@ -243,6 +249,25 @@ def content_hash(images: ImageSet) -> str:
     return found.hexdigest()[:16]
 
 
+def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
+    """Of each channel of images (N, C, H, W) uint8, for pixels in [0, 1]; exact sums, so in any
+    amount of memory. Raises UserError if a channel is constant."""
+    count = images.numel() // images.shape[1]
+    levels = torch.arange(256, dtype=torch.float64)
+    channels = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    means = [float((levels * found).sum() / count) for found in channels]
+    squares = [
+        float((found * (levels - mean) ** 2).sum() / (count - 1))
+        for found, mean in zip(channels, means, strict=True)
+    ]
+    if 0 in squares:
+        raise UserError(
+            f"channel {squares.index(0)} has one value in all train images, so it cannot be"
+            " normalised; remove it, or pass mean and std"
+        )
+    return [mean / 255 for mean in means], [math.sqrt(square) / 255 for square in squares]
+
+
 def cut(
     name: str,
     train: ImageSet,
@@ -272,8 +297,7 @@ def cut(
     val = stratified(train.targets.numpy(), val_size, split_seed)
     rest = train.subset(np.setdiff1d(np.arange(len(train)), val))
     if mean is None or std is None:
-        stds, means = torch.std_mean(rest.images.float() / 255, dim=(0, 2, 3))
-        mean, std = means.tolist(), stds.tolist()
+        mean, std = mean_and_std(rest.images)
     splits = {"train": rest, "val": train.subset(val), "test": test}
     return Data(
         name=name,

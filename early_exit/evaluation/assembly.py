@@ -1,9 +1,11 @@
 """The report of an evaluation, assembled from what was chosen, applied and measured."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from early_exit import config as configs
 from early_exit.choosing import cdl, overthinking
@@ -66,7 +68,7 @@ def make_report(
         energies = rows.energies(energy.estimate(trained.network, cost), test)
     report = Report(
         run=RunInfo(
-            name=source_run(trained.run_dir).name,
+            name=Path(os.path.abspath(source_run(trained.run_dir))).name,
             task=task.name,
             dataset=splits.data.name,
             arch=trained.config.model.arch,

@@ -134,7 +134,7 @@ def table(groups: Sequence[Group]) -> str:
             [
                 in_a_line(group.name).replace("|", r"\|") + mark,
                 f"{len(group.members)}{cuts}",
-                group.goal or "-",
+                in_a_line(group.goal).replace("|", r"\|") or "-",
                 *(column.cell(group) for column in columns),
             ]
         )

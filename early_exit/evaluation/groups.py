@@ -149,15 +149,26 @@ def same_networks(groups: Sequence[Group]) -> list[tuple[Group, ...]]:
 
 def names_of(networks: Sequence[Sequence[Group]]) -> list[str]:
     """Names for what `same_networks` gave: the settings in which they differ, and the runtime in
-    8-bit integers; where these are equal, the labels of the first evaluations."""
+    8-bit integers; where these are equal, also the seeds, and if they are equal too, the labels of
+    the first evaluations."""
     names = [
         f"{same[0].name}, {same[0].first.runtime}" if _in_integers(same[0]) else same[0].name
         for same in networks
     ]
-    return [
-        name if names.count(name) == 1 else same[0].label
+    with_seeds = [
+        name if names.count(name) == 1 else f"{name}, {_seeds(same[0])}"
         for name, same in zip(names, networks, strict=True)
     ]
+    return [
+        name if with_seeds.count(name) == 1 else same[0].label
+        for name, same in zip(with_seeds, networks, strict=True)
+    ]
+
+
+def _seeds(group: Group) -> str:
+    """Of how many seeds a group is, or of which one."""
+    count = len(group.members)
+    return f"{count} seeds" if count > 1 else f"seed {group.first.seed}"
 
 
 def _in_integers(group: Group) -> bool:

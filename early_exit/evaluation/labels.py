@@ -26,7 +26,7 @@ def labelled(groups: Sequence[Group], labels: Sequence[str] | None = None) -> li
     """The groups with their names, goals and labels.
 
     labels: one per group, instead of the names that are made from the settings. Raises UserError
-    for another number of labels.
+    for another number of labels, and for two that are equal.
     """
     if labels and len(labels) != len(groups):
         rows = "; ".join(group.label for group in labelled(groups))
@@ -34,6 +34,9 @@ def labelled(groups: Sequence[Group], labels: Sequence[str] | None = None) -> li
     names, goals = _names(groups), _goals(groups)
     if labels:
         one_line = [" ".join(label.split()) for label in labels]
+        for label in one_line:
+            if one_line.count(label) > 1:
+                raise UserError(f"--labels gives {label!r} to two rows; give each its own")
         names, full = one_line, one_line
     else:
         goals_differ = len({goal for goal in goals if goal}) > 1

@@ -48,11 +48,12 @@ def headline(report: Report) -> str:
     if len(report.exits) == 1:
         return f"{accuracy} on test: a plain network without early exits, nothing to choose"
     lost = 100 * (report.final_accuracy - report.test.accuracy)
+    no_loss = lost < 0.005  # as in a verdict
     top5 = "" if report.top5 is None else f" (top-5 {100 * report.top5:.2f} %)"
     return (
         f"{accuracy}{top5} on test at {100 * report.test.macs_share:.1f} % of the plain network's"
         f" MACs; with no exit taken {100 * report.final_accuracy:.2f} %"
-        f" ({'no loss' if lost <= 0 else f'{lost:.2f} points lost'}), random exits"
+        f" ({'no loss' if no_loss else f'{lost:.2f} points lost'}), random exits"
         f" {100 * report.random_accuracy:.2f} %"
     )
 

@@ -72,10 +72,12 @@ def draw_all(
 ) -> dict[str, str]:
     """Draws the plots of a report into a directory, each alone: one that fails is left out. Returns
     the captions of the others by file name."""
-    drawings: dict[str, Callable[[Path], None]] = {
-        "accuracy_vs_macs": partial(accuracy_vs_macs, report),
-        "confusion": lambda path: confusion(splits.confusion, splits.correct_test[:, -1], path),
-    }
+    drawings: dict[str, Callable[[Path], None]] = {}
+    if report.early_exits:  # in a plain network nothing is chosen
+        drawings["accuracy_vs_macs"] = partial(accuracy_vs_macs, report)
+        drawings["confusion"] = lambda path: confusion(
+            splits.confusion, splits.correct_test[:, -1], path
+        )
     drawings |= {name: partial(gallery, rows) for name, rows in galleries.items() if rows}
 
     captions = {}

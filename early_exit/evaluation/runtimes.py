@@ -23,6 +23,7 @@ from early_exit.inference.runtimes.table import (
     check_name,
     torch_name,
 )
+from early_exit.system.device import choose_device, choose_precision
 from early_exit.trained import EVALUATION, Trained, in_runtime
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,17 @@ def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) ->
     if run.amp == "auto":  # which one that is depends on the processor
         raise UserError(named)
     raise UserError(f"{named}, or pass --runtime {torch_name(run.compile, run.amp)}")
+
+
+def said(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> list[str | None]:
+    """The runtimes; for None the one that the settings' precision and compilation say, if that is
+    not float32 in eager torch, so that an evaluation is named after it."""
+    run: RunConfig = configs.build(RunConfig, {**EVALUATION, **overrides.get("run", {})}, "run")
+    precision = (
+        choose_precision(run.amp, choose_device(run.device)) if run.amp == "auto" else run.amp
+    )
+    default = torch_name(run.compile, precision)
+    return [default if name is None and default != "torch" else name for name in runtimes]
 
 
 def resolved(trained: Trained, runtimes: Sequence[str | None], batch_size: int) -> list[str | None]:

@@ -35,7 +35,7 @@ class ExitPoint(NamedTuple):
     accuracy: float
     group: Group
     val: tuple[float, float] | None
-    """Cost and accuracy on val; None if nothing says."""
+    """Cost and accuracy on val, but seconds as measured on test; None if nothing says."""
     budget: float | None = None
     """The budget of MACs on val that chooses it; None: it is an evaluated policy."""
 
@@ -98,7 +98,8 @@ def unbeaten(points: Sequence[ExitPoint]) -> list[ExitPoint]:
     for point in points:
         if point.val is not None:
             first = point.group.first
-            images = (first.val_from, first.settings.get("data.split_seed"), first.left_out)
+            cut = [first.settings.get(f"data.{name}") for name in ("split_seed", "val_size")]
+            images = (first.val_from, *cut, first.left_out)
             by_val.setdefault(images, []).append((*point.val, point))
     for same in by_val.values():
         best = -1.0

@@ -1,5 +1,6 @@
 """Evaluations read back from the reports of run directories."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     names: the evaluations of a run directory to use; default: all. Raises UserError if there is no
     report.
     """
+    path = Path(os.path.abspath(path))  # the parents tell the run
     if path.is_file():
         return [path]
     refuse_deployed(path)

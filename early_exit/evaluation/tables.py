@@ -33,12 +33,13 @@ def exit_table(report: Report) -> str:
 def guarantee_text(report: Report, result: GuaranteeResult) -> str:
     """The guarantee, what was observed on test, and what it costs."""
     extra = 100 * (report.test.macs_share - result.unguaranteed.macs_share)
+    costs = f"costs {extra:.1f}" if extra >= 0 else f"saves {-extra:.1f}"
     return (
         f"Guaranteed: {result.words}. Observed on test: {100 * result.lost:.2f} %. Thresholds"
         " chosen for the same drop on val, without a guarantee, give"
         f" {100 * result.unguaranteed.accuracy:.2f} % accuracy at"
         f" {100 * result.unguaranteed.macs_share:.1f} % of the MACs and lose"
-        f" {100 * result.unguaranteed_lost:.2f} %: the guarantee costs {extra:.1f} points of MACs."
+        f" {100 * result.unguaranteed_lost:.2f} %: the guarantee {costs} points of MACs."
     )
 
 
@@ -67,12 +68,12 @@ def operations_text(report: Report) -> str:
     prices = "; ".join(f"{name} {value:g} pJ" for name, value in PICOJOULES.items())
     energies = ", ".join(
         f"with weights from {energy.weights} {energy.test / 1e6:.2f} instead of"
-        f" {energy.plain / 1e6:.2f} microjoules ({energy.plain / energy.test:.2f} times less)"
+        f" {energy.plain / 1e6:.2f} microjoules ({100 * energy.test / energy.plain:.1f} %)"
         for energy in report.energy
     )
     text = (
         f"A test image takes {mean / 1e6:.3f} M multiply-adds on average, the plain network"
-        f" {report.plain_macs / 1e6:.3f} M: {1 / report.test.macs_share:.2f} times fewer."
+        f" {report.plain_macs / 1e6:.3f} M: {100 * report.test.macs_share:.1f} %."
     )
     if not report.energy:
         return text
@@ -113,7 +114,7 @@ def overthinking_text(report: Report) -> str:
         " and wrong at the final one, which is"
         f" {100 * found.destructive / max(found.wrong, 1e-12):.0f} % of the final exit's errors."
     )
-    if found.confusion_auroc is not None:
+    if found.confusion_auroc is not None and report.early_exits:
         text += (
             " Confusion (the distance of the early exits from the final one, in standard deviations"
             f" on val) is {found.confusion_right:.2f} on average where the final exit is right and"

@@ -123,8 +123,8 @@ def advance(
         return onward, None
     if len(remaining) == 0:
         return None, Exited(rows.index, answer, score)
-    taken = indices(exits)  # once: a mask would be searched again, and waited for, by each array
-    return onward.select(remaining), Exited(rows.index[taken], answer[taken], score[taken])
+    exited = indices(exits)  # once: a mask would be searched again, and waited for, by each array
+    return onward.select(remaining), Exited(rows.index[exited], answer[exited], score[exited])
 
 
 def run_segments(

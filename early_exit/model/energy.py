@@ -11,6 +11,7 @@ counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,15 +85,16 @@ def _count_work(module: nn.Module, features: Features, macs: int) -> _Work:
     """The work of one call. features: on the meta device."""
     values = 0
 
-    def count(part: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def count(part: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         nonlocal values
+        first = inputs[0] if inputs else next(iter(named.values()))
         if isinstance(part, nn.MultiheadAttention):  # the input projections and the output one
-            values += 6 * inputs[0].numel()
+            values += 6 * first.numel()
         else:
-            values += inputs[0].numel() + output.numel()
+            values += first.numel() + output.numel()
 
     hooks = [
-        part.register_forward_hook(count)
+        part.register_forward_hook(count, with_kwargs=True)
         for part in module.modules()
         if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
     ]

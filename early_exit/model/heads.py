@@ -246,7 +246,8 @@ def build_head(kind: HeadKind, features: Any, num_classes: int) -> nn.Module:
     if kind not in HEADS:
         raise UserError(f"there is no head {kind!r}; choose one of {', '.join(HEADS)}")
     if not isinstance(features[0], int):  # several maps
-        index = getattr(HEADS[kind], "reads", -1)
+        made = HEADS[kind]
+        index = getattr(getattr(made, "func", made), "reads", -1)  # of a partial its function's
         return nn.Sequential(SelectMap(index), build_head(kind, features[index], num_classes))
     side = math.isqrt(features[1])
     tokens = len(features) == 3 and features[1] - side * side <= 1

@@ -27,7 +27,13 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         file = _open_lock(directory / ".lock")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                log.info("waiting for another process that uses %s", directory)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except BlockingIOError:
             raise Unavailable(
                 f"{directory} is in use by another process; wait for it, or choose another"

@@ -62,8 +62,8 @@ def score(
     network.to(device).to(memory_format=layout).eval()
     if config.run.compile:
         network.compile()
-    if saved and group.is_main:
-        warn_if_unfinished(saved, type(config), "this run")
+    if group.is_main:
+        warn_if_unfinished(meta, type(config), "this run" if saved else config.model.backbone)
     tally = Tally(network.num_exits, device)
     loss_fn = partial(joint_loss, weights=(1.0,) * network.num_exits)
     batches = data.eval_batches(split, data.eval_batch, Shard(group.rank, group.world))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from early_exit import config as configs
 from early_exit.errors import UserError
+from early_exit.system.failures import explain_machine
 from early_exit.training import checkpoint
 from early_exit.training.phases import warn_if_unfinished
 from early_exit.training.state import Run
@@ -40,7 +41,8 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     if state.get("unseen_val") != run.data.val_hash:
         log.info("the teacher %s may have seen val; evaluate with --val-from test", path)
         run.unseen_val = None
-    warn_if_unfinished(state, type(run.config), f"the teacher {path}")
+    if run.group.is_main:
+        warn_if_unfinished(state, type(run.config), f"the teacher {path}")
     config = configs.build(type(run.config), state["config"])
     with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
         network = run.task.build_network(config, len(run.data.classes))
@@ -53,11 +55,15 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
         with run.autocast():
             return backbone(images)
 
+    channels, side, _ = run.network.image_shape
+    side = getattr(run.config.data, "train_crop", side)
     try:
-        teach(torch.zeros(2, *run.network.image_shape, device=run.device))
+        teach(torch.zeros(2, channels, side, side, device=run.device))
     except (AssertionError, RuntimeError) as error:  # as a vision transformer, for another size
+        if explain_machine(error):  # such as no memory
+            raise
         raise UserError(
-            f"the teacher {path} does not take images of {run.network.image_shape} ({error}); name"
-            " one that was trained on the same size"
+            f"the teacher {path} does not take train images of {side} pixels ({error}); name one"
+            " that was trained on that size"
         ) from None
     return teach

@@ -78,6 +78,7 @@ def train(
             data = task.load_data(config.data)
         network = task.build_network(config, len(data.classes))
         check_network(network)
+        check_image_size(network, data)
         directory = Path(run_dir or default_run_dir(Path(runs), config, network.exit_names))
         run = Run(
             config=config,
@@ -163,8 +164,10 @@ def adopt(
     check_writable(run_dir)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         built = task.build_network(config, len(data.classes))
-    load_into(built, network.state_dict(), Path("the network"))
+    owner = "the network that the task builds from this configuration"
+    load_into(built, network.state_dict(), Path("the trained network"), owner)
     check_network(network)
+    check_image_size(network, data)
     run = Run(
         config=config,
         task=task,
@@ -202,7 +205,8 @@ def to_device(run: Run, saved: dict[str, Any] | None) -> None:
         path = Path(config.model.backbone)
         advice = "; --regime mixed trains a new one, the other regimes keep the file's"
         meta = checkpoint.load_backbone_into(run.network, path, trains_backbone, advice)
-        warn_if_unfinished(meta, type(config), path)
+        if run.group.is_main:
+            warn_if_unfinished(meta, type(config), path)
         if meta.get("unseen_val") != run.data.val_hash:
             run.unseen_val = None
     normalised = run.data.normalised_by(meta.get("normalisation"))
@@ -223,10 +227,12 @@ def init_from_train(run: Run) -> None:
 
 
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
-    """runs/NAME, where NAME gives data set, network, exits, regime and seed."""
+    """runs/NAME, where NAME gives data set, network, exits, regime and seed.
+
+    exit_names: perhaps those of a network of other classes, whose default exits may be more."""
     parts, early = [config.data.dataset or "data", config.model.arch], list(exit_names[:-1])
     if len(early) > MAX_NAMED_EXITS:
-        early = [f"{len(early)}exits"]
+        early = ["default-exits" if config.model.exits is None else f"{len(early)}exits"]
     parts += [*early, config.run.regime] if early else ["plain"]
     return runs / "-".join([*parts, f"seed{config.run.seed}"])
 
@@ -248,6 +254,18 @@ def check_settings(run: Run) -> None:
         log.warning("--sync-bn has no effect in one process; torchrun starts several")
     if config.run.tensorboard:
         summary_writer()
+
+
+def check_image_size(network: MultiExitNetwork, data: Data) -> None:
+    """Raises UserError if images in memory have another shape than the network's example, by which
+    costs are counted, photos are resized and segments are exported."""
+    shape = getattr(data, "image_shape", network.image_shape)
+    if shape != network.image_shape:
+        raise UserError(
+            f"the images of {data.name} are {shape}, and the network was built for"
+            f" {network.image_shape}; give it an example of the images' shape (channels, height,"
+            " width)"
+        )
 
 
 def check_step_size(config: Config, images: int, group: Group) -> None:

@@ -137,6 +137,9 @@ def test_a_run_of_many_exits_has_a_short_name(tmp_path):
     names = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(18)]
     found = default_run_dir(tmp_path, configured(), [*names, "final"])
     assert found.name == "digits-resnet32-54exits-cdl-seed0"
+    some = configured(model={"exits": None, "head": "linear"})  # how many depends on the classes
+    counts = {default_run_dir(tmp_path, some, [*names[:n], "final"]).name for n in (53, 54)}
+    assert counts == {"digits-resnet32-default-exits-cdl-seed0"}
 
 
 class TestTraining:

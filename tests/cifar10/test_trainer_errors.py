@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from helpers import ROOT, TINY, assert_names, refusal
+from helpers import TINY, assert_names, refusal
 
 from cifar10 import data
 from early_exit.system import locks
 from early_exit.training import checkpoint
 from early_exit.training.train import check_not_overwritten
-
-FROZEN = ROOT / "cifar10" / "configs" / "frozen.yaml"
 
 
 class TestFlagsOfOtherScripts:
@@ -119,6 +117,12 @@ class TestErrors:
             (("--backbone-lr", "0.1"), "--backbone-lr"),
             (("--exits", "none", "--distill", "1"), "--distill"),
             (("--exits", "none", "--head", "conv"), "--head"),
+            (("--exits", "none", "--regime", "frozen"), "--regime"),
+            (("--exits", "none", "--set", "loss.start=0.1"), "--set loss.start"),
+            (("--set", "loss.teacher_weight=2"), "--set loss.teacher_weight"),
+            (("--set", "optim.peak=0.5"), "--set optim.peak"),
+            (("--schedule", "cosine", "--set", "optim.milestones=0.5"), "--set optim.milestones"),
+            (("--schedule", "triangular", "--set", "optim.warmup_epochs=2"), "optim.warmup_epochs"),
             (("--exits", "none", "--loss-weights", "1", "1"), "--loss-weights"),
             (("--regime", "frozen", "--backbone", "x", "--backbone-lr", "1"), "--backbone-lr"),
             (("--exits", "none", "--regime", "mixed", "--backbone-lr", "1"), "--backbone-lr"),
@@ -126,12 +130,6 @@ class TestErrors:
     )
     def test_flags_that_would_be_ignored(self, error, flags, ignored):
         assert_names(error(*TINY, *flags), ignored)
-
-    @pytest.mark.parametrize("given", [("--regime", "frozen"), ("--config", FROZEN)])
-    def test_a_regime_without_early_exits(self, error, given, tmp_path):
-        message = error(*TINY, *given, "--exits", "none", "--save-dir", tmp_path / "run")
-        assert_names(message, "frozen", "--exits", "--regime joint")
-        assert not (tmp_path / "run").exists()
 
     def test_a_directory_of_the_digits(self, error, monkeypatch, tmp_path):
         monkeypatch.undo()

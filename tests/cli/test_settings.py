@@ -278,7 +278,7 @@ class TestEvaluationOptions:
         found = settings.evaluation_options(parsed("--policy", "here/mine.yaml"))
         assert (found["name"], found["base"]) == (None, "policy-mine")
         found = settings.evaluation_options(parsed("--policy", "runs/a/eval/cheap/policy.yaml"))
-        assert found["base"] == "policy-cheap"
+        assert found["base"] == "policy-a-cheap"
         named = settings.evaluation_options(parsed("--policy", "here/mine.yaml", "--name", "x"))
         assert named["name"] == "x"
 

@@ -258,6 +258,7 @@ class TestCopies:
 
     def test_links_from_one_class_to_another_are_told(self, folders, tmp_path, caplog):
         (folders / "train" / "ape" / "y.JPEG").symlink_to("../bee/0.JPEG")
+        caplog.set_level(logging.INFO)
         load_folders(folders)
         assert_names("".join(caplog.messages), 1, "ape/y.JPEG", "val")
 
@@ -265,6 +266,7 @@ class TestCopies:
         image = add(tmp_path / "pool" / "1.png")
         for name in ("ape", "bee"):
             (folders / "train" / name / "x.png").symlink_to(image)
+        caplog.set_level(logging.INFO)
         load_folders(folders)
         assert_names("".join(caplog.messages), 2, "ape/x.png", "val")
 
@@ -272,6 +274,7 @@ class TestCopies:
         for name in ("ape", "bee"):
             (folders / "train" / name / "x.png").symlink_to(add(tmp_path / f"{name}.png"))
         (folders / "train" / "ape" / "twin.JPEG").symlink_to("0.JPEG")
+        caplog.set_level(logging.INFO)
         load_folders(folders)
         assert not any("another class" in message for message in caplog.messages)
 

@@ -346,3 +346,18 @@ class TestReflection:
 
     def test_the_data_sets_own_padding_is_the_default(self):
         assert numbered(2).augmented("random", None, "reflect").pad == in_memory.PAD
+
+
+class TestMeanAndStd:
+    """Of train, where a data set names none."""
+
+    def test_they_are_those_of_all_pixels(self):
+        pixels = torch.randint(0, 256, (7, 2, 5, 3), dtype=torch.uint8)
+        std, mean = torch.std_mean(pixels.double() / 255, dim=(0, 2, 3))
+        found = torch.tensor(in_memory.mean_and_std(pixels), dtype=torch.float64)
+        torch.testing.assert_close(found, torch.stack([mean, std]), rtol=1e-12, atol=0)
+
+    def test_a_constant_channel_is_refused(self):
+        pixels = torch.randint(0, 256, (7, 2, 5, 3), dtype=torch.uint8)
+        pixels[:, 1] = 9
+        assert_names(refusal(in_memory.mean_and_std, pixels), "channel 1", "mean and std")

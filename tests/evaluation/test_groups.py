@@ -48,6 +48,16 @@ def test_evaluations_of_a_run_for_other_goals_and_in_other_runtimes_are_one_netw
     assert_names(names[2], "openvino-int8")
 
 
+def test_one_seed_that_was_timed_and_several_are_named_by_their_seeds(made_run):
+    first = made_run("a-0", 0)
+    moved(made_run("b", runtime="openvino"), "a-0", "timed")
+    other = made_run("c", settings={"optim": {"epochs": 3}})
+    networks = same_networks(rows(first, made_run("a-1", 1), made_run("a-2", 2), other))
+    names = names_of(networks)
+    assert len(set(names)) == 3
+    assert {name.partition(", ")[2] for name in names} == {"", "3 seeds", "seed 0"}
+
+
 def test_labels_do_not_make_two_networks_of_one(made_run):
     run = made_run("a")
     moved(made_run("b", runtime="openvino"), "a", "second")

@@ -22,7 +22,7 @@ from early_exit.evaluation.evaluate import evaluate, evaluate_each
 from early_exit.evaluation.markdown import sections, summary, to_markdown
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
-from early_exit.evaluation.runtimes import check_settings, default_name, evaluation_name
+from early_exit.evaluation.runtimes import check_settings, default_name, evaluation_name, said
 from early_exit.evaluation.seconds import runtime_table, segment_table, timing_table
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.runtimes.eager import EagerRuntime
@@ -247,7 +247,7 @@ class TestSeveral:
     def test_the_screen_shows_the_table_once_at_the_end(self, run, tmp_path, pretended, capsys):
         copy = shutil.copytree(run, tmp_path / "run")
         flags = ["--thresholds", "0.2", "--no-live", "--no-plots", "--runtime", "torch", "openvino"]
-        parser = evaluation_parser("cifar10", "trainer.py", None)
+        parser = evaluation_parser("cifar10/eval.py", "trainer.py", None)
         args = parser.parse_args([str(copy), *flags, "--device", "cpu", "--threads", "1"])
         evaluate_flags(args, TASK)
         shown = capsys.readouterr().out
@@ -398,3 +398,23 @@ class TestLoad:
         run = self.named(evaluated_copy, "abacus")
         message = refusal(load, run, "mine", task=TASK, device="cpu")
         assert_names(message, "'abacus'", "load it with --runtime torch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"amp": "off"}, None),
+        ({"amp": "bf16"}, "torch-bf16"),
+        ({"compile": True}, "compile"),
+        ({"compile": True, "amp": "fp16"}, "compile-fp16"),
+    ],
+)
+def test_an_evaluation_is_named_after_what_its_settings_say(settings, expected):
+    """Otherwise it would replace the one in float32."""
+    assert said([None, "openvino"], {"run": settings}) == [expected, "openvino"]
+
+
+def test_automatic_precision_is_named_as_it_is_chosen(monkeypatch):
+    monkeypatch.setattr(runtimes, "choose_precision", lambda *_: "bf16")
+    assert said([None], {"run": {"amp": "auto", "device": "cpu"}}) == ["torch-bf16"]

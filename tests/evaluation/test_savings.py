@@ -59,7 +59,12 @@ def test_which_run_is_best_is_decided_on_val(made_run, on_val):
 
 
 @pytest.mark.parametrize(
-    "other", [{"settings": {"data": {"split_seed": 1}}}, {"val_from": "half of test"}]
+    "other",
+    [
+        {"settings": {"data": {"split_seed": 1}}},
+        {"settings": {"data": {"val_size": 0.1}}},
+        {"val_from": "half of test"},
+    ],
 )
 def test_val_decides_only_between_runs_that_have_the_same(made_run, other):
     first = made_run("a", curve=[(0.5, 0.92)], static_networks=NETWORKS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +116,18 @@ def test_what_is_read_is_what_a_report_has():
     }
     for kind, names in fields.items():
         assert set(names) <= {field.name for field in dataclasses.fields(kind)}
+
+
+def test_a_relative_path_tells_the_run_too(made_run, monkeypatch):
+    run = made_run("mine", seed=3)
+    (directory,) = (run / "eval").iterdir()
+    for where, path in (
+        (run / "eval", directory.name),
+        (directory, "."),
+        (directory, "report.json"),
+        (run, "."),
+    ):
+        monkeypatch.chdir(where)
+        (report,) = find_reports(Path(path), ())
+        found = read_evaluation(report)
+        assert (found.run, found.seed, found.name) == (run, 3, directory.name)

@@ -1,16 +1,27 @@
 """A user's own training loop: a network trained elsewhere becomes a finished run."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TASK, assert_close, few_digits, live_of, quick_report, refusal, tiny_network
+from helpers import (
+    TASK,
+    assert_close,
+    assert_names,
+    few_digits,
+    live_of,
+    quick_report,
+    refusal,
+    tiny_network,
+)
 
 from early_exit.choosing.goals import Budget
 from early_exit.choosing.outcome import disagreements
 from early_exit.choosing.record import ExitRecord
 from early_exit.classifier import load
 from early_exit.config import Config, ModelConfig, OptimConfig, RunConfig
+from early_exit.data.in_memory import ImageSet
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.model.cost import network_cost
 from early_exit.model.losses import joint_loss
@@ -74,6 +85,17 @@ class TestAdopt:
         message = refusal(adopt, network, TASK, other, few_digits(0), tmp_path / "run")
         assert "heads.layer2" in message
         assert not (tmp_path / "run").exists()
+
+    def test_images_of_another_size_than_the_networks(self, network, tmp_path):
+        """Costs would be counted, and photos resized, for the network's example."""
+        data = few_digits(0)
+        splits = {
+            name: ImageSet(part.images[..., 1:, 1:], part.targets)
+            for name, part in data.splits.items()
+        }
+        other = dataclasses.replace(data, splits=splits)
+        message = refusal(adopt, network, TASK, self.CONFIG, other, tmp_path / "run")
+        assert_names(message, (3, 15, 15), (3, 16, 16), "example")
 
     def test_an_existing_directory_is_refused(self, network, evaluated_run):
         message = refusal(adopt, network, TASK, self.CONFIG, few_digits(0), evaluated_run)

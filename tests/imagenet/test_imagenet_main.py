@@ -194,12 +194,12 @@ class TestFlags:
     def test_a_vit_takes_whole_patches(self, main, folders):
         code, _, err = main(folders, "--arch", "vit_b_32", "--train-crop", 112, "--val-crop", 112)
         assert code == 2 and err.count("\n") == 1
-        assert all(word in err for word in ("vit_b_32", "32", "112", "--val-crop"))
+        assert all(word in err for word in ("vit_b_32", "112", "multiple of 32"))
 
     def test_a_regime_needs_early_exits(self, main, folders):
         code, _, err = main(folders, *QUICK, "--regime", "mixed", "--check")
         assert code == 2 and err.count("\n") == 1
-        assert all(word in err for word in ("mixed", "--exits", "--regime joint"))
+        assert all(word in err for word in ("--regime", "--exits"))
 
     def test_list_archs(self, main, monkeypatch):
         monkeypatch.setattr(networks, "list_archs", lambda: ["resnet18", "mobilenet_v3_small"])
@@ -430,9 +430,9 @@ class TestWeights:
         monkeypatch.setattr(weights, "find", lambda *_args, **_options: tmp_path / "public.pth")
         given = (folders, *QUICK, "--pretrained", "--resume", trained)
         code, _, err = main(*given, "-e")
-        assert code == 2 and "--resume" in err and "only one" in err
-        code, _, err = main(*given, "--regime", "mixed", "--exits", "layer1")
-        assert code == 2 and err.count("\n") == 1
+        assert code == 2 and all(flag in err for flag in ("--resume", "--pretrained"))
+        code, _, err = main(*given, "--exits", "layer1", "--regime", "frozen")
+        assert code == 2 and err.count("\n") == 1 and "model.backbone" in err
 
     def test_a_vits_must_fit_its_images(self, tmp_path):
         config = configured("-a", "vit_l_16", "--val-crop", 384, "--val-resize", 400)

@@ -67,8 +67,9 @@ def test_the_stages_weights_are_the_networks(arch):
     assert round(weights) == sum(p.numel() for p in net.backbone.parameters()) - outside
 
 
-def test_attention_reads_and_writes_what_its_projections_do():
-    units = {"attend": Attend(), "end": nn.Sequential(nn.Flatten(), nn.Linear(5 * 8, 2))}
+@pytest.mark.parametrize("named", [False, True])
+def test_attention_reads_and_writes_what_its_projections_do(named):
+    units = {"attend": Attend(named), "end": nn.Sequential(nn.Flatten(), nn.Linear(5 * 8, 2))}
     net = MultiExitNetwork(
         nn.Sequential(*units.values()), units, [], num_classes=2, example=torch.zeros(1, 5, 8)
     )
@@ -82,11 +83,14 @@ def test_attention_reads_and_writes_what_its_projections_do():
 class Attend(nn.Module):
     """One layer of attention on tokens (B, 5, 8)."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: bool) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention, self.named = nn.MultiheadAttention(8, 2, batch_first=True), named
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.named:
+            same = {"query": tokens, "key": tokens, "value": tokens}
+            return self.attention(**same, need_weights=False)[0]
         return self.attention(tokens, tokens, tokens, need_weights=False)[0]
 
 

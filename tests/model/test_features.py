@@ -1,5 +1,7 @@
 """Features that are a tuple of maps, from the network to inference, costs and latency."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -112,10 +114,11 @@ def test_a_head_reads_the_last_map_unless_it_says_otherwise(monkeypatch):
         def forward(self, features):
             return features
 
-    monkeypatch.setitem(HEADS, "first", First)
     maps = torch.zeros(1, 4, 8, 8), torch.zeros(1, 6, 4, 4)
-    head = build_head("first", shape_of(maps), CLASSES)
-    assert head[1].channels == 4 and head(maps).shape == (1, 4, 8, 8)
+    for kind in (First, functools.partial(First)):
+        monkeypatch.setitem(HEADS, "first", kind)
+        head = build_head("first", shape_of(maps), CLASSES)
+        assert head[1].channels == 4 and head(maps).shape == (1, 4, 8, 8)
     head = build_head("conv", shape_of(maps), CLASSES)
     assert head[1][0].in_channels == 6 and head(maps).shape == (1, CLASSES)
 

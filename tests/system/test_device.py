@@ -145,15 +145,3 @@ def test_a_gpu_is_waited_for(monkeypatch):
     for name in ("cpu", "cuda:1"):
         EagerRuntime("torch", "f32", torch.device(name)).synchronize()
     assert waited == [torch.device("cuda:1")]
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_float32_on_a_gpu_is_not_tf32_and_other_networks_keep_theirs(monkeypatch, before):
-    cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn, "allow_tf32", before)
-    seen = []
-    for precision, device in (("f32", "cuda"), ("f32", "cpu"), ("bf16", "cpu")):
-        with EagerRuntime("torch", precision, torch.device(device)).context():
-            seen.append(cudnn.allow_tf32)
-        assert cudnn.allow_tf32 is before
-    assert seen == [False, before, before]

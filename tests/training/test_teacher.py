@@ -14,6 +14,7 @@ from helpers import (
 
 from cifar10.resnet import ResNet
 from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from early_exit.errors import UserError
 from early_exit.system import signals
 from early_exit.training import checkpoint
 from early_exit.training.train import train
@@ -85,18 +86,29 @@ def test_one_that_is_not_finished_is_told(teacher, tmp_path, caplog):
     assert_names(told[0], path, "epoch 1 of 2")
 
 
-def test_images_of_another_size_are_refused_before_training(teacher, tmp_path, monkeypatch):
-    """As a vision transformer does."""
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AssertionError("Wrong image height!"), UserError),  # of a vision transformer
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+    ids=["size", "memory"],
+)
+def test_images_of_another_size_are_refused_before_training(
+    teacher, tmp_path, monkeypatch, error, told
+):
 
     forward = ResNet.forward
 
     def refuse(self, images):
         if not any(weight.requires_grad for weight in self.parameters()):  # the teacher's
-            raise AssertionError("Wrong image height!")
+            raise error
         return forward(self, images)
 
     monkeypatch.setattr(ResNet, "forward", refuse)
     run = tmp_path / "r"
-    message = refusal(train, config(teacher=str(teacher)), TASK, runs=tmp_path, run_dir=run)
-    assert_names(message, teacher, "Wrong image height!", 16)
+    with pytest.raises(told) as caught:
+        train(config(teacher=str(teacher)), TASK, runs=tmp_path, run_dir=run)
+    if told is UserError:
+        assert_names(str(caught.value), teacher, error, 16)
     assert not (run / "config.yaml").exists()

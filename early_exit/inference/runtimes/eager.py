@@ -30,5 +30,5 @@ class EagerRuntime(TorchRuntime):
     def context(self) -> Iterator[None]:
         """Inference mode, and autocast."""
         amp = "off" if self.precision == "f32" else self.precision
-        with torch.inference_mode(), autocast_context(amp, self.device), self.exact():
+        with torch.inference_mode(), autocast_context(amp, self.device):
             yield

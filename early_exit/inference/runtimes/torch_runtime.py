@@ -1,7 +1,5 @@
 """What the runtimes of torch share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +26,3 @@ class TorchRuntime:
     def synchronize(self) -> None:
         """Waits for the device."""
         synchronize(self.device)
-
-    @contextmanager
-    def exact(self) -> Iterator[None]:
-        """Float32 means float32: convolutions on a GPU are not in TF32. Afterwards as before."""
-        cudnn = torch.backends.cudnn
-        if self.precision != "f32" or self.device.type == "cpu":
-            yield
-            return
-        before, cudnn.allow_tf32 = cudnn.allow_tf32, False
-        try:
-            yield
-        finally:
-            cudnn.allow_tf32 = before
