@@ -71,6 +71,7 @@ def random_data() -> Data:
 def our_loop(args: argparse.Namespace) -> Iterator[None]:
     """What the trainer runs: one micro-batch, here one training step, per `next`."""
     device = choose_device(args.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as the trainer
     if device.type == "cpu":
         keep_freed_memory()  # as the trainer does
     source = random_data().to(device, torch.channels_last)

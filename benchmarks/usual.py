@@ -56,6 +56,7 @@ def random_images(count: int = IMAGES) -> ImageSet:
 def usual_loop(args: argparse.Namespace, arch: str, images: int = IMAGES) -> Iterator[None]:
     """One training step of the plain network `arch` per `next`, on so many random images."""
     device = choose_device(args.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as in akamaster's script
     network = networks.build_backbone(arch).to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     loader = DataLoader(

@@ -339,3 +339,10 @@ class TestTheFile:
         monkeypatch.setitem(sys.modules, "plotly.offline" if name == "plotly" else name, None)
         message = refusal(page.write, evaluated[0], {}, tmp_path / "report.html")
         assert_names(message, name)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.381234, "0.381"), (2.5, "2.5"), (999.7, "1000"), (1234.5, "1230")]
+)
+def test_times_have_three_digits_and_no_exponent(number, text):
+    assert page.three_digits(number) == text

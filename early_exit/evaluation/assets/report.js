@@ -32,7 +32,7 @@ function fillTable(point) {
     const show = (row, text) => { document.getElementById(`${row}-${split}`).textContent = text; };
     show("accuracy", percent(outcome.accuracy, 2));
     show("macs", percent(outcome.macs, 1));
-    data.batch_sizes.forEach((size, index) => show(`ms${size}`, `${outcome.ms[index].toPrecision(3)} ms`));
+    data.batch_sizes.forEach((size, index) => show(`ms${size}`, `${Number(outcome.ms[index].toPrecision(3))} ms`));
     data.exits.forEach((name, index) => show(`share${index}`, percent(outcome.shares[index], 1)));
   }
 }
