@@ -114,7 +114,7 @@ def train_and_evaluate(directory: Path, args: argparse.Namespace, arm: str, seed
         *("--arch", args.arch, "--seed", str(seed)),
         *("--save-dir", str(directory), "--resume", "auto"),
     ]
-    evaluation = ["eval.py", str(directory), "--budget", "50", "--no-live"]
+    evaluation = ["eval.py", str(directory), "--budget", "50", "--no-live", "--name", EVALUATION]
     for script, *rest in (trainer, evaluation):
         command = [sys.executable, str(ROOT / "cifar10" / script), *rest, *machine]
         if subprocess.run(command).returncode:

@@ -49,6 +49,8 @@ def load(dataset: str, root: str | Path | None = None, split_seed: int = 0) -> D
     """
     if dataset not in LOADERS:
         raise UserError(f"there is no data set {dataset!r}; choose one of {', '.join(LOADERS)}")
+    if dataset == "digits" and root:
+        log.warning("%s is not read: the digits are part of scikit-learn", root)
     return LOADERS[dataset](Path(root) if root else ROOT, split_seed)
 
 

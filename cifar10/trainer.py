@@ -28,7 +28,6 @@ from cifar10 import data, networks, resnet
 from early_exit import config as configs
 from early_exit.cli import flags, program, settings, training_flags
 from early_exit.config import Config, DataConfig
-from early_exit.errors import UserError
 from early_exit.model.cost import with_every_exit
 from early_exit.model.network import MultiExitNetwork
 from early_exit.task import StaticNetwork, Task
@@ -115,17 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and trains, or with -e scores."""
     args = parser().parse_args(argv)
     with program.with_data_advice("name the directory of the data set with --data"):
-        _check_data_is_read(args)
         program.train_or_score(
             args, TASK, script_defaults(args), RUNS, ROOT / "cifar10" / "eval.py"
         )
-
-
-def _check_data_is_read(args: argparse.Namespace) -> None:
-    """Raises UserError for a directory of the digits, which have none."""
-    given = settings.settings_of(args).get("data", {})
-    if given.get("dataset") == "digits" and "root" in given:
-        raise UserError("--data has no effect: the digits are part of scikit-learn; remove it")
 
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def load(
     policy.check_exits(loaded.network.exit_names, f"the network of {directory}")
     policy.check_thresholds(len(loaded.classes))
     if loaded.device.type == "cuda" and loaded.precision == "off":
-        # for good: float32 means float32, as in the evaluation, whatever is loaded later
+        # float32 means float32, as in the evaluation; for the process, until it trains or evaluates
         torch.backends.cudnn.allow_tf32 = False
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)

@@ -1,11 +1,14 @@
 """The comparison of ways to train: its table, what it refuses, and how it is continued."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import assert_names, refusal
 
 from benchmarks import ablations
+from cifar10 import eval as evaluation
+from early_exit.cli import settings
 
 
 def made(out, arm: str, seed: int, half: float, final: float) -> None:
@@ -78,3 +81,17 @@ def test_what_is_evaluated_is_not_trained_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations.subprocess, "run", lambda *_: pytest.fail("trained again"))
     ablations.main(["--arms", "base", "--seeds", "0", "--out", str(tmp_path)])
     assert "80.00" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_under_the_name_that_the_table_reads(tmp_path, monkeypatch):
+    called = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(
+        ablations.subprocess, "run", lambda command: called.append(command[2:]) or done
+    )
+    args = ablations.parser().parse_args(["--arms", "base"])
+    ablations.train_and_evaluate(tmp_path / "run", args, "base", 0)
+    trained, evaluated = called
+    assert "--arch" in trained
+    parsed = evaluation.parser().parse_args(evaluated)
+    assert settings.evaluation_options(parsed)["name"] == ablations.EVALUATION

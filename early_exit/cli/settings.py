@@ -66,7 +66,7 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     ]
     for flag, section, name, ignored, reason in (
         ("--set loss.teacher_weight", "loss", "teacher_weight", untaught, "no teacher"),
-        ("--set loss.start", "loss", "start", plain, "no early exits"),
+        ("--set loss.start", "loss", "start", plain and config.loss.start, "no early exits"),
         *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
         ("--backbone-lr", "backbone_phase", "lr", one_phase, "no such phase"),
@@ -185,9 +185,10 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _policy_name(path: Path) -> str:
-    """What tells a policy file from another one: its name, or those of the run and the evaluation
-    whose policy.yaml it is."""
+    """What tells a policy file from another one: its name, or that of the directory of a
+    policy.yaml, after the run's if it is of an evaluation."""
     path = path.resolve()
-    if path.name != "policy.yaml" or path.parent.parent.name != "eval":
+    if path.name != "policy.yaml":
         return path.stem
-    return f"{path.parents[2].name}-{path.parent.name}"
+    in_run = path.parent.parent.name == "eval"
+    return f"{path.parents[2].name}-{path.parent.name}" if in_run else path.parent.name

@@ -85,10 +85,7 @@ def with_val_of(
     directory = path if path.is_dir() else path.parent
     train, val = (remembered(directory, split, val_hash) for split in ("train", "val"))
     if train is None or val is None or not isinstance(data, FileData):
-        advice = (
-            "; where the images have one order everywhere, cut them with fixed_order=True"
-            " (early_exit.data.in_memory.cut)"
-        )
+        advice = ""
         if isinstance(data, FileData):
             advice = (
                 "; bring back the files of train as they were (for one that was unreadable, an"

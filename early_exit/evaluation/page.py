@@ -155,8 +155,8 @@ def _time_figures(report: Report) -> str:
     )
 
 
-def three_digits(number: float) -> str:
-    """A number rounded to three digits, never with an exponent below a million."""
+def short_number(number: float) -> str:
+    """A number rounded to three figures, without an exponent below a million."""
     return f"{float(f'{number:.3g}'):g}"
 
 
@@ -167,7 +167,7 @@ def _legend(report: Report) -> str:
         items += _legend_of_exits(report)
     if report.curve_seconds:
         plain = ", ".join(
-            f"{three_digits(ms_per_image(seconds, 1.0))} ms (batch size {seconds.batch_size})"
+            f"{short_number(ms_per_image(seconds, 1.0))} ms (batch size {seconds.batch_size})"
             for seconds in report.curve_seconds
         )
         items.append(

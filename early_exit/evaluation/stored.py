@@ -126,12 +126,21 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     names: the evaluations of a run directory to use; default: all. Raises UserError if there is no
     report.
     """
-    path = Path(os.path.abspath(path))  # the parents tell the run
+    return [_telling_the_run(report) for report in _reports_at(path, names)]
+
+
+def _telling_the_run(report: Path) -> Path:
+    """The path, absolute if it is too short for RUN/eval/NAME/report.json."""
+    return report if len(report.parts) > 3 else Path(os.path.abspath(report))
+
+
+def _reports_at(path: Path, names: Sequence[str]) -> list[Path]:
+    """See `find_reports`."""
     if path.is_file():
         return [path]
     refuse_deployed(path)
-    if path.parent.name == "eval":
-        restore_all(path.parent)
+    if (parent := Path(os.path.abspath(path)).parent).name == "eval":
+        restore_all(parent)
     if (path / "report.json").is_file():
         return [path / "report.json"]
     if not path.is_dir():

@@ -173,11 +173,13 @@ def head_kinds(head: HeadKind | Sequence[HeadKind], places: Sequence[str]) -> di
     return dict(zip(places, kinds, strict=True))
 
 
-def resolve_places(places: Sequence[str], unit_names: Sequence[str]) -> dict[str, int]:
+def resolve_places(places: Sequence[str] | None, unit_names: Sequence[str]) -> dict[str, int]:
     """Each place, in network order, with the index of the unit it follows.
 
     Raises UserError for a name that is not a unit, for the classifier, and for a unit named twice.
     """
+    if places is None:
+        raise UserError("the places of the exits are None; name the units that exits follow")
     cuts: dict[str, int] = {}
     candidates = list(unit_names[:-1])
     for place in places:

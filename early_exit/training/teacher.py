@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
             f" ({len(run.data.classes)}); name one that was trained on the same data"
         )
     own = {"mean": list(run.data.mean), "std": list(run.data.std)}
-    if state["normalisation"] != own:
+    if not all(np.allclose(state["normalisation"][name], own[name], rtol=1e-5) for name in own):
         raise UserError(
             f"the teacher {path} takes images normalised by {state['normalisation']}, and the"
             f" network by {own}; name one that was trained on the same data"
@@ -55,15 +56,16 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
         with run.autocast():
             return backbone(images)
 
-    channels, side, _ = run.network.image_shape
-    side = getattr(run.config.data, "train_crop", side)
+    shape = run.network.image_shape  # of val and test
+    if side := getattr(run.config.data, "train_crop", None):
+        shape = (shape[0], side, side)
     try:
-        teach(torch.zeros(2, channels, side, side, device=run.device))
+        teach(torch.zeros(2, *shape, device=run.device))
     except (AssertionError, RuntimeError) as error:  # as a vision transformer, for another size
         if explain_machine(error):  # such as no memory
             raise
         raise UserError(
-            f"the teacher {path} does not take train images of {side} pixels ({error}); name one"
-            " that was trained on that size"
+            f"the teacher {path} does not take train images of {shape} ({error}); name one that was"
+            " trained on that size"
         ) from None
     return teach

@@ -229,12 +229,22 @@ def init_from_train(run: Run) -> None:
 def default_run_dir(runs: Path, config: Config, exit_names: Sequence[str]) -> Path:
     """runs/NAME, where NAME gives data set, network, exits, regime and seed.
 
-    exit_names: perhaps those of a network of other classes, whose default exits may be more."""
-    parts, early = [config.data.dataset or "data", config.model.arch], list(exit_names[:-1])
-    if len(early) > MAX_NAMED_EXITS:
-        early = ["default-exits" if config.model.exits is None else f"{len(early)}exits"]
-    parts += [*early, config.run.regime] if early else ["plain"]
-    return runs / "-".join([*parts, f"seed{config.run.seed}"])
+    exit_names: perhaps those of a network of other classes, whose default exits may be more; so
+    these are not counted, but in the name of a directory that an older version made."""
+    dataset, seed = config.data.dataset or "data", f"seed{config.run.seed}"
+
+    def named(*words: str) -> Path:
+        return runs / "-".join([dataset, config.model.arch, *words, seed])
+
+    early, regime = exit_names[:-1], config.run.regime
+    if not early:
+        return named("plain")
+    if len(early) <= MAX_NAMED_EXITS:
+        return named(*early, regime)
+    counted = named(f"{len(early)}exits", regime)
+    if config.model.exits is not None or counted.exists():
+        return counted
+    return named("default-exits", regime)
 
 
 def check_settings(run: Run) -> None:

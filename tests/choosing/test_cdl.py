@@ -140,6 +140,8 @@ def test_a_run_of_many_exits_has_a_short_name(tmp_path):
     some = configured(model={"exits": None, "head": "linear"})  # how many depends on the classes
     counts = {default_run_dir(tmp_path, some, [*names[:n], "final"]).name for n in (53, 54)}
     assert counts == {"digits-resnet32-default-exits-cdl-seed0"}
+    (tmp_path / "digits-resnet32-54exits-cdl-seed0").mkdir()  # of an older version
+    assert default_run_dir(tmp_path, some, [*names, "final"]).name == found.name
 
 
 class TestTraining:

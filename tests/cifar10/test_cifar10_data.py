@@ -67,6 +67,10 @@ class TestDigits:
         assert again.val_hash == digits.val_hash
         assert torch.equal(again.splits["val"].images, digits.splits["val"].images)
 
+    def test_a_directory_is_told_to_be_of_no_use(self, digits, tmp_path, caplog):
+        assert data.load("digits", tmp_path).val_hash == digits.val_hash
+        assert_names("".join(caplog.messages), tmp_path, "scikit-learn")
+
     def test_another_split_seed_holds_out_others(self, digits):
         other = data.load("digits", split_seed=1)
         assert other.val_hash != digits.val_hash

@@ -131,11 +131,6 @@ class TestErrors:
     def test_flags_that_would_be_ignored(self, error, flags, ignored):
         assert_names(error(*TINY, *flags), ignored)
 
-    def test_a_directory_of_the_digits(self, error, monkeypatch, tmp_path):
-        monkeypatch.undo()
-        message = error("--dataset", "digits", "--data", tmp_path)
-        assert_names(message, "--data", "scikit-learn")
-
     def test_two_weights_to_score(self, error, joint, tmp_path):
         message = error("-e", "--resume", joint, "--backbone", tmp_path / "no.pt")
         assert_names(message, "-e", "--resume", "--backbone")

@@ -279,6 +279,8 @@ class TestEvaluationOptions:
         assert (found["name"], found["base"]) == (None, "policy-mine")
         found = settings.evaluation_options(parsed("--policy", "runs/a/eval/cheap/policy.yaml"))
         assert found["base"] == "policy-a-cheap"
+        found = settings.evaluation_options(parsed("--policy", "models/dear/policy.yaml"))
+        assert found["base"] == "policy-dear"
         named = settings.evaluation_options(parsed("--policy", "here/mine.yaml", "--name", "x"))
         assert named["name"] == "x"
 

@@ -344,5 +344,5 @@ class TestTheFile:
 @pytest.mark.parametrize(
     ("number", "text"), [(0.381234, "0.381"), (2.5, "2.5"), (999.7, "1000"), (1234.5, "1230")]
 )
-def test_times_have_three_digits_and_no_exponent(number, text):
-    assert page.three_digits(number) == text
+def test_times_have_short_number_and_no_exponent(number, text):
+    assert page.short_number(number) == text
