@@ -59,13 +59,13 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     has_weights = config.model.backbone is not None
     one_phase = plain or config.run.regime == "joint" or has_weights
     no_heads = plain and config.run.regime != "joint" and not has_weights  # else: plan_phases
-    untaught, schedule = config.loss.teacher is None, config.optim.schedule
+    no_teacher, schedule = config.loss.teacher is None, config.optim.schedule
     of_schedule = [
         (f"--set optim.{name}", "optim", name, schedule not in schedules, f"a {schedule} schedule")
         for name, schedules in SCHEDULES_OF.items()
     ]
     for flag, section, name, ignored, reason in (
-        ("--set loss.teacher_weight", "loss", "teacher_weight", untaught, "no teacher"),
+        ("--set loss.teacher_weight", "loss", "teacher_weight", no_teacher, "no teacher"),
         ("--set loss.start", "loss", "start", plain and config.loss.start, "no early exits"),
         *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
@@ -185,8 +185,8 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _policy_name(path: Path) -> str:
-    """What tells a policy file from another one: its name, or that of the directory of a
-    policy.yaml, after the run's if it is of an evaluation."""
+    """A name for a policy file: its own, or for a policy.yaml that of its directory, after the
+    run's if it is of an evaluation."""
     path = path.resolve()
     if path.name != "policy.yaml":
         return path.stem

@@ -60,7 +60,7 @@ def class_folders(root: Path) -> Sources:
     classes, test_classes = _classes(train), _classes(test)
     _check_same_classes(root, name, classes, test_classes)
     _check_apart(train, test)
-    _tell_copies(train)
+    _log_copies(train)
     if len(classes) == 1:
         raise _one_class(train, classes[0])
     files = _files(train, classes)
@@ -225,7 +225,7 @@ def _check_apart(train: Found, test: Found) -> None:
         )
 
 
-def _tell_copies(train: Found) -> None:
+def _log_copies(train: Found) -> None:
     """Logs if images of train are in several classes by links: val may have a copy of what the
     weights are trained on."""
     listed = set().union(*train.images.values()) if train.links else set()

@@ -132,13 +132,18 @@ def table(groups: Sequence[Group]) -> str:
         mark = "" if not cautions([group]) else " (!)"
         lines.append(
             [
-                in_a_line(group.name).replace("|", r"\|") + mark,
+                _in_a_cell(group.name) + mark,
                 f"{len(group.members)}{cuts}",
-                in_a_line(group.goal).replace("|", r"\|") or "-",
+                _in_a_cell(group.goal) or "-",
                 *(column.cell(group) for column in columns),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _in_a_cell(text: str) -> str:
+    """Text in a cell of the Markdown table."""
+    return in_a_line(text).replace("|", r"\|")
 
 
 def notes(groups: Sequence[Group]) -> list[str]:

@@ -37,7 +37,7 @@ from early_exit.evaluation.runtimes import (
     evaluation_name,
     resolved,
     runtime_row,
-    said,
+    with_default,
 )
 from early_exit.inference.policy import Policy
 from early_exit.inference.segment_times import SegmentTimes
@@ -157,7 +157,8 @@ def evaluate_each(
     def directory_in(runtime: str | None) -> Path:
         return output / "eval" / evaluation_name(unnamed, name, runtime, several)
 
-    for directory in map(directory_in, said(runtimes, overrides or {})):
+    runtimes = with_default(runtimes, overrides or {})
+    for directory in map(directory_in, runtimes):
         if not is_writable(directory):
             raise UserError(f"{directory} cannot be written, or is too long a name; change --name")
     settings = on_their_device(overrides or {}, runtimes)
@@ -167,7 +168,7 @@ def evaluate_each(
     if timed and timed > (size := _val_size(trained, chosen.val_from)):
         raise UserError(f"--latency-batch is {timed}, and val has only {size} images")
     names = resolved(trained, runtimes, timed or chosen.batch_sizes[0])
-    directories = list(map(directory_in, said(names, overrides or {})))
+    directories = list(map(directory_in, names))
     parts = _in_runtimes(trained, names)
     known = task.static_networks(trained.config, len(trained.classes))
     static = rows.static_networks(known, trained.network, trained.cost)

@@ -27,6 +27,7 @@ from early_exit.evaluation.tables import (
     operations_text,
     overthinking_text,
 )
+from early_exit.evaluation.verdict import is_loss
 from early_exit.system.text import in_a_line
 
 MAX_NAMES = 10  # of files; all are in report.json
@@ -47,13 +48,12 @@ def headline(report: Report) -> str:
     accuracy = f"{100 * report.test.accuracy:.2f} %"
     if len(report.exits) == 1:
         return f"{accuracy} on test: a plain network without early exits, nothing to choose"
-    lost = 100 * (report.final_accuracy - report.test.accuracy)
-    no_loss = lost < 0.005  # as in a verdict
+    lost = report.final_accuracy - report.test.accuracy
     top5 = "" if report.top5 is None else f" (top-5 {100 * report.top5:.2f} %)"
     return (
         f"{accuracy}{top5} on test at {100 * report.test.macs_share:.1f} % of the plain network's"
         f" MACs; with no exit taken {100 * report.final_accuracy:.2f} %"
-        f" ({'no loss' if no_loss else f'{lost:.2f} points lost'}), random exits"
+        f" ({f'{100 * lost:.2f} points lost' if is_loss(lost) else 'no loss'}), random exits"
         f" {100 * report.random_accuracy:.2f} %"
     )
 

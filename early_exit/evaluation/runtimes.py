@@ -57,14 +57,11 @@ def check_settings(runtimes: Sequence[str | None], overrides: dict[str, Any]) ->
     raise UserError(f"{named}, or pass --runtime {torch_name(run.compile, run.amp)}")
 
 
-def said(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> list[str | None]:
-    """The runtimes; for None the one that the settings' precision and compilation say, if that is
-    not float32 in eager torch, so that an evaluation is named after it."""
+def with_default(runtimes: Sequence[str | None], overrides: dict[str, Any]) -> list[str | None]:
+    """The runtimes; for None the one that the settings' precision and compilation ask for, if that
+    is not float32 in eager torch, so that an evaluation is named after it."""
     run: RunConfig = configs.build(RunConfig, {**EVALUATION, **overrides.get("run", {})}, "run")
-    precision = (
-        choose_precision(run.amp, choose_device(run.device)) if run.amp == "auto" else run.amp
-    )
-    default = torch_name(run.compile, precision)
+    default = torch_name(run.compile, choose_precision(run.amp, choose_device(run.device)))
     return [default if name is None and default != "torch" else name for name in runtimes]
 
 

@@ -126,11 +126,11 @@ def find_reports(path: Path, names: Sequence[str]) -> list[Path]:
     names: the evaluations of a run directory to use; default: all. Raises UserError if there is no
     report.
     """
-    return [_telling_the_run(report) for report in _reports_at(path, names)]
+    return [_with_run(report) for report in _reports_at(path, names)]
 
 
-def _telling_the_run(report: Path) -> Path:
-    """The path, absolute if it is too short for RUN/eval/NAME/report.json."""
+def _with_run(report: Path) -> Path:
+    """The path, absolute if it is too short to contain the run: RUN/eval/NAME/report.json."""
     return report if len(report.parts) > 3 else Path(os.path.abspath(report))
 
 

@@ -141,6 +141,11 @@ def _ms(timing: Timing, total: float) -> str:
     return f"{1000 * total / timing.batches:.2f}"
 
 
+def is_loss(lost: float) -> bool:
+    """Whether a loss of accuracy, a fraction, is at least 0.01 points when it is printed."""
+    return 100 * lost >= 0.005
+
+
 def _lost(lost: float, cuts: int) -> str:
-    words = "at no loss of accuracy" if 100 * lost < 0.005 else f"at {100 * lost:.2f} points lost"
+    words = f"at {100 * lost:.2f} points lost" if is_loss(lost) else "at no loss of accuracy"
     return words if cuts == 1 else f"{words}, on the first of {cuts} cuts"

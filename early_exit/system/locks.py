@@ -27,18 +27,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         file = _open_lock(directory / ".lock")
     with file:
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                log.info("waiting for another process that uses %s", directory)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise Unavailable(
-                f"{directory} is in use by another process; wait for it, or choose another"
-                " --save-dir"
-            ) from None
+            _lock(file, directory, wait)
         except OSError as error:
             log.warning(
                 "the file system of %s has no locks (%s): make sure that only one process writes"
@@ -54,6 +43,20 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
             _held.remove(file)
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: IO[str], directory: Path, wait: bool) -> None:
+    """Locks a file. Raises OSError if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise Unavailable(
+                f"{directory} is in use by another process; wait for it, or choose another"
+                " --save-dir"
+            ) from None
+        log.info("waiting for another process that uses %s", directory)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -34,9 +34,11 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
             f" ({len(run.data.classes)}); name one that was trained on the same data"
         )
     own = {"mean": list(run.data.mean), "std": list(run.data.std)}
-    if not all(np.allclose(state["normalisation"][name], own[name], rtol=1e-5) for name in own):
+    theirs = state["normalisation"]
+    same_channels = all(len(theirs[name]) == len(own[name]) for name in own)
+    if not (same_channels and all(np.allclose(theirs[name], own[name]) for name in own)):
         raise UserError(
-            f"the teacher {path} takes images normalised by {state['normalisation']}, and the"
+            f"the teacher {path} takes images normalised by {theirs}, and the"
             f" network by {own}; name one that was trained on the same data"
         )
     if state.get("unseen_val") != run.data.val_hash:

@@ -22,7 +22,12 @@ from early_exit.evaluation.evaluate import evaluate, evaluate_each
 from early_exit.evaluation.markdown import sections, summary, to_markdown
 from early_exit.evaluation.report import Report
 from early_exit.evaluation.report_seconds import RuntimeRow, RuntimeSeconds
-from early_exit.evaluation.runtimes import check_settings, default_name, evaluation_name, said
+from early_exit.evaluation.runtimes import (
+    check_settings,
+    default_name,
+    evaluation_name,
+    with_default,
+)
 from early_exit.evaluation.seconds import runtime_table, segment_table, timing_table
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.runtimes.eager import EagerRuntime
@@ -412,9 +417,9 @@ class TestLoad:
 )
 def test_an_evaluation_is_named_after_what_its_settings_say(settings, expected):
     """Otherwise it would replace the one in float32."""
-    assert said([None, "openvino"], {"run": settings}) == [expected, "openvino"]
+    assert with_default([None, "openvino"], {"run": settings}) == [expected, "openvino"]
 
 
 def test_automatic_precision_is_named_as_it_is_chosen(monkeypatch):
     monkeypatch.setattr(runtimes, "choose_precision", lambda *_: "bf16")
-    assert said([None], {"run": {"amp": "auto", "device": "cpu"}}) == ["torch-bf16"]
+    assert with_default([None], {"run": {"amp": "auto", "device": "cpu"}}) == ["torch-bf16"]
