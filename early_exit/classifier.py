@@ -108,8 +108,9 @@ def load(
     run's data: images of train give the ranges of values.
 
     Loading never imports a module because a file of the run names it. Raises UserError if the run,
-    its evaluation or its task cannot be found, if they do not belong together, or if a runtime is
-    named and the overrides give a precision or compile it.
+    its evaluation or its task cannot be found, if they do not belong together, if a runtime is
+    named and the overrides give a precision or compile it, or if a policy that was chosen in 8-bit
+    integers would be applied in another runtime.
     """
     check_settings((runtime,), overrides or {})
     directory = find_evaluation(Path(run), evaluation)
@@ -125,8 +126,15 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
+    chosen_in = report.get("environment", {}).get("runtime")
     if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = report.get("environment", {}).get("runtime")
+        runtime = chosen_in
+    if chosen_in in INTEGERS and runtime != chosen_in:
+        raise UserError(
+            f"the policy of {directory} was chosen in {chosen_in}, of whose 8-bit integers its"
+            f" thresholds are, and cannot be applied in {runtime or 'torch'}; leave the runtime out"
+            " (export: --format onnx), or evaluate the run with --runtime torch"
+        )
     merged = on_their_device(merged, [runtime])
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if loaded.config.run.threads:  # before anything is compiled, which would be compiled again

@@ -36,7 +36,7 @@ from early_exit.front_matter import NOT_STATED, front_matter
 from early_exit.output import source_run
 from early_exit.system.directories import atomic_directory
 from early_exit.system.files import write_text
-from early_exit.trained import training_command
+from early_exit.trained import training_commands
 from early_exit.training import checkpoint, exported
 
 PROG = "early_exit.export"
@@ -157,11 +157,13 @@ def slim(state: dict[str, Any], rounded_to: str | None = None) -> dict[str, Any]
 
 
 def training_sentence(run: Path) -> str:
-    """A sentence with the command that trained the run; empty if it is not known, as for a copy."""
-    command = training_command(run)
-    if not command:
+    """Sentences with the commands that trained the run; empty if they are not known, as for a
+    copy."""
+    lines = [f"`{without_directories(['python', *words])}`" for words in training_commands(run)]
+    if not lines:
         return ""
-    return f"Training command: `{without_directories(['python', *command])}`."
+    resumed = f" Resumed with other flags: {', then '.join(lines[1:])}." if lines[1:] else ""
+    return f"Training command: {lines[0]}.{resumed}"
 
 
 def without_directories(command: Sequence[str]) -> str:

@@ -148,13 +148,22 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if status(path)}
 
 
-def training_command(run_dir: Path) -> list[str]:
-    """The script that trained a run and its flags; empty if the run does not say."""
+def training_commands(run_dir: Path) -> list[list[str]]:
+    """The script that trained a run and its flags, and those of resumptions that had others, in
+    order and without `--resume`; empty if the run does not say."""
+    found: list[list[str]] = []
     try:
-        command = json.loads((run_dir / "versions.json").read_text("utf-8"))["command"]
-        return [str(word) for word in command]
-    except (OSError, ValueError, LookupError, TypeError):
+        versions = json.loads((run_dir / "versions.json").read_text("utf-8"))
+        for part in (versions, *versions.get("resumed", [])):
+            words = [str(word) for word in part["command"]]
+            if "--resume" in words:
+                at = words.index("--resume")
+                words[at : at + 2] = []
+            if words not in found:
+                found.append(words)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
+    return found
 
 
 def load_network(
@@ -175,7 +184,8 @@ def load_network(
     config = configs.build(task.config, configs.merge(settings, overrides))
     device = choose_device(config.run.device)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
-        network = task.build_network(config, len(state["classes"]))
+        as_trained = configs.with_exits_of(config, state["exit_names"])
+        network = task.build_network(as_trained, len(state["classes"]))
     load_into(network, checkpoint.reported(state, rounded_to), path)
     rounded_to = rounded_to or state.get("rounded_to")
     partial_training = unfinished(config, network.num_exits, state["position"])

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and may fai
     run("imagenet.main", "main.py", log_on_stdout=True)
 
 import argparse
+import contextlib
 import shlex
 from collections.abc import Sequence
 from functools import partial
@@ -261,9 +262,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def script_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The default settings, with the data set named after its directory."""
-    config = settings.resolve_config(args, None, CLASSIC, FolderRun)
-    name = "dummy" if config.data.dummy else Path(config.data.root or DATA).name
-    return configs.merge(CLASSIC, {"data": {"dataset": name}})
+    with contextlib.suppress(UserError):  # if the flags fit only the settings of a resumed run
+        config = settings.resolve_config(args, None, CLASSIC, FolderRun)
+        name = "dummy" if config.data.dummy else Path(config.data.root or DATA).name
+        return configs.merge(CLASSIC, {"data": {"dataset": name}})
+    return CLASSIC
 
 
 def _pretrained(args: argparse.Namespace, defaults: dict[str, Any]) -> Path:

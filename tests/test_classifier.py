@@ -263,6 +263,19 @@ class TestIntegers:
         assert len(example) == evaluated.data.size("train")  # there are fewer than are asked for
         assert torch.equal(example, evaluated.runtime.example)
 
+    @pytest.mark.parametrize(
+        "asked", [{"runtime": "torch"}, {"overrides": {"run": {"amp": "off"}}}]
+    )
+    def test_a_policy_of_integers_is_not_applied_elsewhere(self, evaluated_copy, asked):
+        path = evaluated_copy / "eval" / "mine" / "report.json"
+        report = json.loads(path.read_text())
+        report["environment"]["runtime"] = "onnxruntime-int8"
+        path.write_text(json.dumps(report))
+        own = load(evaluated_copy, "mine", task=TASK, device="cpu")
+        assert own.runtime.runtime.precision == "int8"
+        message = refusal(load, evaluated_copy, "mine", task=TASK, device="cpu", **asked)
+        assert_names(message, path.parent, "onnxruntime-int8", "torch", "evaluate")
+
     def test_data_that_are_not_there(self, evaluated_run):
         def load_data(_settings):
             raise DataError("there is no data set at /nowhere")

@@ -119,6 +119,25 @@ class TestExport:
     def test_absolute_paths_in_a_command_are_shortened(self, command, shortened):
         assert export.without_directories(shlex.split(command)) == shortened
 
+    @pytest.mark.parametrize(
+        ("resumed", "said"),
+        [
+            (["t.py --epochs 9 --resume auto"], "Training command: `python t.py --epochs 9`."),
+            (
+                ["t.py --epochs 9 --resume auto", "t.py --resume x --epochs 7"],
+                "Training command: `python t.py --epochs 9`. Resumed with other flags: `python t.py"
+                " --epochs 7`.",
+            ),
+        ],
+    )
+    def test_flags_with_which_it_was_resumed_are_part_of_how_it_was_trained(
+        self, tmp_path, resumed, said
+    ):
+        commands = [{"command": line.split()} for line in ("t.py --epochs 9", *resumed)]
+        versions = {**commands[0], "resumed": commands[1:]}
+        (tmp_path / "versions.json").write_text(json.dumps(versions))
+        assert export.training_sentence(tmp_path) == said
+
     def test_paths_of_this_machine_are_removed(self, evaluated_copy, tmp_path):
         state = checkpoint.load(evaluated_copy)
         state["config"]["data"]["root"] = "/home/somebody/data"

@@ -175,8 +175,7 @@ def test_a_shown_command_is_accepted_by_its_script(where, command, monkeypatch):
         settings.goal_of(args)
         settings.evaluation_options(args)
     elif module is trainer:
-        digits = settings.settings_of(args).get("data", {}).get("dataset") == "digits"
-        config = settings.resolve_config(args, None, trainer.DIGITS if digits else None)
+        config = settings.resolve_config(args, None, trainer.script_defaults(args))
         settings.check_flags_have_effect(args, config)
         with torch.device("meta"):
             network = trainer.build_network(config, 10)

@@ -309,6 +309,17 @@ class TestRuntime:
         assert example.shape == (2, 3, 16, 16)
 
 
+def test_it_has_the_exits_that_it_was_trained_with(copy):
+    """Although its settings leave them to the default, which is another one."""
+    state = checkpoint.load(copy)
+    names = state["exit_names"]
+    state["config"]["model"]["exits"] = None
+    checkpoint.save(copy, {name: value for name, value in state.items() if name != "format"})
+    assert list(load_network(copy, TASK, CPU).network.exit_names) == names
+    default = TASK.build_network(load_network(copy, TASK, CPU).config, 10)
+    assert list(default.exit_names) != names
+
+
 def test_the_reported_weights_are_loaded(copy):
     """The running average, if there is one."""
     state = checkpoint.load(copy)

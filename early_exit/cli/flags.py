@@ -109,7 +109,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
         if key in args.settings:
             raise UserError(f"--set {pair} gives a setting that a flag gives too; remove one")
-        given[key] = value.split(",") if "," in value else value
+        given[key] = _set_value(value)
+    if isinstance(teacher := given.get("loss.teacher"), str):
+        given["loss.teacher"] = absolute(teacher)
     nested: dict[str, Any] = {}
     for key, value in given.items():
         section, name = key.split(".", 1)
@@ -121,6 +123,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if exits is not None:  # no names: the default places, which the configuration writes as null
         model["exits"] = exits or None
     return nested
+
+
+def _set_value(text: str) -> str | list[str] | None:
+    """The value that --set gives: null, as in a preset, is none; commas separate several."""
+    if text == "null":
+        return None
+    return text.split(",") if "," in text else text
 
 
 def _check_no_directory(name: str, kind: str, values: Any) -> None:

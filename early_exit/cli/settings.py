@@ -60,12 +60,20 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     one_phase = plain or config.run.regime == "joint" or has_weights
     no_heads = plain and config.run.regime != "joint" and not has_weights  # else: plan_phases
     no_teacher, schedule = config.loss.teacher is None, config.optim.schedule
+    no_distillation = no_teacher and config.loss.distill == 0
     of_schedule = [
         (f"--set optim.{name}", "optim", name, schedule not in schedules, f"a {schedule} schedule")
         for name, schedules in SCHEDULES_OF.items()
     ]
     for flag, section, name, ignored, reason in (
         ("--set loss.teacher_weight", "loss", "teacher_weight", no_teacher, "no teacher"),
+        (
+            "--set loss.distill_temperature",
+            "loss",
+            "distill_temperature",
+            no_distillation,
+            "no distillation (--distill or loss.teacher)",
+        ),
         ("--set loss.start", "loss", "start", plain and config.loss.start, "no early exits"),
         *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),

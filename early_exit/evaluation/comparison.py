@@ -89,7 +89,14 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
     decimals = 2 if min(group.first.plain_macs for group in groups) > 1e7 else 3
 
     def speedup(size: int, group: Group) -> Value | None:
-        return group.mean(lambda member: member.speedups.get(size))
+        """None unless every seed was timed, all on one machine."""
+        devices = {member.device for member in group.members if size in member.speedups}
+        timed = all(size in member.speedups for member in group.members)
+        return (
+            group.mean(lambda member: member.speedups[size])
+            if timed and len(devices) == 1
+            else None
+        )
 
     return [
         Column("accuracy of final exit", "final_exit_accuracy_percent", Group.final_accuracy),

@@ -152,6 +152,13 @@ def time_batch(
         else:
             to_time = spans(policy.enabled)
             segments = segment_times(trained.runtime, images, policy.criterion, to_time)
+    else:
+        log.info(
+            "the segments are not timed at batch %d, for which val has too few images (%d): there"
+            " is no curve of seconds for it",
+            batch_size,
+            data.size("val"),
+        )
     return TimedBatch(timing, segments)
 
 

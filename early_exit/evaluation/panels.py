@@ -84,8 +84,8 @@ class Panel:
         beside: the group whose own reports are used if they have it; a run's own come first.
         """
         if static.kind == RUN:
-            own = [group for group in self.groups if any(group is run for run in static.groups)]
-            return self.measured(own[0]).mean if own else None
+            own = self.own_group(static)
+            return self.measured(own).mean if own else None
         if self.precision == PRECISIONS["int8"]:
             return None  # its accuracy in 8-bit integers is not known
         for members in (beside.members if beside else (), self.members):
@@ -97,6 +97,11 @@ class Panel:
             if costs:
                 return float(np.mean(costs))
         return None
+
+    def own_group(self, static: Static) -> Group | None:
+        """A plain run's evaluation in the panel; None for another network, and if it has none."""
+        own = (group for group in self.groups if any(group is run for run in static.groups))
+        return next(own, None)
 
     @property
     def machines(self) -> list[str]:

@@ -15,7 +15,7 @@ a range of accuracies is in one of the rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +79,8 @@ def seconds_savings(panel: Panel, statics: Sequence[Static]) -> list[Saving]:
         if cost is None:
             continue
         rivals = [(panel.static(static, point.group) or cost, [point]) for point in points]
+        if own := panel.own_group(static):  # other runtimes may round otherwise
+            static = replace(static, accuracy=own.accuracy().mean)
         rows.append((static, rivals, cost))
     return _savings(rows)
 

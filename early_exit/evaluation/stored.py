@@ -17,7 +17,7 @@ from early_exit.evaluation.upgrade import read_report
 from early_exit.manifest import refuse_deployed
 from early_exit.output import source_run
 from early_exit.system.directories import restore_all
-from early_exit.trained import evaluations, training_command
+from early_exit.trained import evaluations, training_commands
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _reports_at(path: Path, names: Sequence[str]) -> list[Path]:
 def evaluation_command(run: Path) -> str:
     """The command that evaluates a run: eval.py beside the trainer that made it. If the run does
     not say which trainer, the command has no directory."""
-    trainer = Path(*training_command(source_run(run))[:1])
+    commands = training_commands(source_run(run))
+    trainer = Path(*commands[0][:1]) if commands else Path()
     script = trainer.with_name("eval.py") if trainer.suffix == ".py" else Path("eval.py")
     return shlex.join(["python", str(script), str(run)])
 

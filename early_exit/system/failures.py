@@ -52,12 +52,20 @@ MACHINE = {
         "no temporary directory can be written: set TMPDIR to one that can, with free space"
     ),
 }
+# What torch raises for an operation of a network under --deterministic.
+NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
 def explain(error: BaseException) -> UserError | None:
     """An error as the line for the user; None for an error in the program."""
     if lacking := explain_machine(error):
         return lacking
+    if NOT_DETERMINISTIC in str(error):
+        operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+        return UserError(
+            f"{operation} has no deterministic implementation on this device, and this network"
+            " needs it; leave --deterministic out"
+        )
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, OSError):

@@ -53,7 +53,6 @@ TRAINING_ONLY = (
     "run.amp",
     "run.deterministic",
     "run.sync_bn",
-    "run.cuda_graphs",
 )
 
 
@@ -208,6 +207,7 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     before = configs.to_dict(configs.build(type(run.config), saved["config"]))
     changes = list(configs.differences(before, configs.to_dict(run.config)))
     check_fixed_settings(run, path, saved, changes)
+    _keep_backbone(run, before["model"]["backbone"])
     check_same_classes(run.data, path, saved["classes"])
     run.data, _ = with_val_of(run.data, path, saved["val_hash"])
     position = Position(**saved["position"])
@@ -223,10 +223,24 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
         position.step,
         position.phase + 1,
         "".join(
-            f"; {name} was {_value_text(old)}, now {_value_text(new)}" for name, old, new in changes
+            f"; {name} was {_value_text(old)}, now {_value_text(new)}"
+            for name, old, new in changes
+            if name != "model.backbone"
         ),
     )
     return position
+
+
+def _keep_backbone(run: Run, file: str | None) -> None:
+    """Keeps the file that a resumed run began with in its settings, because no other one is
+    read."""
+    model = run.config.model
+    if model.backbone != file:
+        log.info(
+            "--backbone %s is not read: the run continues from its own weights", model.backbone
+        )
+        model = dataclasses.replace(model, backbone=file)
+        run.config = dataclasses.replace(run.config, model=model)
 
 
 def check_fixed_settings(

@@ -47,6 +47,7 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     if run.group.is_main:
         warn_if_unfinished(state, type(run.config), f"the teacher {path}")
     config = configs.build(type(run.config), state["config"])
+    config = configs.with_exits_of(config, state["exit_names"])
     with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
         network = run.task.build_network(config, len(run.data.classes))
     load_into(network, checkpoint.reported(state), path)

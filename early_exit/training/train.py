@@ -99,11 +99,13 @@ def train(
             group.barrier()  # no process reads the directory before it is locked
             position, saved = start_position(run, resume, start_epoch)
             check_step_size(config, run.data.size("train"), group)  # files may be gone since then
-            teacher = load_teacher(run, Path(config.loss.teacher)) if config.loss.teacher else None
+            trained, teacher = position.phase == len(run.phases), None
+            if config.loss.teacher and not trained:  # a trained run no longer needs it
+                teacher = load_teacher(run, Path(config.loss.teacher))
             if check:
                 log_plan(run)
                 check_files(run)
-            elif position.phase == len(run.phases):
+            elif trained:
                 log.info("%s is already trained", directory)
             else:
                 if saved is None:
@@ -348,12 +350,21 @@ def write_settings(run: Run, fresh: bool) -> None:
     }
     path = run.directory / "versions.json"
     if not fresh:  # what began the run stays: its command is the one that makes the result
+        _continue_in(run.directory, Path(run.last_good).parent)
         with suppress(OSError, ValueError, TypeError):
             began = json.loads(path.read_text("utf-8"))
             versions = {**began, "resumed": [*began.get("resumed", []), versions]}
     write_text(path, json.dumps(versions, indent=2) + "\n")
     if fresh or not (run.directory / file_lists.NAME).exists():
         file_lists.remember(run.directory, run.data)
+
+
+def _continue_in(directory: Path, begun: Path) -> None:
+    """Copies the journal, and what a run began with, if it is resumed in another directory."""
+    for name in ("metrics.jsonl", "versions.json"):
+        if not (directory / name).exists():
+            with suppress(OSError, UnicodeDecodeError):
+                write_text(directory / name, (begun / name).read_text("utf-8"))
 
 
 def log_plan(run: Run) -> None:

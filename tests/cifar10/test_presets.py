@@ -41,9 +41,7 @@ def configured(path) -> Config:
     args = front.parser().parse_args(words[at + 1 :])
     assert ROOT / args.config == path
     args.config = ROOT / args.config
-    given = settings.settings_of(args)
-    digits = given.get("data", {}).get("dataset") == "digits"
-    own = main.CLASSIC if front is main else trainer.DIGITS if digits else None
+    own = main.CLASSIC if front is main else trainer.script_defaults(args)
     return settings.resolve_config(args, None, own, config_class(path))
 
 

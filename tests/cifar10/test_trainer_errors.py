@@ -120,6 +120,7 @@ class TestErrors:
             (("--exits", "none", "--regime", "frozen"), "--regime"),
             (("--exits", "none", "--set", "loss.start=0.1"), "--set loss.start"),
             (("--set", "loss.teacher_weight=2"), "--set loss.teacher_weight"),
+            (("--set", "loss.distill_temperature=2"), "--set loss.distill_temperature"),
             (("--set", "optim.peak=0.5"), "--set optim.peak"),
             (("--schedule", "cosine", "--set", "optim.milestones=0.5"), "--set optim.milestones"),
             (("--schedule", "triangular", "--set", "optim.warmup_epochs=2"), "optim.warmup_epochs"),

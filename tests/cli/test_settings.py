@@ -113,6 +113,7 @@ class TestSet:
             ("run.channels_last=off", "run", "channels_last", False),
             ("model.exits=layer1,layer2", "model", "exits", ("layer1", "layer2")),
             ("model.exits=none", "model", "exits", ()),
+            ("model.exits=null", "model", "exits", None),
             ("data.root=/a=b", "data", "root", "/a=b"),
         ],
     )
@@ -131,6 +132,20 @@ class TestSet:
         path = preset("optim: {warmup_epochs: 3}")
         config = from_flags("--config", path, "--set", "optim.warmup_epochs=0")
         assert config.optim.warmup_epochs == 0.0
+
+    def test_null_removes_what_the_preset_sets(self, preset):
+        path = preset("loss: {start: 0.01, teacher: runs/teacher}")
+        config = from_flags("--config", path, "--set", "loss.start=null", "loss.teacher=null")
+        assert (config.loss.start, config.loss.teacher) == (None, None)
+
+    def test_a_teacher_is_found_from_other_directories(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = from_flags("--set", "loss.teacher=runs/teacher")
+        assert config.loss.teacher == str(tmp_path / "runs" / "teacher")
+
+    def test_null_is_refused_where_a_value_is_needed(self):
+        message = refusal(from_flags, "--set", "optim.lr=null")
+        assert_names(message, "optim.lr", "a number", "None")
 
     @pytest.mark.parametrize("pair", ["optim.lr", "lr=0.1", "optim.lr:0.1"])
     def test_what_is_no_pair(self, pair):

@@ -130,6 +130,16 @@ def test_a_speedup_stands_with_its_runtime(made_run, runtimes, heading):
     assert [row["runtime"] for row in written] == [*runtimes]
 
 
+@pytest.mark.parametrize("third", [{"timing": []}, {"device": "another CPU"}])
+def test_a_speedup_is_of_all_seeds_on_one_machine_or_of_none(made_run, third):
+    timed = {"timing": [timing(8, 3.0, 2.0)]}
+    two = [made_run(f"net-{seed}", seed, **timed) for seed in range(2)]
+    assert cells(rows(*two))[1][-1] == "1.50 ± 0.00 x"
+    three = rows(*two, made_run("net-2", 2, **(timed | third)))
+    assert len(three[0].members) == 3
+    assert cells(three)[1][-1] == "-"
+
+
 @pytest.mark.parametrize("given", ["thresholds_given", "policy_given"])
 def test_what_was_given_is_not_said_to_be_chosen_on_val(made_run, given):
     chosen = made_run("a")

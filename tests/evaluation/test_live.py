@@ -105,12 +105,14 @@ def test_without_a_whole_batch_nothing_is_timed(finished):
     assert time_batch(loaded, loaded.data, policy, 121, 1000, {}) is None  # images of test
 
 
-def test_a_batch_larger_than_val_is_timed_without_its_segments(finished):
+def test_a_batch_larger_than_val_is_timed_without_its_segments(finished, caplog):
+    caplog.set_level("INFO")
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
     found = time_batch(loaded, loaded.data, policy, 110, 1000, {})
     assert found.segments is None
     assert (found.timing.batch_size, found.timing.images) == (110, 110)
+    assert_names(caplog.text, "batch 110", "val", loaded.data.size("val"))
 
 
 def test_the_segments_of_the_policy_are_timed_beside_it(finished):

@@ -434,6 +434,13 @@ class TestWeights:
         code, _, err = main(*given, "--exits", "layer1", "--regime", "frozen")
         assert code == 2 and err.count("\n") == 1 and "model.backbone" in err
 
+    def test_flags_may_fit_the_settings_of_its_run_alone(self, main, trained, folders):
+        given = (folders, "-e", "--resume", trained)
+        code, _, err = main(*given, "--val-resize", 100)  # less than the default crop
+        assert (code, err) == (0, "")
+        code, _, err = main(folders, "--val-resize", 100)
+        assert code == 2 and err.count("\n") == 1 and "100" in err
+
     def test_a_vits_must_fit_its_images(self, tmp_path):
         config = configured("-a", "vit_l_16", "--val-crop", 384, "--val-resize", 400)
         with pytest.raises(UserError, match=r"(?s)(?=.*IMAGENET1K_V1)(?=.*vit_l_16)(?=.*384)"):

@@ -84,6 +84,18 @@ def test_packages_and_warnings(error, named):
     assert_names(str(found), *named)
 
 
+def test_what_the_user_forbade():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(1).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = explain(caught.value)
+    assert found.code == 2
+    assert_names(str(found), "put_", "--deterministic")
+
+
 def test_a_file_in_dev_shm_is_a_file():
     found = explain(PermissionError(errno.EACCES, "Permission denied", "/dev/shm/data/x.jpg"))
     assert found.code == 2 and "--shm-size" not in str(found)

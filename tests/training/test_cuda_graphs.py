@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TASK, assert_same_run, comparable_journal, refusal
+from helpers import TASK, assert_same_run, comparable_journal, refusal, resume_run
 
 from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.data.folders import FolderConfig
@@ -50,6 +50,19 @@ def test_recording_changes_nothing_that_is_trained(tmp_path, monkeypatch, amp):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
     replayed = run_at(tmp_path / "replayed", config(amp=amp, cuda_graphs=True))
     assert_same_run(replayed, plain)
+
+
+def test_a_run_that_is_trained_is_known_as_such_without_a_gpu(tmp_path, monkeypatch, caplog):
+    """By what the refusal says."""
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr("early_exit.training.train.check_can_replay", lambda run: None)
+        patch.setattr(torch.cuda, "make_graphed_callables", recorded)
+        run_at(tmp_path / "run", config(cuda_graphs=True))
+    message = refusal(resume_run, tmp_path / "run", config(cuda_graphs=True))
+    assert "run.cuda_graphs=false" in message
+    resume_run(tmp_path / "run", config(cuda_graphs=False))
+    assert "already trained" in caplog.text
 
 
 class TestRefused:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers import (
     TASK,
     Crash,
@@ -15,6 +16,7 @@ from helpers import (
     assert_names,
     assert_same_run,
     at_batch,
+    comparable_journal,
     crash,
     mixed_config,
     read_journal,
@@ -203,6 +205,10 @@ class TestPaths:
         before = {path.name: path.read_bytes() for path in half.iterdir()}
         trainer.main(["--resume", str(half), "--save-dir", str(tmp_path / "new")])
         assert {path.name: path.read_bytes() for path in half.iterdir()} == before
+        assert comparable_journal(tmp_path / "new") == comparable_journal(whole)
+        began = json.loads(before["versions.json"])
+        versions = json.loads((tmp_path / "new" / "versions.json").read_text())
+        assert versions.pop("resumed") and versions == began
         found = checkpoint.load(tmp_path / "new")["network"]
         for name, value in checkpoint.load(whole)["network"].items():
             assert torch.equal(found[name], value), name
@@ -220,6 +226,25 @@ class TestPaths:
         shutil.copytree(whole, tmp_path / "run")
         resume_run(tmp_path / "run")
         assert_same_run(tmp_path / "run", whole)
+
+    def test_another_backbone_is_not_read_and_not_written_down(self, whole, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
+        own = str(shutil.copy(whole / NAME, tmp_path / "file.pt"))
+        model = ModelConfig(arch="resnet20", exits=("layer1",), backbone=own)
+        config = dataclasses.replace(mixed_config(regime="frozen"), model=model)
+        resume_run(tmp_path / "run", config)
+        model = dataclasses.replace(model, backbone="/nowhere.pt")
+        longer = dataclasses.replace(config.optim, epochs=config.optim.epochs + 1)
+        state = checkpoint.load(tmp_path / "run")
+        state["position"] = {"phase": 0, "epoch": 1, "step": 0}
+        checkpoint.save(tmp_path / "run", {k: v for k, v in state.items() if k != "format"})
+        resume_run(tmp_path / "run", dataclasses.replace(config, model=model, optim=longer))
+        assert "/nowhere.pt is not read" in caplog.text
+        for found in (
+            checkpoint.load(tmp_path / "run")["config"],
+            yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()),
+        ):
+            assert found["model"]["backbone"] == own
 
     def test_the_backbones_file_is_no_longer_needed(self, whole, monkeypatch, tmp_path):
         shutil.copy(whole / NAME, tmp_path / "file.pt")

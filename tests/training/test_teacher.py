@@ -1,5 +1,7 @@
 """A trained run that teaches another one."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import (
@@ -52,6 +54,27 @@ def test_it_is_learnt_from_and_resumed_to_the_last_bit(teacher, tmp_path, monkey
             resume_run(tmp_path / "part", taught)
     resumed = resume_run(tmp_path / "part", taught)
     assert_same_run(resumed, whole)
+
+
+def test_a_trained_run_no_longer_needs_it(teacher, tmp_path, caplog):
+    caplog.set_level("INFO")
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes((teacher / checkpoint.NAME).read_bytes())
+    taught = config(teacher=str(moved))
+    resume_run(tmp_path / "run", taught)
+    moved.unlink()
+    caplog.clear()
+    resume_run(tmp_path / "run", taught)
+    assert "already trained" in caplog.text
+
+
+def test_its_exits_are_those_that_it_has(tmp_path, monkeypatch):
+    """Whatever the default places are since it was trained."""
+    default = dataclasses.replace(config(), model=ModelConfig(arch="resnet20"))
+    directory = train(default, TASK, runs=tmp_path, run_dir=tmp_path / "teacher")
+    monkeypatch.setattr(ResNet, "default_exits", ("layer2",))
+    taught = config(teacher=str(directory))
+    train(taught, TASK, runs=tmp_path, run_dir=tmp_path / "run")
 
 
 def test_what_the_teacher_has_seen_the_run_has_seen(teacher, tmp_path):
