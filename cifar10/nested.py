@@ -34,7 +34,7 @@ class NestedAirbench(nn.Module):
     shape: of an image, (C, H, W). first, second: output channels of the groups of each part.
     """
 
-    default_exits = ("first.group2", "first.group3")
+    default_exits = ("first.group2.0", "first.group2", "first.group3")
 
     def __init__(
         self,

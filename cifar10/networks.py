@@ -24,6 +24,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "airbench_half": partial(Airbench, widths=(32, 128, 128)),
     "airbench_slim": partial(Airbench, widths=(16, 128, 128)),
     "airbench_nested": NestedAirbench,
+    "airbench_nested_wide": partial(NestedAirbench, second=(48, 192, 192)),
     "alexnet": AlexNet,
     "lenet": LeNet,
     "mnist_2c": partial(MnistCNN, (6, 12), (5, 5)),

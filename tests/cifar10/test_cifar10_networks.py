@@ -15,7 +15,7 @@ GREY, COLOUR = data.SHAPES["mnist"], data.SHAPES["cifar10"]
 
 
 @pytest.mark.parametrize("shape", [GREY, COLOUR])
-@pytest.mark.parametrize("arch", [*SMALL, "airbench", "airbench_nested", "resnet20"])
+@pytest.mark.parametrize("arch", [*SMALL, "airbench", "airbench_nested_wide", "resnet20"])
 def test_the_blocks_one_after_the_other_are_the_network(arch, shape):
     torch.manual_seed(0)
     backbone = build_backbone(arch, 10, shape).double().eval()

@@ -119,22 +119,28 @@ def test_features_are_the_maps_that_are_still_to_be_read(nested):
     assert features.shape == (1, 10)
 
 
-def test_what_its_exits_cost():
-    """The first part is an `airbench_slim`; the second computes the filters of the stem again."""
-    cost = network_cost(build_network("airbench_nested", head="pooled"))
-    slim = network_cost(build_network("airbench_slim", ("group2",), head="pooled"))
-    assert cost.exit_names == ("first.group2", "first.group3", "final")
-    assert cost.stage_macs[0] == slim.stage_macs[0]
-    assert cost.stage_macs[1] == slim.stage_macs[1] - 128 * 10  # without the classifier
+@pytest.mark.parametrize(
+    ("arch", "wide"), [("airbench_nested", 128), ("airbench_nested_wide", 192)]
+)
+def test_what_its_exits_cost(arch, wide):
+    """The first part is an `airbench_slim`; the second computes the filters of the stem again.
+
+    wide: the channels of the second part's last two groups.
+    """
+    cost = network_cost(build_network(arch, head="pooled"))
+    slim = network_cost(build_network("airbench_slim", ("group2.0", "group2"), head="pooled"))
+    assert cost.exit_names == ("first.group2.0", "first.group2", "first.group3", "final")
+    assert cost.stage_macs[:2] == slim.stage_macs[:2]
+    assert cost.stage_macs[2] == slim.stage_macs[2] - 128 * 10  # without the classifier
     second = (
         31 * 31 * (24 * 12 + 48 * 24 * 9)
-        + 15 * 15 * (48 * 48 * 9 + 128 * (48 + 16) * 9)
-        + 7 * 7 * (128 * 128 * 9 + 128 * (128 + 128) * 9)
-        + 3 * 3 * 128 * 128 * 9
-        + (128 + 128) * 10
+        + 15 * 15 * (48 * 48 * 9 + wide * (48 + 16) * 9)
+        + 7 * 7 * (wide * wide * 9 + wide * (wide + 128) * 9)
+        + 3 * 3 * wide * wide * 9
+        + (wide + 128) * 10
     )
-    assert cost.stage_macs[2] == second
-    assert cost.head_macs == (2 * 128 * 16 * 10, 2 * 128 * 16 * 10, 0)
+    assert cost.stage_macs[3] == second
+    assert cost.head_macs == (2 * 128 * 16 * 10,) * 3 + (0,)
 
 
 def test_what_is_fixed():

@@ -140,6 +140,25 @@ def test_a_plain_run_is_a_static_network_once_for_all_its_runtimes(made_run):
     assert found(groups) == {static.name: (0.92, 10.0, 0.5)}
 
 
+def test_in_seconds_a_plain_run_has_the_accuracy_of_the_runtime(made_run):
+    """And in multiply-adds that of its first evaluation, whatever that is."""
+    common = {"evaluation": "eval", "runtime": "torch"}
+    plain = {"exits": (), "share": 1.0, "settings": {"model": {"arch": "resnet20"}}}
+    run = made_run("plain", accuracy=0.93, timing=[timing(8, 5.0, 5.0)], **common, **plain)
+    coarse = {"evaluation": "coarse", "runtime": "openvino-bf16", "precision": "bfloat16"}
+    other = made_run("other", accuracy=0.91, timing=[timing(8, 5.0, 5.0)], **coarse, **plain)
+    (other / "eval" / "coarse").rename(run / "eval" / "coarse")
+    exits = {"accuracy": 0.92, "timing": [timing(8, 9.0, 3.0)]}
+    groups = rows(run, made_run("exact", **common, **exits), made_run("less", **coarse, **exits))
+    statics, found = static_networks(groups), {}
+    for panel in panels_of(groups):
+        (row,) = seconds_savings(panel, statics)
+        found[panel.precision] = (row.static.accuracy, row.exits is not None)
+    assert found == {"float32": (0.93, False), "bfloat16": (0.91, True)}
+    (static,) = statics
+    assert static.accuracy == 0.91  # of the first by name
+
+
 def listed(path, *networks):
     """A file of networks: label, accuracy in percent, and the rest of each point."""
     points = [
@@ -189,7 +208,7 @@ def test_our_own_list_is_read():
         assert network.macs == pytest.approx(macs, abs=0.01e6), network.name
         row = (round(100 * network.accuracy, 2), round(1e-6 * network.macs, 2))
         assert row in stated, network.name
-    assert len(networks) == 7
+    assert len(networks) == 9
 
 
 def test_a_network_than_which_another_is_better_is_named(made_run):
