@@ -129,11 +129,13 @@ def load(
     chosen_in = report.get("environment", {}).get("runtime")
     if runtime is None and not {"amp", "compile"} & merged["run"].keys():
         runtime = chosen_in
-    if chosen_in in INTEGERS and runtime != chosen_in:
+    given = report.get("choice", {}).get("policy_given")
+    if chosen_in in INTEGERS and runtime != chosen_in and not given:
         raise UserError(
-            f"the policy of {directory} was chosen in {chosen_in}, of whose 8-bit integers its"
-            f" thresholds are, and cannot be applied in {runtime or 'torch'}; leave the runtime out"
-            " (export: --format onnx), or evaluate the run with --runtime torch"
+            f"the policy of {directory} was chosen in {chosen_in}: its thresholds are for the"
+            f" quantised network and cannot be applied in {runtime or 'torch'}; leave out what"
+            " names another runtime or precision (export: add --format onnx), or evaluate the run"
+            " with --runtime torch"
         )
     merged = on_their_device(merged, [runtime])
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))

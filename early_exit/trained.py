@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -152,17 +152,15 @@ def training_commands(run_dir: Path) -> list[list[str]]:
     """The script that trained a run and its flags, and those of resumptions that had others, in
     order and without `--resume`; empty if the run does not say."""
     found: list[list[str]] = []
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         versions = json.loads((run_dir / "versions.json").read_text("utf-8"))
         for part in (versions, *versions.get("resumed", [])):
-            words = [str(word) for word in part["command"]]
+            words = [str(word) for word in part["command"] if not str(word).startswith("--resume=")]
             if "--resume" in words:
                 at = words.index("--resume")
                 words[at : at + 2] = []
             if words not in found:
                 found.append(words)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
     return found
 
 

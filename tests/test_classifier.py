@@ -296,6 +296,16 @@ class TestIntegers:
         assert_names(refusal(self.load, evaluated_copy), path, "train", "evaluate")
 
 
+def test_a_policy_that_was_given_to_integers_may_be_of_another_runtime(evaluated_copy):
+    path = evaluated_copy / "eval" / "mine" / "report.json"
+    report = json.loads(path.read_text())
+    report["environment"]["runtime"] = "onnxruntime-int8"
+    report["choice"]["policy_given"] = True
+    path.write_text(json.dumps(report))
+    classify = load(evaluated_copy, "mine", task=TASK, device="cpu", runtime="torch")
+    assert classify.runtime.runtime.precision == "f32"
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "cifar10" / "pretrained").iterdir()), ids=lambda path: path.name
 )

@@ -123,6 +123,7 @@ class TestExport:
         ("resumed", "said"),
         [
             (["t.py --epochs 9 --resume auto"], "Training command: `python t.py --epochs 9`."),
+            (["t.py --epochs 9 --resume=auto"], "Training command: `python t.py --epochs 9`."),
             (
                 ["t.py --epochs 9 --resume auto", "t.py --resume x --epochs 7"],
                 "Training command: `python t.py --epochs 9`. Resumed with other flags: `python t.py"

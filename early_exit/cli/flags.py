@@ -110,8 +110,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if key in args.settings:
             raise UserError(f"--set {pair} gives a setting that a flag gives too; remove one")
         given[key] = _set_value(value)
-    if isinstance(teacher := given.get("loss.teacher"), str):
-        given["loss.teacher"] = absolute(teacher)
     nested: dict[str, Any] = {}
     for key, value in given.items():
         section, name = key.split(".", 1)

@@ -24,7 +24,7 @@ from early_exit.system import distributed, provenance
 from early_exit.system.device import describe_device, set_up
 from early_exit.system.disk_errors import is_writable
 from early_exit.system.distributed import Group
-from early_exit.system.files import write_text
+from early_exit.system.files import write_bytes, write_text
 from early_exit.system.locks import locked
 from early_exit.system.names import is_system_name
 from early_exit.task import Task
@@ -361,10 +361,10 @@ def write_settings(run: Run, fresh: bool) -> None:
 
 def _continue_in(directory: Path, begun: Path) -> None:
     """Copies the journal, and what a run began with, if it is resumed in another directory."""
-    for name in ("metrics.jsonl", "versions.json"):
+    for name in ("metrics.jsonl", "versions.json", file_lists.NAME):
         if not (directory / name).exists():
-            with suppress(OSError, UnicodeDecodeError):
-                write_text(directory / name, (begun / name).read_text("utf-8"))
+            with suppress(OSError):
+                write_bytes(directory / name, (begun / name).read_bytes())
 
 
 def log_plan(run: Run) -> None:

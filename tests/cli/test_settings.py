@@ -138,11 +138,6 @@ class TestSet:
         config = from_flags("--config", path, "--set", "loss.start=null", "loss.teacher=null")
         assert (config.loss.start, config.loss.teacher) == (None, None)
 
-    def test_a_teacher_is_found_from_other_directories(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        config = from_flags("--set", "loss.teacher=runs/teacher")
-        assert config.loss.teacher == str(tmp_path / "runs" / "teacher")
-
     def test_null_is_refused_where_a_value_is_needed(self):
         message = refusal(from_flags, "--set", "optim.lr=null")
         assert_names(message, "optim.lr", "a number", "None")

@@ -52,8 +52,8 @@ def test_recording_changes_nothing_that_is_trained(tmp_path, monkeypatch, amp):
     assert_same_run(replayed, plain)
 
 
-def test_a_run_that_is_trained_is_known_as_such_without_a_gpu(tmp_path, monkeypatch, caplog):
-    """By what the refusal says."""
+def test_a_trained_run_is_recognised_without_a_gpu(tmp_path, monkeypatch, caplog):
+    """With the setting that the refusal names."""
     caplog.set_level("INFO")
     with monkeypatch.context() as patch:
         patch.setattr("early_exit.training.train.check_can_replay", lambda run: None)
