@@ -126,17 +126,7 @@ def load(
     task = task_of(run_info.get("task"), directory, task)
     policy = Policy.load(directory / "policy.yaml")
     merged = configs.merge({"run": {"device": device}}, overrides or {})
-    chosen_in = report.get("environment", {}).get("runtime")
-    if runtime is None and not {"amp", "compile"} & merged["run"].keys():
-        runtime = chosen_in
-    given = report.get("choice", {}).get("policy_given")
-    if chosen_in in INTEGERS and runtime != chosen_in and not given:
-        raise UserError(
-            f"the policy of {directory} was chosen in {chosen_in}: its thresholds are for the"
-            f" quantised network and cannot be applied in {runtime or 'torch'}; leave out what"
-            " names another runtime or precision (export: add --format onnx), or evaluate the run"
-            " with --runtime torch"
-        )
+    runtime = _runtime_of(report, directory, runtime, merged["run"])
     merged = on_their_device(merged, [runtime])
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
     if loaded.config.run.threads:  # before anything is compiled, which would be compiled again
@@ -154,6 +144,29 @@ def load(
     running = _in_runtime(loaded, task, policy, runtime, directory, report)
     cost = network_cost(loaded.network)
     return Classifier(loaded.classes, policy, cost, loaded, task, running)
+
+
+def _runtime_of(
+    report: dict[str, Any], directory: Path, asked: str | None, settings: dict[str, Any]
+) -> str | None:
+    """The runtime to load the policy of an evaluation in; None: torch, as the settings say.
+
+    report, directory: of the evaluation. asked, settings: the runtime that was asked for, and what
+    is changed in the run's section `run`. Raises UserError if a policy that was chosen in 8-bit
+    integers would be applied in another runtime.
+    """
+    chosen_in = report.get("environment", {}).get("runtime")
+    if asked is None and not {"amp", "compile"} & settings.keys():
+        return chosen_in
+    given = report.get("choice", {}).get("policy_given")
+    if chosen_in in INTEGERS and asked != chosen_in and not given:
+        raise UserError(
+            f"the policy of {directory} was chosen in {chosen_in}: its thresholds are for the"
+            f" quantised network and cannot be applied in {asked or 'torch'}; leave out what names"
+            " another runtime or precision (export: add --format onnx), or evaluate the run with"
+            " --runtime torch"
+        )
+    return asked
 
 
 def check_data_is_read(classifier: Classifier, overrides: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -367,18 +367,6 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
         if path := values[section].get(name):
             changes[section] = {name: Path(path).name}
     return merge(values, changes)
-
-
-def with_exits_of(config: Config, exit_names: Sequence[str]) -> Config:
-    """A run's configuration with the exits that its network has, if it left them to the default,
-    which may have changed since.
-
-    exit_names: of the network, the final exit last.
-    """
-    early = tuple(exit_names[:-1])
-    if config.model.exits is not None or not early:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, exits=early))
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

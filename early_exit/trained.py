@@ -45,7 +45,6 @@ from early_exit.system.text import first_few
 from early_exit.task import Task
 from early_exit.training import checkpoint
 from early_exit.training.phases import unfinished
-from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +180,7 @@ def load_network(
     settings = configs.merge(state["config"], {"run": EVALUATION})
     config = configs.build(task.config, configs.merge(settings, overrides))
     device = choose_device(config.run.device)
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
-        as_trained = configs.with_exits_of(config, state["exit_names"])
-        network = task.build_network(as_trained, len(state["classes"]))
-    load_into(network, checkpoint.reported(state, rounded_to), path)
+    network = checkpoint.build_network(state, task, config, path, rounded_to)
     rounded_to = rounded_to or state.get("rounded_to")
     partial_training = unfinished(config, network.num_exits, state["position"])
     if partial_training:

@@ -90,13 +90,10 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
 
     def speedup(size: int, group: Group) -> Value | None:
         """None unless every seed was timed, all on one machine."""
-        devices = {member.device for member in group.members if size in member.speedups}
         timed = all(size in member.speedups for member in group.members)
-        return (
-            group.mean(lambda member: member.speedups[size])
-            if timed and len(devices) == 1
-            else None
-        )
+        if not timed or len({member.device for member in group.members}) > 1:
+            return None
+        return group.mean(lambda member: member.speedups[size])
 
     return [
         Column("accuracy of final exit", "final_exit_accuracy_percent", Group.final_accuracy),

@@ -154,8 +154,8 @@ def time_batch(
             segments = segment_times(trained.runtime, images, policy.criterion, to_time)
     else:
         log.info(
-            "the segments are not timed at batch %d, for which val has too few images (%d): there"
-            " is no curve of seconds for it",
+            "the segments are not timed at batch %d, for which val has too few images (%d), so the"
+            " report has no curve of seconds for it",
             batch_size,
             data.size("val"),
         )

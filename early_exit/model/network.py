@@ -177,7 +177,7 @@ def resolve_places(places: Sequence[str] | None, unit_names: Sequence[str]) -> d
     """Each place, in network order, with the index of the unit it follows.
 
     Raises UserError for a name that is not a unit, for the classifier, for a unit named twice, and
-    if there is no list of places.
+    if `places` is None.
     """
     if places is None:
         raise UserError("the places of the exits are None; name the units that exits follow")

@@ -4,6 +4,7 @@ A run has them in `checkpoint.pt`, an export of a run in the files of
 `early_exit.training.exported`. Both are read here.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from early_exit.config import Config
 from early_exit.errors import UserError
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system.disk_errors import IN_USE, write_errors
 from early_exit.system.files import atomic_file, move
+from early_exit.task import Task
 from early_exit.training import exported, weight_files
 from early_exit.training.rounding import rounded
 from early_exit.training.state_dicts import Weights, check_finite, find_weights, load_into
@@ -118,6 +121,24 @@ def reported(state: dict[str, Any], rounded_to: str | None = None) -> dict[str, 
     """
     weights = state.get("average") or state["network"]
     return rounded(weights) if rounded_to else weights
+
+
+def build_network(
+    state: dict[str, Any], task: Task, config: Config, path: Path, rounded_to: str | None = None
+) -> MultiExitNetwork:
+    """The network of a checkpoint that was read at `path`, with the weights that are reported, on
+    the CPU. If its settings (`config`) leave the exits to the default, which may have changed
+    since, they are those that it was trained with.
+
+    rounded_to: as for `reported`. Raises UserError if the weights do not fit.
+    """
+    early = tuple(state["exit_names"][:-1])
+    if config.model.exits is None and early:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, exits=early))
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
+        network = task.build_network(config, len(state["classes"]))
+    load_into(network, reported(state, rounded_to), path)
+    return network
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

@@ -205,9 +205,9 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
     configuration's.
     """
     before = configs.to_dict(configs.build(type(run.config), saved["config"]))
+    _keep_backbone(run, before["model"]["backbone"])
     changes = list(configs.differences(before, configs.to_dict(run.config)))
     check_fixed_settings(run, path, saved, changes)
-    _keep_backbone(run, before["model"]["backbone"])
     check_same_classes(run.data, path, saved["classes"])
     run.data, _ = with_val_of(run.data, path, saved["val_hash"])
     position = Position(**saved["position"])
@@ -223,19 +223,19 @@ def restore(run: Run, path: Path, saved: dict[str, Any]) -> Position:
         position.step,
         position.phase + 1,
         "".join(
-            f"; {name} was {_value_text(old)}, now {_value_text(new)}"
-            for name, old, new in changes
-            if name != "model.backbone"
+            f"; {name} was {_value_text(old)}, now {_value_text(new)}" for name, old, new in changes
         ),
     )
     return position
 
 
 def _keep_backbone(run: Run, file: str | None) -> None:
-    """Keeps the file that a resumed run began with in its settings, because no other one is
-    read."""
+    """Keeps the file that a resumed run began with in its settings, because no other one is read.
+
+    Whether there is one decides which phases there are, so that cannot change.
+    """
     model = run.config.model
-    if model.backbone != file:
+    if file and model.backbone and model.backbone != file:
         log.info(
             "--backbone %s is not read: the run continues from its own weights", model.backbone
         )
@@ -250,8 +250,6 @@ def check_fixed_settings(
     for name, old, new in changes:
         allowed = (
             name in NOT_FIXED
-            # another file may give the backbone; whether one does decides which phases there are
-            or (name == "model.backbone" and old and new)
             # the default exits may be named or not
             or (name == "model.exits" and saved["exit_names"] == list(run.network.exit_names))
         )

@@ -14,7 +14,6 @@ from early_exit.system.failures import explain_machine
 from early_exit.training import checkpoint
 from early_exit.training.phases import warn_if_unfinished
 from early_exit.training.state import Run
-from early_exit.training.state_dicts import load_into
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,7 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     if run.group.is_main:
         warn_if_unfinished(state, type(run.config), f"the teacher {path}")
     config = configs.build(type(run.config), state["config"])
-    config = configs.with_exits_of(config, state["exit_names"])
-    with torch.random.fork_rng(devices=[]):  # its random weights are overwritten
-        network = run.task.build_network(config, len(run.data.classes))
-    load_into(network, checkpoint.reported(state), path)
+    network = checkpoint.build_network(state, run.task, config, path)
     backbone = network.backbone.requires_grad_(False).eval()
     backbone.to(run.device).to(memory_format=run.config.run.memory_format)
 
