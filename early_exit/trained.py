@@ -25,11 +25,18 @@ from early_exit.errors import UserError
 from early_exit.inference.runtimes.base import Runtime
 from early_exit.inference.runtimes.network import RuntimeNetwork
 from early_exit.inference.runtimes.quantise import RULES
-from early_exit.inference.runtimes.table import DEPLOYABLE, find_runtime, torch_name
+from early_exit.inference.runtimes.table import (
+    DEPLOYABLE,
+    NEEDED_TO_BUILD,
+    find_runtime,
+    packages_of,
+    torch_name,
+)
 from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import Cost, network_cost
 from early_exit.model.network import MultiExitNetwork
 from early_exit.output import source_run
+from early_exit.system import provenance
 from early_exit.system.device import (
     autocast_context,
     choose_device,
@@ -346,6 +353,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         device=describe_device(trained.device),
         runtime=runtime_name,
         calibration=calibration_of(data) if precision == "int8" else "",
+        packages=_packages(runtime.name),
     )
     name = record_name(split, suffix, trained.rounded_to)
     directory = trained.run_dir / "records" / name
@@ -377,14 +385,27 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         return made
 
 
+def _packages(runtime: str) -> tuple[str, ...]:
+    """The packages that a record in a runtime depends on, with their versions."""
+    more = ("pillow", *packages_of(runtime), *NEEDED_TO_BUILD.get(runtime, ()))
+    found = provenance.versions(*more)
+    return tuple(f"{name} {found[name]}" for name in ("torch", "torchvision", *more))
+
+
 def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path) -> str:
     """Why a stored record is not one of the present network, settings and data, which `info` and
     `data` are; empty if it is."""
-    split, same_but_files = info.split, replace(stored.info, split_hash=info.split_hash)
-    if replace(same_but_files, left_out=(), left_out_names=()) != info:
+    split = info.split
+    alike = replace(stored.info, split_hash=info.split_hash, packages=info.packages)
+    if replace(alike, left_out=(), left_out_names=()) != info:
         return (
             f"the record of {split} is of other weights or settings, or calibrated on other images"
         )
+    made_with, installed = stored.info.packages, info.packages
+    if made_with and made_with != installed:
+        other = ", ".join(name for name in made_with if name not in installed)
+        present = ", ".join(name for name in installed if name not in made_with)
+        return f"the record of {split} was made with {other}; {present} is installed now"
     if stored.info.split_hash != info.split_hash:
         names = file_lists.remembered(directory, split)
         now = data.file_names(split) if isinstance(data, FileData) else None

@@ -218,10 +218,25 @@ class TestRecords:
         """What is stored in a record's info has grown."""
         for path in (copy / "records").glob("*/info.json"):
             values = json.loads(path.read_text())
-            del values["runtime"], values["calibration"]
+            del values["runtime"], values["calibration"], values["packages"]
             path.write_text(json.dumps(values))
         splits_of(copy)
         assert recorded == []
+
+    def test_they_are_made_again_with_another_version_of_a_package(self, copy, recorded, caplog):
+        path = copy / "records" / "val-off" / "info.json"
+        values = json.loads(path.read_text())
+        ours = values["packages"]
+        assert {name.split()[0] for name in ours} == {"torch", "torchvision", "pillow"}
+        values["packages"] = [name if "vision" in name else f"{name}0" for name in ours]
+        path.write_text(json.dumps(values))
+        with caplog.at_level(logging.INFO):
+            assert list(splits_of(copy).val.info.packages) == ours
+        assert recorded == ["val"]
+        torch_now = next(name for name in ours if name.startswith("torch "))
+        told = [r.getMessage() for r in caplog.records if "made with" in r.getMessage()]
+        assert_names(*told, f"made with {torch_now}0, pillow", torch_now)
+        assert "torchvision" not in told[0]
 
     def test_two_evaluations_at_once_record_once(self, copy, recorded):
         """The second waits for the first, and finds its record."""
