@@ -73,6 +73,8 @@ class Classifier(ImageClassifier):
         Raises UserError for images of another type or size.
         """
         loaded = self.loaded
+        if isinstance(images, np.ndarray):
+            images = np.ascontiguousarray(images)  # a tensor has no negative strides
         images = torch.as_tensor(images)
         check_bytes(images, loaded.network.image_shape)
         mean, std = (loaded.normalisation[name] for name in ("mean", "std"))

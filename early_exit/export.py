@@ -33,6 +33,7 @@ from early_exit.cli import flags
 from early_exit.errors import UserError
 from early_exit.evaluation.upgrade import read_report
 from early_exit.front_matter import NOT_STATED, front_matter
+from early_exit.inference.policy import NEVER, Policy
 from early_exit.output import source_run
 from early_exit.system.directories import atomic_directory
 from early_exit.system.files import write_text
@@ -108,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime=runtime,
     )
     check_data_is_read(classifier, settings)
+    with _complete(path):
+        check_reported(classifier.policy, report, evaluation)
     with atomic_directory(args.directory) as partial:
         with _complete(path):
             environment = report["environment"]
@@ -126,6 +129,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(partial / "README.md", text)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     print(f"exported: {args.directory}, {size / 1e6:.2f} MB")
+
+
+def check_reported(policy: Policy, report: dict[str, Any], evaluation: Path) -> None:
+    """Raises UserError if the policy of an evaluation was changed after its report, whose numbers
+    the copy would state; KeyError or TypeError for a report that does not say which it is of."""
+    *early, final = report["exits"]
+    reported = Policy(
+        exit_names=policy.exit_names,
+        criterion=report["choice"]["criterion"],
+        thresholds=tuple(NEVER if row["threshold"] is None else row["threshold"] for row in early),
+        temperatures=tuple(row["temperature"] for row in (*early, final)),
+        enabled=tuple(row["enabled"] for row in early),
+        guarantee=policy.guarantee,
+    )
+    if policy != reported:
+        path = evaluation / "policy.yaml"
+        raise UserError(
+            f"{path} is not the policy of its report: it was changed later. Evaluate the run with"
+            f" it (eval.py {source_run(evaluation.parent.parent)} --policy {path} --name NAME), and"
+            " export that evaluation"
+        )
 
 
 @contextmanager

@@ -63,6 +63,8 @@ class TestFromPython:
         images = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
         exits = classify.answer(images).exit_index
         assert len(exits) == 2 and torch.equal(classify.answer(images.numpy()).exit_index, exits)
+        mirrored = images.numpy()[:, ::-1]  # a view with a negative stride, as of BGR images
+        assert len(classify.answer(mirrored).exit_index) == 2
         for wrong in (images.float(), images[..., 1:], images[:0], images[0]):
             kind = str(wrong.dtype).removeprefix("torch.")
             assert_names(refusal(classify.answer, wrong), kind, tuple(wrong.shape), SIDE, "uint8")

@@ -1,5 +1,6 @@
 """The exported copy of a run, and its card."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from early_exit.choosing.goals import Budget, ConditionalDeepLearning, FixedThre
 from early_exit.classifier import load
 from early_exit.config import OptimConfig
 from early_exit.evaluation.evaluate import evaluate
+from early_exit.inference.policy import Policy
 from early_exit.output import prepare_output
 from early_exit.training import checkpoint
 
@@ -104,6 +106,19 @@ class TestExport:
         assert exported.weights == own.weights
         for name, value in exported.network.state_dict().items():
             assert torch.equal(value, average[name]), name
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"thresholds": (0.5,) * 2}, {"enabled": (False, True)}, {"temperatures": (1.5,) * 3}],
+    )
+    def test_a_policy_that_its_report_is_not_of(self, evaluated_copy, tmp_path, change):
+        """The card would state what another policy gave."""
+        path = evaluated_copy / "eval" / "mine" / "policy.yaml"
+        dataclasses.replace(Policy.load(path), **change).save(path)
+        new = tmp_path / "new"
+        message = refusal(export_copy, evaluated_copy, new, "--eval", "mine")
+        assert_names(message, path, "--policy", evaluated_copy)
+        assert not new.exists()
 
     @pytest.mark.parametrize(
         ("command", "shortened"),

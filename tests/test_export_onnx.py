@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from helpers import CPU, TASK, assert_names, folder_config, refusal, tiny_data, 
 
 import early_exit
 from early_exit import export, export_onnx
-from early_exit.choosing.goals import FixedThresholds
+from early_exit.choosing.goals import FixedPolicy, FixedThresholds
 from early_exit.data import folders
 from early_exit.data.pixels import normalise
 from early_exit.evaluation.evaluate import evaluate
@@ -323,9 +324,13 @@ class TestKinds:
         assert_same_answers(deployed, run, TASK, sorted(photos.rglob("*.png")))
 
     def test_a_disabled_exit_is_in_no_file(self, evaluated_copy, photos, tmp_path):
-        path = evaluated_copy / "eval" / "mine" / "policy.yaml"
-        policy = early_exit.Policy.load(path)
-        dataclasses.replace(policy, enabled=(False, True)).save(path)
+        evaluation = evaluated_copy / "eval" / "mine"
+        policy = early_exit.Policy.load(evaluation / "policy.yaml")
+        goal = FixedPolicy(dataclasses.replace(policy, enabled=(False, True)))
+        shutil.rmtree(evaluation)
+        evaluate(
+            evaluated_copy, TASK, goal, overrides=CPU, live=False, draw=False, name=evaluation.name
+        )
         deployed = write(tmp_path / "model", evaluated_copy, TASK)
         manifest = json.loads((deployed / NAME).read_text())
         assert [one["last"] for one in manifest["segments"]] == [1, 2]

@@ -216,10 +216,14 @@ def find_images(
     """Yields each file as it is named; for a folder, the images that `walk` finds below it, in the
     order of their paths.
 
-    Instead of a folder that cannot be listed, or holds no image, an error is yielded. log_line:
+    Instead of an empty name, and of a folder that cannot be listed or holds no image, an error is
+    yielded. log_line:
     called with a line about what was left out of a folder.
     """
     for name in names:
+        if not str(name):  # otherwise the working directory
+            yield UserError("an empty name is not an image; expected a file or a folder")
+            continue
         path = Path(name)
         if not os.path.isdir(path):  # False for what cannot be looked at: reading it tells why
             yield path

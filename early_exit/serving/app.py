@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -68,13 +69,15 @@ class Service:
         self.admission = Admission(LARGEST_BODIES * limits.max_body, max_rows, engine)
         self.pool = ThreadPoolExecutor(DECODERS, "decoder")
         self.stopping = False
+        self.unanswered = 0
+        """Requests that were read whole and not answered within the grace period."""
 
     async def classify(self, request: Request, body: Body) -> Response:
         """POST /v1/classify."""
         content_type = request.headers.get("content-type", "")
         uploads.check_type(content_type)
-        content = await body.read()
-        answers = await while_connected(request.receive, self._classify(content_type, content))
+        await body.read()
+        answers = await while_connected(request.receive, self._classify(content_type, body))
         logits, exit_index = _arrays(answers)
         rows = []
         for found, answer in zip(
@@ -89,23 +92,26 @@ class Service:
                     "computed_ms": 1000 * answer.computed,
                 }
             )
-        return JSONResponse({"predictions": rows})
+        return _Json({"predictions": rows})
 
-    async def _classify(self, content_type: str, content: bytes) -> list[RowAnswer]:
+    async def _classify(self, content_type: str, body: Body) -> list[RowAnswer]:
         with self.admission.hold_rows(1):  # its others are not known yet
             files = await self._in_pool(
-                uploads.files_of, content_type, content, self.limits.max_images
+                uploads.files_of, content_type, body.content, self.limits.max_images
             )
             with self.admission.hold_rows(len(files) - 1):
                 image_input = self.model.manifest.input
                 images = await self._in_pool(uploads.pixels_of, files, image_input, self.limits)
+                del files
+                body.free()
                 return await self._answers(images)
 
     async def infer(self, request: Request, body: Body) -> Response:
         """POST /v2/models/NAME/infer."""
         self._check_name(request)
-        content, length = await body.read(), request.headers.get(protocol.HEADER_LENGTH)
-        asked, answers = await while_connected(request.receive, self._infer(content, length))
+        await body.read()
+        length = request.headers.get(protocol.HEADER_LENGTH)
+        asked, answers = await while_connected(request.receive, self._infer(body, length))
         payload, header = protocol.write_response(asked, self.signature, *_arrays(answers))
         if header is None:
             return Response(payload, media_type="application/json")
@@ -114,16 +120,17 @@ class Service:
         )
 
     async def _infer(
-        self, content: bytes, length: str | None
+        self, body: Body, length: str | None
     ) -> tuple[protocol.InferRequest, list[RowAnswer]]:
         """Tensors do not wait for the images that are decoded."""
         with self.admission.hold_rows(1):
-            convert = _directly if len(content) <= FEW_BYTES else asyncio.to_thread
+            convert = _directly if len(body.content) <= FEW_BYTES else asyncio.to_thread
             asked = await convert(
-                protocol.read_request, content, length, self.signature, self.limits.max_images
+                protocol.read_request, body.content, length, self.signature, self.limits.max_images
             )
             with self.admission.hold_rows(len(asked.images) - 1):
                 images = await convert(self.model.manifest.input.array, asked.images)
+                body.free()
                 return asked, await self._answers(images)
 
     async def _answers(self, images: np.ndarray) -> list[RowAnswer]:
@@ -134,27 +141,27 @@ class Service:
 
     async def server_metadata(self, _request: Request, _body: Body) -> Response:
         """GET /v2."""
-        return JSONResponse(protocol.server_metadata())
+        return _Json(protocol.server_metadata())
 
     async def live(self, _request: Request, _body: Body) -> Response:
         """GET /v2/health/live."""
         is_live = self.engine.stalled_for() <= self.stall
-        return JSONResponse({"live": is_live}, 200 if is_live else 503)
+        return _Json({"live": is_live}, 200 if is_live else 503)
 
     async def ready(self, _request: Request, _body: Body) -> Response:
         """GET /v2/health/ready."""
-        return JSONResponse({"ready": not self.stopping}, 503 if self.stopping else 200)
+        return _Json({"ready": not self.stopping}, 503 if self.stopping else 200)
 
     async def model_metadata(self, request: Request, _body: Body) -> Response:
         """GET /v2/models/NAME."""
         self._check_name(request)
-        return JSONResponse(protocol.model_metadata(self.signature))
+        return _Json(protocol.model_metadata(self.signature))
 
     async def model_ready(self, request: Request, _body: Body) -> Response:
         """GET /v2/models/NAME/ready."""
         self._check_name(request)
         values = {"name": self.signature.name, "ready": not self.stopping}
-        return JSONResponse(values, 503 if self.stopping else 200)
+        return _Json(values, 503 if self.stopping else 200)
 
     async def show_metrics(self, _request: Request, _body: Body) -> Response:
         """GET /metrics."""
@@ -245,6 +252,7 @@ async def _answer(service: Service, handler: Handler, request: Request, body: Bo
     except asyncio.CancelledError:  # the grace period is over
         if not service.stopping:
             raise
+        service.unanswered += body.ended
         response = _error(503, "the server is ending", retry_after=1)
         response.headers["connection"] = "close"
         return response
@@ -257,6 +265,14 @@ def _check_headers(request: Request) -> None:
         raise Refused(431, f"the headers have {size} bytes; at most {MAX_HEADERS} are accepted")
 
 
+class _Json(JSONResponse):
+    """JSON in ASCII: the name of a class or a file may be no valid Unicode."""
+
+    def render(self, content: Any) -> bytes:
+        """See `starlette.responses.JSONResponse`."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def _error(
     status: int,
     message: str,
@@ -264,7 +280,7 @@ def _error(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """An error in the protocol's form, one line of text."""
-    response = JSONResponse({"error": in_a_line(message)}, status, headers=headers)
+    response = _Json({"error": in_a_line(message)}, status, headers=headers)
     if retry_after is not None:
         response.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
     return response

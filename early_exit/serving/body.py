@@ -12,12 +12,14 @@ from early_exit.system.text import shortened
 
 
 class Body:
-    """The body of one request. A context: what it holds is free when the context ends."""
+    """The body of one request. A context: what it holds is free when the context ends, or after
+    `free`."""
 
     def __init__(self, request: Request, limits: Limits, admission: Admission) -> None:
         self.receive, self.headers = request.receive, request.headers
         self.limits, self.admission = limits, admission
         self.deadline = asyncio.get_running_loop().time() + limits.body_seconds
+        self.content = b""
         self.ended = self._begun = False
         self._held = 0
 
@@ -25,10 +27,16 @@ class Body:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.admission.bytes -= self._held
+        self.free()
 
-    async def read(self) -> bytes:
-        """The whole body.
+    def free(self) -> None:
+        """Lets go of the content, because images were made of it."""
+        self.content = b""
+        self.admission.bytes -= self._held
+        self._held = 0
+
+    async def read(self) -> None:
+        """Reads the whole body into `content`.
 
         Raises Refused if it is empty (400), compressed (415), too large (413) or slow (408) or if
         the bodies of all requests are too large together (503), and ClientGone.
@@ -54,7 +62,7 @@ class Body:
             raise Refused(408, f"the body did not arrive within {seconds}") from None
         if not self._held:
             raise Refused(400, "the body is empty")
-        return b"".join(parts)
+        self.content = b"".join(parts)
 
     async def discard(self) -> None:
         """Reads the rest of a body whose request is refused: a client that sends before it reads

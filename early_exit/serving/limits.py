@@ -35,9 +35,16 @@ class Admission:
         self.bytes = self.rows = 0
 
     def add_bytes(self, count: int) -> None:
-        """Adds bytes of a body. Raises Refused, and adds nothing, if there is no room."""
+        """Adds bytes of a body that is read.
+
+        Raises Refused, and adds nothing, if there is no room; the engine then counts the request as
+        one image that arrived.
+        """
         if self.bytes + count > self.max_bytes:
-            raise Refused(503, "too many requests are being read", self.engine.expected_wait)
+            self.engine.count_refused(1)
+            raise Refused(
+                503, "too many requests are being read or decoded", self.engine.expected_wait
+            )
         self.bytes += count
 
     @contextmanager

@@ -37,11 +37,13 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise Unavailable(
-                f"port {port} of {host} is in use; end the other server or pass another --port"
-            ) from None
+            raise _in_use(f"port {port} of {host}") from None
         raise UserError(f"{host} port {port} cannot be served ({reason})") from None
     return listener
+
+
+def _in_use(address: str) -> Unavailable:
+    return Unavailable(f"{address} is in use; end the other server or pass another --port")
 
 
 def address_of(listener: socket.socket) -> str:
@@ -96,7 +98,10 @@ async def serve(
         loop.add_signal_handler(number, stop)
     await server.serve(sockets=[listener])
     service.close()
-    if not await asyncio.to_thread(service.engine.close, max(0.0, end - time.monotonic())):
+    if server.server_state.tasks and not server.force_exit:  # they were cancelled
+        await asyncio.wait(server.server_state.tasks, timeout=0.5)
+    closed = await asyncio.to_thread(service.engine.close, max(0.0, end - time.monotonic()))
+    if service.unanswered or not closed:
         raise Failed(f"some requests were not answered within {grace} seconds (--grace)")
 
 
@@ -144,6 +149,12 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Prints the line once connections are accepted."""
-        await super().startup(sockets)
+        """Prints the line once connections are accepted. Raises Unavailable if another server that
+        was loading too accepts them there now."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not sockets:
+                raise
+            raise _in_use(address_of(sockets[0])) from None
         print(self.announce, flush=True)

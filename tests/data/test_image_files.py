@@ -282,6 +282,13 @@ class TestFindImages:
         (line,) = lines
         assert_names(line, tmp_path / "a", ".heic", 1)
 
+    def test_an_empty_name_is_not_the_working_directory(self, tmp_path, monkeypatch):
+        touch(tmp_path, "a.png")
+        monkeypatch.chdir(tmp_path)
+        error, image = find_images(["", "a.png"], pytest.fail)
+        assert isinstance(error, UserError) and image == Path("a.png")
+        assert_names(str(error), "empty")
+
     def test_a_folder_without_images_is_an_error_that_says_what_it_has(self, tmp_path):
         touch(tmp_path, "text.pdf")
         (error,) = find_images([tmp_path], pytest.fail)

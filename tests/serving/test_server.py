@@ -157,6 +157,22 @@ def test_a_client_that_does_not_finish_does_not_hold_up_the_end(deployed_model, 
 
 
 @pytest.mark.slow
+def test_an_image_that_still_waits_at_the_end_of_the_grace_period(deployed_model, expected, start):
+    import httpx
+
+    server = start(deployed_model, "--grace", 2, "--max-wait", 60_000, "--target-p99", 100_000)
+    file, url = expected[0][0], f"{server.url}/metrics"
+    with contextlib.closing(begin_upload(server.port, file)) as connection:
+        connection.sendall(file)
+        waiting = "early_exit_rows_in_flight 1.0"
+        wait_for(lambda: waiting in httpx.get(url).text, "the image in the queue")
+        assert server.stop() == 1
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503")
+    (line,) = [line for line in server.log.queue if "--grace" in line]
+    assert_names(line, 2)
+
+
+@pytest.mark.slow
 def test_the_policy_is_read_again(deployed_copy, expected, start):
     import httpx
 
@@ -282,6 +298,23 @@ def test_torch_is_not_needed():
     code += ", early_exit.serving.server"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the second bind fails")
+def test_two_servers_that_load_at_the_same_time(service, model, tmp_path):
+    """Both have the port until one of them listens."""
+    pytest.importorskip("uvicorn")
+    from early_exit.serving import server
+    from early_exit.serving.policies import Policies
+
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(server.bind("127.0.0.1", 0))
+        port = first.getsockname()[1]
+        second = stack.enter_context(server.bind("127.0.0.1", port))
+        first.listen()
+        policies = Policies(service.engine, model.manifest, tmp_path, None, 0.25)
+        made = server.serve(service, policies, second, 2, "ready")
+        assert_names(refusal(asyncio.run, made), port, "in use", "--port")
 
 
 @pytest.mark.slow
