@@ -6,7 +6,8 @@
 All images of the official test set are answered, under the policy of an evaluation, and compared
 with the record that the same runtime makes of them. An answer or an exit may differ where a score
 is within rounding of its threshold, or two classes within rounding of a tie; these are counted, and
-so are any others, of which there should be none.
+so are any others, of which there should be none. If half of these images chose the policy, no
+accuracy is printed.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds and may fail
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = read_report(evaluation / "report.json")
     task = task_of(report.get("run", {}).get("task"), evaluation, args.task)
     print(HEADING)
-    beyond = 0
+    beyond, unseen = 0, val_from_of(report) == "train"
     for name in dict.fromkeys(args.runtime):
         trained = load_run(
             evaluation.parent.parent,
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 trained.runtime.runtime.precision,
                 str(batch_size),
                 str(live.images),
-                f"{100 * live.accuracy:.2f} %",
+                f"{100 * live.accuracy:.2f} %" if unseen else "-",
                 str(live.differing - live.differing_beyond_rounding),
                 str(live.differing_beyond_rounding),
                 f"{live.rounding:.1e}",

@@ -14,7 +14,7 @@ from network_flags import check_order
 
 from early_exit import classifier as classifiers
 from early_exit import export_onnx
-from early_exit.classifier import Classifier
+from early_exit.classifier import Classifier, reported_test
 from early_exit.cli import flags
 from early_exit.config import Config
 from early_exit.data.pixels import normalise
@@ -88,6 +88,7 @@ def trained_classifier(
         runtime="torch",
     )
     data, _ = load_data(classifier.loaded, classifier.task, "test")
+    data = reported_test(data, report)
     batches = list(data.eval_batches("test", 256))
     images = torch.cat([pixels_of(batch, data.mean, data.std) for batch, _ in batches])
     target = torch.cat([target for _, target in batches])

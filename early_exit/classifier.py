@@ -34,6 +34,7 @@ from early_exit.system.device import PRECISIONS
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import (
+    CUT_BY,
     HELD_OUT,
     Loaded,
     calibration_of,
@@ -240,6 +241,16 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
 def val_from_of(report: dict[str, Any]) -> str:
     """Where the evaluation of a report took val from, as `early_exit.trained.load_run` takes it."""
     return "train" if report.get("choice", {}).get("val_from") == HELD_OUT else "test"
+
+
+def reported_test(data: Data, report: dict[str, Any]) -> Data:
+    """The data whose test has no image that chose the policy of a report."""
+    if val_from_of(report) == "train":
+        return data
+    seed = str(report.get("choice", {}).get("val_from")).removeprefix(CUT_BY)
+    if not seed.isdecimal():
+        raise UserError(f"the report does not say which half of test is val ({seed})")
+    return data.cut_test(int(seed))
 
 
 def task_of(name: Any, directory: Path, task: Task | str | None) -> Task:

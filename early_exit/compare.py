@@ -31,7 +31,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,27 +159,36 @@ def is_comparison(path: Path) -> bool:
     return several or (path / "table.json").is_file()
 
 
+@contextmanager
+def _skipping(alone: bool) -> Iterator[None]:
+    """Prints an error in the context, unless nothing else is compared: then it raises it."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if alone:
+            raise
+        print(f"{PROG}: skipping: {in_a_line(error)}", file=sys.stderr)
+
+
 def read_evaluations(runs: Sequence[Path], names: Sequence[str]) -> list[Evaluation]:
     """The evaluations of the command line, each once.
 
-    names: the evaluations of run directories to use; default: all. Of several runs, one that has no
-    evaluation that can be read is named on standard error and skipped. Raises UserError if a path
-    does not exist, if nothing remains, if the data sets differ, or if no run has an evaluation of a
-    name.
+    names: the evaluations of run directories to use; default: all. Of several runs, one without an
+    evaluation and evaluations that cannot be read are named on standard error and skipped. Raises
+    UserError if a path does not exist, if nothing remains, if the data sets differ, or if no run
+    has an evaluation of a name.
     """
     found: dict[Path, Evaluation] = {}
     for run in runs:
-        try:
+        alone = len(runs) == 1 or not os.path.lexists(run)
+        with _skipping(alone):
             if is_comparison(run):
                 if len(runs) == 1:
                     raise UserError(f"{run} is a comparison; name the runs to compare")
                 continue
             for path in find_reports(run, names):
-                found.setdefault(path.resolve(), read_evaluation(path))
-        except (UserError, OSError) as error:
-            if len(runs) == 1 or not os.path.lexists(run):
-                raise
-            print(f"{PROG}: skipping: {in_a_line(error)}", file=sys.stderr)
+                with _skipping(alone):
+                    found.setdefault(path.resolve(), read_evaluation(path))
     unknown = set(names) - {evaluation.name for evaluation in found.values()}
     if unknown:
         raise UserError(f"no run has an evaluation {' or '.join(sorted(unknown))}; check --eval")

@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 EVALUATION = {"device": "auto", "amp": "off", "threads": None, "compile": False}
 CALIBRATION = 256  # images of train, by which the ranges of 8-bit integers are found
 HELD_OUT = "held out from train"  # where val came from, in words
+CUT_BY = "half of the official test set, cut by seed "  # and the seed
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,7 @@ def get_record(trained: Trained, split: str) -> ExitRecord:
         device=describe_device(trained.device),
         runtime=runtime_name,
         calibration=calibration_of(data) if precision == "int8" else "",
+        preparation=getattr(data, "preparation", ""),
         packages=_packages(runtime.name),
     )
     name = record_name(split, suffix, trained.rounded_to)
@@ -397,6 +399,8 @@ def _outdated(stored: ExitRecord, info: RecordInfo, data: Data, directory: Path)
     `data` are; empty if it is."""
     split = info.split
     alike = replace(stored.info, split_hash=info.split_hash, packages=info.packages)
+    if not alike.preparation:
+        alike = replace(alike, preparation=info.preparation)
     if replace(alike, left_out=(), left_out_names=()) != info:
         return (
             f"the record of {split} is of other weights or settings, or calibrated on other images"
@@ -470,7 +474,7 @@ def get_splits(trained: Trained, val_from: str, cut_seed: int) -> Splits:
     return Splits(
         *cut_record(test, trained.data, cut_seed),
         data.cut_test(cut_seed),
-        f"half of the official test set, cut by seed {cut_seed}",
+        f"{CUT_BY}{cut_seed}",
         left_out,
     )
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 
 import pytest
@@ -243,6 +244,15 @@ class TestEquality:
         rows = re.findall(r"^\| torch \| f32 \| (\d) \| (\d+) \| .* \| 0 \| \S+ \|$", out, re.M)
         assert [size for size, _ in rows] == ["1", "7"]
         assert len({images for _, images in rows}) == 1
+
+    def test_no_accuracy_of_images_that_chose_the_policy(self, evaluated_copy, monkeypatch, capsys):
+        path = evaluated_copy / "eval" / "mine" / "report.json"
+        report = json.loads(path.read_text())
+        report["choice"]["val_from"] = "half of the official test set, cut by seed 0"
+        path.write_text(json.dumps(report))
+        flags = (path.parent, *self.FLAGS, "--batch-sizes", "7")
+        code, out, _ = run_main(equality.main, "equality.py", monkeypatch, capsys, *flags)
+        assert code == 0 and re.search(r"^\| torch \| f32 \| 7 \| \d+ \| - \| ", out, re.M)
 
     def test_a_difference_beyond_rounding_is_a_failure(self, evaluated_run, monkeypatch, capsys):
         plain = equality.run_live

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, ROOT, SIDE, TASK, Engine, assert_names, refusal
+from helpers import CPU, ROOT, SIDE, TASK, Engine, assert_names, few_digits, refusal
 from PIL import Image
 
 from cifar10 import data
 from early_exit import classifier, export, predict
 from early_exit.choosing.record import ExitRecord
-from early_exit.classifier import load
+from early_exit.classifier import load, reported_test
 from early_exit.config import DataConfig
 from early_exit.errors import DataError
 from early_exit.inference.infer import Answers, infer
@@ -68,6 +68,14 @@ class TestFromPython:
         for wrong in (images.float(), images[..., 1:], images[:0], images[0]):
             kind = str(wrong.dtype).removeprefix("torch.")
             assert_names(refusal(classify.answer, wrong), kind, tuple(wrong.shape), SIDE, "uint8")
+
+    def test_of_a_cut_test_set_only_the_test_half_is_left(self):
+        data = few_digits(0)
+        held_out = {"choice": {"val_from": "held out from train"}}
+        assert reported_test(data, held_out) is data
+        report = {"choice": {"val_from": "half of the official test set, cut by seed 3"}}
+        assert reported_test(data, report).digest("test") == data.cut_test(3).digest("test")
+        assert_names(refusal(reported_test, data, {"choice": {"val_from": "?"}}), "half", "?")
 
     def test_one_image_is_not_a_sequence(self, evaluated_run, photos):
         classify = load(evaluated_run, "mine", task=TASK)

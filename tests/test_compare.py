@@ -301,6 +301,17 @@ def test_what_is_not_evaluated_is_named_and_the_rest_compared(made_run, compared
     assert out.splitlines()[2].startswith("| a |")
 
 
+def test_an_evaluation_that_cannot_be_read_does_not_hide_the_others(made_run, compared):
+    """Whatever their names: it comes first."""
+    runs = [made_run("a"), made_run("b", settings={"optim": {"epochs": 3}})]
+    torn = runs[0] / "eval" / "a-torn" / "report.json"
+    torn.parent.mkdir()
+    torn.write_text("{")
+    code, out, err = compared(*runs, "--no-plots")
+    assert (code, len(err.splitlines()), out.count("| budget 50 % of MACs |")) == (0, 1, 2)
+    assert_names(err, torn)
+
+
 @pytest.mark.parametrize("names", [("none",), ("none", "a"), ("empty",), ("empty", "empty2")])
 def test_a_path_that_is_not_there_and_nothing_at_all_are_errors(
     made_run, compared, tmp_path, names

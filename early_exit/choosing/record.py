@@ -54,6 +54,9 @@ class RecordInfo:
     """What ran the network (`early_exit.inference.runtimes`)."""
     calibration: str = ""
     """Of 8-bit integers, the hash of train, from whose images the ranges of values come."""
+    preparation: str = ""
+    """How the images were made of files; empty for images in memory, and in records of an older
+    version."""
     packages: tuple[str, ...] = ()
     """The packages that gave the logits, with their versions, such as `torch 2.14.1`; empty in
     records of an older version."""

@@ -247,7 +247,10 @@ def _log_copies(train: Found) -> None:
 
 
 def _folder_of_target(link: bytes) -> bytes:
-    return os.path.dirname(os.path.join(os.path.dirname(link), os.readlink(link)))
+    """The folder of the file that a link leads to, in the end if it leads to other links."""
+    while os.path.islink(link):
+        link = os.path.join(os.path.dirname(link), os.readlink(link))
+    return os.path.dirname(link)
 
 
 def _shared_folders(train: Found, test: Found) -> Iterator[tuple[Path, Path]]:

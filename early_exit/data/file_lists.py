@@ -8,6 +8,7 @@ in memory have none.
 import io
 import logging
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def remembered(directory: Path, split: str, val_hash: str | None = None) -> np.n
         with np.load(directory / NAME) as arrays:
             if val_hash in (None, str(arrays["val_hash"])):
                 return arrays[split]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
     return None
 

@@ -139,7 +139,9 @@ class Data(NormalisedImages):
     layout: torch.memory_format = torch.channels_last
     eval_batch: int = 128
     skipped: set[str] = field(default_factory=set)
-    """Names of the unreadable files found so far."""
+    """Names of the unreadable files found so far, and of the val images that are gone."""
+    preparation: str = ""
+    """How val and test images are made of the files."""
 
     @cached_property
     def pool(self) -> WorkerPool:
@@ -270,9 +272,11 @@ class Data(NormalisedImages):
         files = self.images.sources["train"]
         assert isinstance(files, Files), "noise has no names"
         held_out = np.isin(files.names, names)
+        gone = {files.path(name) for name in np.setdiff1d(names, files.names)}
         rest, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         splits = {**self.splits, "train": ("train", rest), "val": ("val", val)}
-        return dataclasses.replace(self, splits=splits, val_hash=val_hash)
+        skipped = self.skipped | gone  # they count as --bad-files together
+        return dataclasses.replace(self, splits=splits, val_hash=val_hash, skipped=skipped)
 
     def _to_device(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3) uint8 to normalised images (B, 3, H, W) on the device."""
@@ -331,6 +335,7 @@ def load(config: FolderConfig, default_root: Path = Path("data")) -> Data:
         val_hash=index_hash(train.digest, val),
         workers=_workers_per_process(config.workers),
         bad_files=config.bad_files,
+        preparation=f"resize {config.val_resize}, crop {config.val_crop}",
     )
 
 

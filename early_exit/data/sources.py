@@ -36,7 +36,11 @@ class Files:
 
     def name(self, row: int) -> str:
         """The path of the file in this row."""
-        return str(self.root / os.fsdecode(self.names[row]))
+        return self.path(self.names[row])
+
+    def path(self, name: bytes) -> str:
+        """The path of the file of this name."""
+        return str(self.root / os.fsdecode(name))
 
     def short_name(self, row: int) -> str:
         """The path of the file below the data set's directory."""

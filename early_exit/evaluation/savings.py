@@ -16,7 +16,7 @@ a range of accuracies is in one of the rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,12 +96,10 @@ def unbeaten(points: Sequence[ExitPoint]) -> list[ExitPoint]:
     """The policies that are more accurate on val than every one that costs no more there, among
     those of the same val images. What nothing says val of remains."""
     kept = [point for point in points if point.val is None]
-    by_val: dict[tuple[object, ...], list[tuple[float, float, ExitPoint]]] = {}
+    by_val: dict[tuple[Any, ...], list[tuple[float, float, ExitPoint]]] = {}
     for point in points:
         if point.val is not None:
-            first = point.group.first
-            cut = [first.settings.get(f"data.{name}") for name in ("split_seed", "val_size")]
-            images = (first.val_from, *cut, first.left_out)
+            images = point.group.first.val_images
             by_val.setdefault(images, []).append((*point.val, point))
     for same in by_val.values():
         best = -1.0

@@ -17,7 +17,7 @@ from early_exit.evaluation.upgrade import read_report
 from early_exit.manifest import refuse_deployed
 from early_exit.output import source_run
 from early_exit.system.directories import restore_all
-from early_exit.trained import evaluations, training_commands
+from early_exit.trained import HELD_OUT, evaluations, training_commands
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Evaluation:
     goal: str
     criterion: str
     calibrated: bool
+    val_images: tuple[Any, ...]
+    """Equal for evaluations on the same images of val."""
     val_from: str
     """Where val came from; if it was half of the official test set, test is the other half."""
     cuts: int
@@ -203,6 +205,7 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         goal=str(choice["goal"]),
         criterion=choice.get("criterion", Goal.criterion),
         calibrated=choice.get("calibrated", True),
+        val_images=_val_images(report, settings),
         val_from=str(choice["val_from"]),
         cuts=int(cuts["count"]) if cuts else 0,
         given=bool(choice.get("thresholds_given") or choice.get("policy_given")),
@@ -230,6 +233,18 @@ def _evaluation(path: Path, report: dict[str, Any]) -> Evaluation:
         rounded_to=report["run"].get("rounded_to"),
         outdated=False,
     )
+
+
+def _val_images(report: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Where val came from: the files that were not read count, and if it was held out from train,
+    the cut."""
+    choice = report["choice"]
+    origin, left_out = str(choice["val_from"]), len(choice.get("left_out", ()))
+    if origin != HELD_OUT:
+        return origin, left_out
+    data = report["run"].get("settings", {}).get("data", {})  # older reports have none
+    cut = (data.get(name, settings.get(f"data.{name}")) for name in ("split_seed", "val_size"))
+    return origin, left_out, *cut
 
 
 def _test_values(report: dict[str, Any]) -> dict[str, Value]:

@@ -64,7 +64,7 @@ def judge(
     kind, name = "disabled", None
     if static is not None:
         kind, name = "static", static.name
-        words = _static_words(timing, static, precision, accuracy, any_enabled)
+        words = _static_words(timing, static, precision, accuracy, any_enabled, cuts)
     elif not any_enabled:
         who = "the given policy is" if given else "the policy chose"
         words = f"{who} the plain network (no exit is enabled): {_plain_ms(timing)}"
@@ -118,7 +118,12 @@ def short(verdict: Verdict) -> str:
 
 
 def _static_words(
-    timing: Timing, static: StaticRow, precision: str, accuracy: float, any_enabled: bool
+    timing: Timing,
+    static: StaticRow,
+    precision: str,
+    accuracy: float,
+    any_enabled: bool,
+    cuts: int,
 ) -> str:
     whose, total = "with exits", timing.live.total
     if not any_enabled:
@@ -128,7 +133,8 @@ def _static_words(
         f"the static {static.name} is faster at no lower accuracy:"
         f" {_ms(timing, timing.networks[static.name].total)} ms at"
         f" {100 * static.accuracy:.2f} %{stated}"
-        f" against {_ms(timing, total)} ms at {100 * accuracy:.2f} % {whose}; deploy it"
+        f" against {_ms(timing, total)} ms at {100 * accuracy:.2f} % {whose}{_first_of(cuts)};"
+        " deploy it"
     )
 
 
@@ -148,4 +154,8 @@ def is_loss(lost: float) -> bool:
 
 def _lost(lost: float, cuts: int) -> str:
     words = f"at {100 * lost:.2f} points lost" if is_loss(lost) else "at no loss of accuracy"
-    return words if cuts == 1 else f"{words}, on the first of {cuts} cuts"
+    return words + _first_of(cuts)
+
+
+def _first_of(cuts: int) -> str:
+    return "" if cuts == 1 else f", on the first of {cuts} cuts"

@@ -59,7 +59,7 @@ def written_by_library(error: BaseException) -> OSError | None:
 def is_writable(path: Path) -> bool:
     """Whether a directory can be made or written at `path`, found out without trying to."""
     path = path.absolute()
-    above = next(place for place in path.parents if os.path.exists(place))
+    above = next((place for place in path.parents if os.path.exists(place)), path)  # of / none
     try:
         os.lstat(above / f".{path.name}.partial.{'0' * 8}")  # as it is while it is written
     except OSError as error:

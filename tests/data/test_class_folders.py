@@ -240,6 +240,14 @@ class TestApart:
         (folders / link / "ape" / "x.JPEG").symlink_to(f"../../{target}/ape/0.JPEG")
         assert_names(refusal(load_folders, folders), folders / link / "ape" / "x.JPEG", 1)
 
+    @pytest.mark.parametrize("link, target", [("train", "val"), ("val", "train")])
+    def test_a_link_to_a_link_to_a_file_in_the_other(self, folders, tmp_path, link, target):
+        (tmp_path / "list").mkdir()
+        between = tmp_path / "list" / "x.JPEG"
+        between.symlink_to(folders / target / "ape" / "0.JPEG")
+        (folders / link / "ape" / "x.JPEG").symlink_to(between)
+        assert_names(refusal(load_folders, folders), folders / link / "ape" / "x.JPEG", 1)
+
     def test_an_image_beside_the_class_folders_is_in_no_class(self, folders):
         add(folders / "train" / "x.png")
         (folders / "val" / "ape" / "x.png").symlink_to("../../train/x.png")

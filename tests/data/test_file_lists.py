@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +58,9 @@ def test_of_another_val_or_damaged_they_are_not_used(run):
     assert remembered(directory, "val", "another") is None
     file = directory / file_lists.NAME
     whole = file.read_bytes()
-    for content in (b"", whole[: len(whole) // 2]):
+    start = whole.index(b"val.npy") + len(b"val.npy") + 20
+    damaged = whole[:start] + bytes(40) + whole[start + 40 :]  # its table at the end is whole
+    for content in (b"", whole[: len(whole) // 2], damaged):
         file.write_bytes(content)
         assert remembered(directory, "val") is None
     file.unlink()
@@ -105,6 +108,9 @@ def test_val_images_that_are_gone_count_as_bad_files(run, folders):
     data, gone = again(run, folders, bad_files=2)
     assert gone == tuple(f"train/{name.decode()}" for name in names)
     assert file_names(data, "val") == file_names(run[1], "val")[2:]
+    Path(file_names(data, "val")[0]).write_bytes(b"")  # together with the two, one too many
+    assert_names(refusal(data.check_headers), 2, file_names(data, "val")[0], "--bad-files")
+    again(run, folders, bad_files=3)[0].check_headers()
 
 
 def test_another_data_set_of_the_same_classes_is_refused(run, tmp_path):

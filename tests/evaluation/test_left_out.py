@@ -112,6 +112,14 @@ def test_records_name_what_they_leave_out_and_have_every_other_image_in_order(he
         np.testing.assert_allclose(record.logits, torch.cat(logits).numpy(), rtol=1e-3, atol=1e-3)
 
 
+def test_images_that_are_prepared_otherwise_are_recorded_again(here):
+    stored = get_splits(loaded(here), "train", 0).val
+    settings = loaded(here).config.data
+    other = get_splits(loaded(here, val_resize=settings.val_resize + 4), "train", 0).val
+    assert other.info.preparation != stored.info.preparation
+    assert get_splits(loaded(here), "train", 0).val.info == stored.info
+
+
 def test_pictures_and_halves_index_the_images_that_were_recorded(here):
     trained = loaded(here)
     for val_from in ("train", "test"):

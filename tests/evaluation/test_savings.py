@@ -1,5 +1,6 @@
 """What exits save over static networks, computed by hand; a plain network has 20 million MACs."""
 
+import json
 import re
 
 import pytest
@@ -19,6 +20,7 @@ from early_exit.evaluation.savings import (
 from early_exit.evaluation.savings_text import MACS, sections, statement
 from early_exit.evaluation.statics import LISTED, PUBLIC, RUN, listed_networks, static_networks
 from early_exit.model.cost import network_cost
+from early_exit.trained import HELD_OUT
 
 CURVE = [(1.0, 0.95), (0.5, 0.92), (0.3, 0.90), (0.2, 0.60)]
 NETWORKS = [public("low", 0.90, 5), public("middle", 0.91, 15), public("high", 0.96, 30)]
@@ -70,6 +72,41 @@ def test_val_decides_only_between_runs_that_have_the_same(made_run, other):
     first = made_run("a", curve=[(0.5, 0.92)], static_networks=NETWORKS)
     second = made_run("b", curve=[(0.4, 0.95)], val_curve=[(0.5, 0.1)], accuracy=0.5, **other)
     assert found(rows(first, second))["middle"][:2] == (0.95, 8.0)
+
+
+HALF = "half of the official test set, cut by seed 0"
+
+
+@pytest.mark.parametrize(
+    ("val_from", "cuts", "same"),
+    [
+        (HELD_OUT, ({"split_seed": 1}, {"split_seed": 1}), True),
+        (HELD_OUT, ({"split_seed": 0}, {"split_seed": 1}), False),
+        (HELD_OUT, ({"val_size": 0.1}, {"val_size": 0.2}), False),
+        (HALF, ({"split_seed": 0}, {"split_seed": 1}), True),
+    ],
+)
+def test_an_export_says_in_its_report_which_val_it_has(made_run, val_from, cuts, same):
+    """It has no config.yaml."""
+    runs = []
+    points = ((0.5, 0.92), 0.92), ((0.4, 0.95), 0.1)  # the second is cheaper, but not on val
+    for (outcome, on_val), data in zip(points, cuts, strict=True):
+        run = made_run(
+            f"export{len(runs)}",
+            curve=[outcome],
+            val_curve=[(0.5, on_val)],
+            accuracy=0.5,
+            val_from=val_from,
+            settings={"data": data},
+            static_networks=NETWORKS,
+        )
+        (path,) = run.glob("eval/*/report.json")
+        report = json.loads(path.read_text())
+        report["run"]["settings"] = {"data": data}
+        path.write_text(json.dumps(report))
+        (run / "config.yaml").unlink()
+        runs.append(run)
+    assert found(rows(*runs))["middle"][0] == (0.92 if same else 0.95)
 
 
 def test_an_evaluated_policy_that_is_worse_on_val_does_not_count(made_run):

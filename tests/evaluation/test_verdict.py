@@ -75,6 +75,9 @@ class TestExitsPay:
     def test_of_several_cuts_the_first_is_meant(self):
         assert "first of 10 cuts" in verdict(times(2, 1), cuts=10).words
         assert "cuts" not in verdict(times(2, 1)).words
+        timing, rows = times(1.6, 1.1, resnet32=0.9), [static("resnet32", 0.93)]
+        words = verdict(timing, static_networks=rows, cuts=10).words
+        assert "with exits, on the first of 10 cuts; deploy it" in words
 
     @pytest.mark.parametrize(
         ("low", "kind"), [(1 + 1e-9, "exits"), (1.0, "plain"), (1 - 1e-9, "plain")]

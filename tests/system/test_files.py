@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,9 @@ class TestStrangeFileSystems:
     def test_a_name_that_is_too_long(self, tmp_path):
         assert disk_errors.is_writable(tmp_path / ("x" * 200))
         assert not disk_errors.is_writable(tmp_path / ("x" * 250))
+
+    def test_the_root_has_nothing_above_it(self):
+        assert disk_errors.is_writable(Path("/")) == os.access("/", os.W_OK)
 
     def test_a_disk_that_fails_is_an_error(self, tmp_path, lacking):
         lacking("fsync", errno.EIO)
