@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from early_exit.errors import UserError
@@ -76,6 +77,7 @@ class ModelConfig:
     """Checkpoint with the backbone's weights."""
 
     def __post_init__(self) -> None:
+        _require(self.backbone != "", "model.backbone is empty; name a file, or leave it out")
         if isinstance(self.head, str):
             object.__setattr__(self, "head", (self.head,))
         for kind in self.head:
@@ -221,6 +223,7 @@ class LossConfig:
     """Weight of the distillation from the teacher."""
 
     def __post_init__(self) -> None:
+        _require(self.teacher != "", "loss.teacher is empty; name a run, or leave it out")
         _require(
             self.start is None or self.start > 0,
             f"loss.start must be positive, got {self.start}",
@@ -358,6 +361,20 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = to_dict(value)
         values[item.name] = list(value) if isinstance(value, tuple) else value
     return values
+
+
+def plain(config: Any) -> Any:
+    """The same settings without numbers and texts of numpy, which no file of a run can hold."""
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: _plain(value) for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return plain(value)
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,15 +111,14 @@ class Tokens(nn.Module):
 
     def __init__(self, vit: models.VisionTransformer) -> None:
         super().__init__()
-        self.conv_proj = vit.conv_proj
-        self.vit = (vit,)  # in a tuple, so that its other blocks are not registered here
+        self.conv_proj, self.class_token = vit.conv_proj, vit.class_token
+        self.pos_embedding, self.dropout = vit.encoder.pos_embedding, vit.encoder.dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        (vit,) = self.vit
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        class_token = vit.class_token.expand(len(images), -1, -1)
+        class_token = self.class_token.expand(len(images), -1, -1)
         tokens = torch.cat([class_token, patches], dim=1)
-        return vit.encoder.dropout(tokens + vit.encoder.pos_embedding)
+        return self.dropout(tokens + self.pos_embedding)
 
 
 class ClassToken(nn.Module):
@@ -245,7 +244,8 @@ def place_shares(arch: str) -> dict[str, float]:
         with torch.device("meta"):  # no weights are allocated
             net = build_backbone(arch)
     except NotImplementedError:  # RegNet computes its widths with tensors
-        net = build_backbone(arch).to("meta")
+        with torch.random.fork_rng(devices=[]):  # the weights are those of the seed, asked or not
+            net = build_backbone(arch).to("meta")
     return cost.place_shares(units_of(arch, net), torch.empty(1, 3, 224, 224, device="meta"))
 
 

@@ -179,6 +179,13 @@ class TestPresetFile:
 
 class TestChecks:
     @pytest.mark.parametrize(
+        ("cls", "setting"), [(ModelConfig, "backbone"), (LossConfig, "teacher")]
+    )
+    def test_an_empty_path(self, cls, setting):
+        """Of a variable that is not set."""
+        assert f"{setting} is empty" in refusal(cls, **{setting: ""})
+
+    @pytest.mark.parametrize(
         ("cls", "setting", "bad", "least"),
         [
             (OptimConfig, "epochs", 0, 1),

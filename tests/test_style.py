@@ -181,8 +181,8 @@ def test_a_shown_command_is_accepted_by_its_script(where, command, monkeypatch):
             network = trainer.build_network(config, 10)
         assert args.evaluate or plan_phases(config, network.num_exits)
     elif module is main:
-        own = configs.merge(main.CLASSIC, {"model": {"backbone": args.pretrained}})
-        # `main` would put a downloaded file there
+        backbone = None if args.pretrained is None else "weights.pth"  # which `main` downloads
+        own = configs.merge(main.CLASSIC, {"model": {"backbone": backbone}})
         config = settings.resolve_config(args, None, own, FolderRun)
         settings.check_flags_have_effect(args, config)
         with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,19 @@ class Parser(argparse.ArgumentParser):
     """
 
     instead: Mapping[str, str] = MappingProxyType({})
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but an empty word is an error: it comes from a variable that is not set,
+        and would stand for the working directory, or for nothing."""
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(("", *words), words, strict=False):
+            flag, equals, value = word.partition("=")
+            if not word or (flag.startswith("-") and equals and not value):
+                where = flag or (f"the word after {before}" if before else "the first word")
+                raise UserError(
+                    f"{where} is empty; is a variable not set? (--help lists the flags)"
+                )
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, without the usage."""
@@ -107,6 +121,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or "." not in key:
             raise UserError(f"--set takes SECTION.NAME=VALUE, got {pair!r}")
+        if not value:
+            raise UserError(f"--set {pair} has no value; null sets a setting to none")
         if key in args.settings:
             raise UserError(f"--set {pair} gives a setting that a flag gives too; remove one")
         given[key] = _set_value(value)

@@ -58,6 +58,7 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
     has_weights = config.model.backbone is not None
     one_phase = plain or config.run.regime == "joint" or has_weights
+    only_heads = has_weights and config.run.regime in ("frozen", "cdl")
     no_heads = plain and config.run.regime != "joint" and not has_weights  # else: plan_phases
     no_teacher, schedule = config.loss.teacher is None, config.optim.schedule
     no_distillation = no_teacher and config.loss.distill == 0
@@ -75,6 +76,8 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
             "no distillation (--distill or loss.teacher)",
         ),
         ("--set loss.start", "loss", "start", plain and config.loss.start, "no early exits"),
+        ("--set optim.head_lr_scale", "optim", "head_lr_scale", plain, "no early exits"),
+        ("--set optim.stem_epochs", "optim", "stem_epochs", only_heads, "a frozen backbone"),
         *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
         ("--backbone-lr", "backbone_phase", "lr", one_phase, "no such phase"),
@@ -159,7 +162,7 @@ def evaluation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.cut_seed < 0:
         raise UserError(f"--cut-seed must not be negative, got {args.cut_seed}")
     name = args.name
-    if name is not None and (not name or is_hidden(name) or Path(name).name != name):
+    if name is not None and (is_hidden(name) or Path(name).name != name):
         raise UserError(
             f"--name is {name!r}; give the name of one directory, without a path, that is not"
             " hidden: it must not begin with a dot"

@@ -301,11 +301,11 @@ def cut(
     splits = {"train": rest, "val": train.subset(val), "test": test}
     return Data(
         name=name,
-        classes=tuple(classes),
+        classes=tuple(map(str, classes)),  # they, mean and std may be of numpy
         splits=splits,
         val_hash=index_hash(name if fixed_order else f"{name} {content_hash(splits['val'])}", val),
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
         flip=flip,
         pad=pad,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from early_exit.errors import UserError
 from early_exit.model.features import Features, describe_shape
-from early_exit.model.network import MultiExitNetwork, evaluation_mode, run_units
+from early_exit.model.network import MultiExitNetwork, evaluation_mode, run_units, versions
 
 
 def check_network(network: MultiExitNetwork) -> None:
@@ -89,9 +89,16 @@ def check_units_equal_backbone(
 
 
 def check_head(head: nn.Module, name: str, features: Features, num_classes: int) -> None:
-    """Raises UserError if a head does not map the features of one image to logits (1, K)."""
+    """Raises UserError if a head does not map the features of one image to logits (1, K), or
+    changes them in place."""
+    before = versions(features)
     with torch.no_grad(), restored(head), evaluation_mode(head):
         (logits,) = run_units({f"head of {name}": head}, features)
+    if versions(features) != before:
+        raise UserError(
+            f"the head of {name} changes its input in place, which the next unit reads too; use an"
+            " operation that is not in place, such as nn.ReLU()"
+        )
     if describe_shape(logits) != str((1, num_classes)):
         raise UserError(
             f"the head of {name} maps {describe_shape(features)} to {describe_shape(logits)};"

@@ -5,8 +5,8 @@ time. Each multiply-add is one multiplication and one addition. Each value that 
 linear layer reads or writes passes once through a small SRAM. The weights of every stage and head
 that runs are read once per image: from DRAM, if they do not stay on the chip between images, or
 from that SRAM, if the network fits on the chip. The two differ much, so both are reported.
-Instructions, leakage, normalisation, a ViT's position embedding and the exit decision are not
-counted.
+Instructions, leakage, normalisation, additions without a multiplication and the exit decision are
+not counted.
 """
 
 from collections.abc import Sequence

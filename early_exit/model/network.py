@@ -1,7 +1,7 @@
 """The multi-exit network: an untouched backbone with heads between its blocks."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ class MultiExitNetwork(nn.Module):
         cuts = resolve_places(places, list(units))  # place -> index of the unit before the exit
         kinds = head_kinds(head, places)
         with evaluation_mode(backbone), torch.no_grad():
-            features = run_units(units, torch.zeros_like(example))
+            features = run_units(units, torch.zeros_like(example), cuts.values())
         if describe_shape(features[-1]) != str((1, num_classes)):
             raise UserError(
                 f"the backbone gives {describe_shape(features[-1])} for one image; expected logits"
@@ -120,19 +120,47 @@ class MultiExitNetwork(nn.Module):
         return logits
 
 
-def run_units(units: Mapping[str, nn.Module], images: Features) -> list[Features]:
-    """The features after each unit. Raises UserError for a unit that cannot take its input."""
+def run_units(
+    units: Mapping[str, nn.Module], images: Features, cuts: Collection[int] = ()
+) -> list[Features]:
+    """The features after each unit.
+
+    cuts: the indices of the units that are followed by an exit. Raises UserError for a unit that
+    cannot take its input, for features at an exit that are neither a tensor nor a tuple of tensors,
+    and for a unit that changes in place what the exit before it reads.
+    """
     features, outputs = images, []
-    for name, unit in units.items():
+    for index, (name, unit) in enumerate(units.items()):
+        given, before = features, versions(features)
         try:
-            features = unit(features)
+            features = unit(given)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"the unit {name} does not accept the output of the one before it"
-                f" ({describe_shape(features)}): {' '.join(str(error).split())}"
+                f" ({describe_shape(given)}): {' '.join(str(error).split())}"
             ) from error
+        if index - 1 in cuts and versions(given) != before:
+            raise UserError(
+                f"the unit {name} changes its input in place, which the exit before it reads too;"
+                " use an operation that is not in place, such as nn.ReLU()"
+            )
+        if index in cuts and None in versions(features):
+            raise UserError(
+                f"the unit {name}, which an exit follows, gives {describe_shape(features)};"
+                " expected a tensor or a tuple of tensors"
+            )
         outputs.append(features)
     return outputs
+
+
+def versions(features: Any) -> tuple[int | None, ...]:
+    """How often each tensor of the features was changed in place; None for what is no tensor."""
+    parts = features if isinstance(features, tuple) else (features,)
+    return tuple(_version(part) if isinstance(part, Tensor) else None for part in parts)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which those do not count
 
 
 @contextmanager

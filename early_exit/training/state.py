@@ -185,8 +185,11 @@ def save(run: Run, state: PhaseState, start: Position | None = None) -> None:
         "tally": tally,
         "config": configs.to_dict(run.config),
         "exit_names": list(run.network.exit_names),
-        "classes": list(run.data.classes),
-        "normalisation": {"mean": list(run.data.mean), "std": list(run.data.std)},
+        "classes": list(map(str, run.data.classes)),  # not of numpy, which cannot be read back
+        "normalisation": {
+            "mean": list(map(float, run.data.mean)),
+            "std": list(map(float, run.data.std)),
+        },
         "val_hash": run.data.val_hash,
         "unseen_val": run.unseen_val,
         "versions": provenance.versions(),

@@ -72,13 +72,14 @@ def train(
     the user can fix, Diverged if the loss is not finite, and signals.Stopped after a signal, when
     everything is saved.
     """
+    config = configs.plain(config)
     device, precision = set_up(config.run)
     with distributed.process_group(device) as group:
         with group.main_process_first():
             data = task.load_data(config.data)
         network = task.build_network(config, len(data.classes))
         check_network(network)
-        check_image_size(network, data)
+        check_data(network, data)
         directory = Path(run_dir or default_run_dir(Path(runs), config, network.exit_names))
         run = Run(
             config=config,
@@ -164,12 +165,13 @@ def adopt(
     if run_dir.exists():
         raise UserError(f"{run_dir} exists; name another directory")
     check_writable(run_dir)
+    config = configs.plain(config)
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         built = task.build_network(config, len(data.classes))
     owner = "the network that the task builds from this configuration"
     load_into(built, network.state_dict(), Path("the trained network"), owner)
     check_network(network)
-    check_image_size(network, data)
+    check_data(network, data)
     run = Run(
         config=config,
         task=task,
@@ -268,9 +270,16 @@ def check_settings(run: Run) -> None:
         summary_writer()
 
 
-def check_image_size(network: MultiExitNetwork, data: Data) -> None:
-    """Raises UserError if images in memory have another shape than the network's example, by which
-    costs are counted, photos are resized and segments are exported."""
+def check_data(network: MultiExitNetwork, data: Data) -> None:
+    """Raises UserError for classes that are not named in words, and if images in memory have
+    another shape than the network's example, by which costs are counted, photos are resized and
+    segments are exported."""
+    for name in data.classes:
+        if not isinstance(name, str):
+            raise UserError(
+                f"the classes of {data.name} must be text, got {name} ({type(name).__name__});"
+                " give str(...) of each"
+            )
     shape = getattr(data, "image_shape", network.image_shape)
     if shape != network.image_shape:
         raise UserError(

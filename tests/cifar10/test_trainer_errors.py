@@ -119,6 +119,11 @@ class TestErrors:
             (("--exits", "none", "--head", "conv"), "--head"),
             (("--exits", "none", "--regime", "frozen"), "--regime"),
             (("--exits", "none", "--set", "loss.start=0.1"), "--set loss.start"),
+            (("--exits", "none", "--set", "optim.head_lr_scale=2"), "--set optim.head_lr_scale"),
+            (
+                ("--regime", "frozen", "--backbone", "x", "--set", "optim.stem_epochs=1"),
+                "--set optim.stem_epochs",
+            ),
             (("--set", "loss.teacher_weight=2"), "--set loss.teacher_weight"),
             (("--set", "loss.distill_temperature=2"), "--set loss.distill_temperature"),
             (("--set", "optim.peak=0.5"), "--set optim.peak"),

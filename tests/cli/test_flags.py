@@ -45,6 +45,22 @@ class TestSettings:
 
 
 class TestErrors:
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            ([""], "first word"),
+            (["--rate", ""], "--rate"),
+            (["--rate="], "--rate"),
+            (["--quick", "--other", ""], "--other"),
+        ],
+    )
+    def test_an_empty_word(self, parser, words, named):
+        assert_names(refusal(parser.parse_args, words), named, "empty", "--help")
+
+    def test_a_value_may_end_like_a_flag_without_one(self, parser):
+        found = parser.parse_args(["--other", "a=", "--rate=1"])
+        assert vars(found)["not.one"] == "a="
+
     def test_they_are_one_line(self, parser):
         assert_names(refusal(parser.parse_args, ["--rates", "3"]), "--rates", "--help")
 

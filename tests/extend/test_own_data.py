@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import TASK, few_digits, quick_report, refusal
+from helpers import TASK, few_digits, quick_report, refusal, tiny_run
 
 from early_exit.choosing.record import ExitRecord
+from early_exit.config import OptimConfig
 from early_exit.data.in_memory import ImageSet, cut
+from early_exit.training import checkpoint
 
 
 def test_a_split_is_told_apart_by_its_images_and_targets():
@@ -68,3 +70,23 @@ def test_a_val_without_images_and_one_of_all(size):
     part = few_digits(0).splits["test"]
     message = refusal(cut, "some", part, part, list("0123456789"), val_size=size)
     assert "val_size" in message and str(size) in message and "60" in message
+
+
+def test_classes_and_statistics_of_numpy_can_be_read_back(tmp_path):
+    """A checkpoint that holds objects of numpy is refused where it is read."""
+    few = few_digits(0)
+    train, test = few.splits["train"], few.splits["test"]
+    classes, values = np.arange(10), np.float64([0.25, 0.5, 0.75])
+    made = cut("numbers", train, test, classes, val_size=12, mean=values, std=values)
+    assert made.classes == tuple("0123456789") and made.mean == (0.25, 0.5, 0.75)
+    task = dataclasses.replace(TASK, load_data=lambda settings: own)
+    own = dataclasses.replace(few, classes=tuple(classes))
+    assert "int64" in refusal(tiny_run, tmp_path / "run", task)
+    names = tuple(map(np.str_, classes))
+    own = dataclasses.replace(few, classes=names, mean=tuple(values), std=tuple(values))
+    optim = OptimConfig(epochs=np.int64(1), batch_size=8, lr=np.float64(0.05))
+    run = tiny_run(tmp_path / "run", task, optim, head=(np.str_("linear"),))
+    state = checkpoint.load(run)
+    assert state["classes"] == list("0123456789")
+    assert state["normalisation"]["mean"] == [0.25, 0.5, 0.75]
+    assert quick_report(run, task)["run"]["settings"]["optim"]["lr"] == 0.05

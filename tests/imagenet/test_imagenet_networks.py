@@ -10,6 +10,7 @@ from torchvision import models
 from early_exit.config import ModelConfig
 from early_exit.data.folders import FolderConfig, FolderRun
 from early_exit.model.cost import network_cost
+from early_exit.training.steps import set_training_mode
 from imagenet import main, networks
 
 SMALL = (
@@ -135,6 +136,30 @@ def test_unsupported_network_is_refused_with_the_nearest_named():
 def test_unknown_place_is_refused_with_the_nearest_named():
     message = refusal(networks.build_network, "resnet18", ("layer5",))
     assert "'layer5'" in message and "layer4" in message
+
+
+def test_the_first_block_of_a_vit_has_all_that_it_computes_with():
+    """So that `optim.stem_epochs` freezes it whole."""
+    with torch.device("meta"):
+        network = networks.build_network("vit_b_32", ("encoder.0",))
+    set_training_mode(network, backbone_frozen=False, stem_frozen=True)
+    fixed = {name for name, value in network.backbone.named_parameters() if not value.requires_grad}
+    assert fixed == {
+        *("class_token", "encoder.pos_embedding"),
+        *("conv_proj.weight", "conv_proj.bias"),
+    }
+
+
+@pytest.mark.parametrize("arch", ["regnet_y_400mf", "resnet18"])
+def test_the_weights_of_a_seed_do_not_depend_on_what_was_asked_before(arch):
+    """RegNet is built for the shares of its places, too."""
+    drawn = []
+    networks.place_shares.cache_clear()
+    for _ in range(2):
+        torch.manual_seed(0)
+        networks.place_shares(arch)
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1]
 
 
 def test_vit_takes_images_of_another_size():

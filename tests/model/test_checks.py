@@ -88,9 +88,41 @@ class TestConstruction:
                 return (features,) if tuples else None
 
         net = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(192, 5))
-        message = refusal(with_units, net, stem=net[0], flat=net[1], end=net[2])
+        units = {"stem": net[0], "flat": net[1], "end": net[2]}
+        message = refusal(with_units, net, places=(), **units)
         kind = "tuple" if tuples else "NoneType"
         assert "unit flat " in message and kind in message
+
+    def test_features_at_an_exit_are_a_tensor_or_a_tuple(self):
+        class Listed(nn.Module):
+            def forward(self, features):
+                return [features, features]
+
+        class First(nn.Module):
+            def forward(self, features):
+                return features[0]
+
+        net = nn.Sequential(Listed(), First(), nn.Flatten(), nn.Linear(192, 5))
+        units = {"stem": net[0], "first": net[1], "flat": net[2], "end": net[3]}
+        message = refusal(with_units, net, **units)
+        assert "unit stem" in message and "list" in message and "tuple of tensors" in message
+        assert with_units(net, places=("first",), **units)
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_what_an_exit_reads_must_not_be_changed_in_place(self, device):
+        """The backward pass would fail in the first step."""
+        with torch.device(device):
+            layers = (nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5))
+            net = nn.Sequential(*layers)
+            example = torch.zeros(1, 3, 8, 8)
+        units = {"stem": net[0], "relu": net[1], "flat": net[2], "end": net[3]}
+        shape = {"head": "linear", "num_classes": 5, "example": example}
+        message = refusal(MultiExitNetwork, net, units, ("stem",), **shape)
+        assert "unit relu" in message and "in place" in message
+        made = MultiExitNetwork(net, units, ("relu",), **shape)
+        if device == "cpu":
+            check_network(made)
+            sum(logits.sum() for logits in made(torch.rand(2, 3, 8, 8))).backward()
 
     def test_another_number_of_classes_is_refused(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 7))
@@ -244,6 +276,16 @@ class TestHeads:
         assert "stem" in message and all(
             shape in message for shape in (made, "(1, 4, 8, 8)", "(1, 5)")
         )
+
+    def test_one_that_changes_the_features_in_place_is_refused(self):
+        net = Cut()
+        units = {"stem": net.stem, "body": Sum(net.body), "end": net.end}
+
+        def head(shape: torch.Size, classes: int) -> nn.Module:
+            return nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(256, classes))
+
+        message = refusal(check_network, with_units(net, head, **units))
+        assert "head of stem" in message and "in place" in message
 
     def test_one_that_does_not_accept_the_features_is_refused(self):
         net = Cut()
