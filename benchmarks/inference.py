@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import cifar10.networks
 import imagenet.networks
 from early_exit.cli import flags
+from early_exit.config import RunConfig
 from early_exit.evaluation.verdict import speedup_range
 from early_exit.inference.latency import Timing, measure
 from early_exit.inference.policy import NEVER, Policy
@@ -36,7 +37,7 @@ from early_exit.inference.runtimes.network import RuntimeNetwork, to_numpy
 from early_exit.inference.runtimes.table import find_runtime
 from early_exit.model.heads import HEADS
 from early_exit.model.network import MultiExitNetwork
-from early_exit.system.device import PRECISIONS, choose_device, describe_device
+from early_exit.system.device import PRECISIONS, describe_device, set_up
 
 BATCH = 256  # of the untimed passes
 
@@ -166,7 +167,7 @@ def prepare(
 ) -> Iterator[tuple[RuntimeNetwork, Policy, Tensor]]:
     """In each of the runtimes: the network, the policy at which the requested shares exit, and the
     images. Prints what is measured and the table's heading first, and where images exit last."""
-    device = choose_device(args.device)
+    device, _ = set_up(RunConfig(device=args.device, amp="off"))
     runtimes = [find_runtime(name, str(device), torch.get_num_threads()) for name in args.runtime]
     torch.manual_seed(0)
     network = build_network(args.arch, args.exits, args.head, args.image_size)
@@ -199,4 +200,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         for batch_size in args.batch_sizes:
             batches = [batch for batch in images.split(batch_size) if len(batch) == batch_size]
             timing = measure(built, 3 * batches, policy, seconds=args.seconds)
+            assert timing, "`check` has seen to a whole batch"
             print(row(built.runtime.name, timing), flush=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from early_exit.classifier import Classifier
-from early_exit.evaluation.markdown import cautions, provenance
+from early_exit.evaluation.markdown import cautions, is_given, provenance
 from early_exit.evaluation.report import Choice
-from early_exit.system.text import in_a_line
+from early_exit.evaluation.tables import escaped
 
 USAGE = """\
     from early_exit import load
@@ -38,13 +38,15 @@ def card(
         numbers = "the numbers are in `model.json` too"
     run, choice, environment = report["run"], report["choice"], report["environment"]
     plain = len(report["exits"]) == 1
+    cdl = report["cdl"] is not None
+    chosen = not plain and not is_given(Choice(**choice), cdl=cdl)
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
     regime = "" if plain else f", regime {run['regime']}"
     sentences = [
         f"Trained on {run['dataset']}{regime}; {run['weights']}.",
         training,
-        "" if plain else f"The policy was chosen for: {choice['goal']}.",
-        provenance(Choice(**choice), plain=plain, cdl=report["cdl"] is not None),
+        f"The policy was chosen for: {choice['goal']}." if chosen else "",
+        provenance(Choice(**choice), plain=plain, cdl=cdl),
         source,
     ]
     paragraphs = [
@@ -67,7 +69,7 @@ def _input_paragraph(classifier: Classifier) -> str:
     """Classes, image size and parameters."""
     classes, cost = classifier.classes, classifier.cost
     channels, height, width = classifier.loaded.network.image_shape
-    names = ", ".join(map(in_a_line, classes[:20])) + (", ..." if len(classes) > 20 else "")
+    names = ", ".join(map(escaped, classes[:20])) + (", ..." if len(classes) > 20 else "")
     return (
         f"{len(classes)} classes ({names}); images of {width}x{height} pixels,"
         f" {'grey' if channels == 1 else 'RGB'}."

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -313,9 +313,23 @@ def some_of_train(data: Data, count: int) -> Tensor:
     """Up to `count` images of train, drawn at random with seed 0, prepared as val and test are. In
     class folders the first images would be of one class. Unreadable files are left out."""
     size = data.size("train")
-    drawn = np.random.default_rng(0).permutation(size)[:count].tolist()
-    batches = (data.eval_batches("train", 1, Shard(row, size)) for row in drawn)  # one row each
-    return torch.cat([images for batch in batches for images, _ in batch])
+    drawn = np.random.default_rng(0).permutation(size)[:count]
+    return torch.cat(list(one_by_one(data, "train", drawn)))
+
+
+def one_by_one(data: Data, split: str, rows: np.ndarray) -> Iterator[Tensor]:
+    """Some images of a split, (1, C, H, W) each, in the order of the rows, prepared as val and test
+    are. Unreadable files are left out. Nothing is decoded ahead, so nothing disturbs a clock."""
+    for row in rows.tolist():
+        for images, _ in data.eval_batches(split, 1, Shard(row, data.size(split))):
+            yield images
+
+
+def first_batch(data: Data, split: str, batch_size: int) -> Tensor | None:
+    """The images of the first batch of a split, and nothing decoded ahead; None if none of them can
+    be read."""
+    alone = Shard(0, -(-data.size(split) // batch_size))
+    return next((images for images, _ in data.eval_batches(split, batch_size, alone)), None)
 
 
 def calibration_of(data: Data) -> str:

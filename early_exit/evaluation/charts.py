@@ -6,7 +6,7 @@ Whatever differs in colour also differs in dash, symbol or pattern; the colours 
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from early_exit.evaluation.plots import BLUE, GREEN, GREY, ORANGE, YELLOW
@@ -145,7 +145,7 @@ def _mark_traces(report: Report, costs: _Costs) -> list[Trace]:
         _named_marks(
             "no exit is taken" if report.early_exits else "plain network",
             costs.at_exit[-1:],
-            report.exits[-1:],
+            [replace(report.exits[-1], accuracy=report.final_accuracy)],
             "#000",
             "diamond",
         ),

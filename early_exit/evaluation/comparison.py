@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,13 +89,6 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
     runtime = runtimes[0] if len(runtimes) == 1 else "the row's runtime"
     decimals = 2 if min(group.first.plain_macs for group in groups) > 1e7 else 3
 
-    def speedup(size: int, group: Group) -> Value | None:
-        """None unless every seed was timed, all on one machine."""
-        timed = all(size in member.speedups for member in group.members)
-        if not timed or len({member.device for member in group.members}) > 1:
-            return None
-        return group.mean(lambda member: member.speedups[size])
-
     return [
         Column("accuracy of final exit", "final_exit_accuracy_percent", Group.final_accuracy),
         Column("accuracy of chosen policy", "chosen_policy_accuracy_percent", Group.accuracy),
@@ -108,7 +102,7 @@ def policy_columns(groups: Sequence[Group]) -> list[Column]:
             Column(
                 f"speed-up in {runtime}, batch {size}",
                 f"speedup_batch_{size}",
-                functools.partial(speedup, size),
+                operator.methodcaller("speedup", size),
                 scale=1,
                 unit=" x",
             )

@@ -135,10 +135,7 @@ def _group_values(group: Group) -> dict[str, Any]:
             name: group.mean(operator.methodcaller("accuracy_of_exit", index))
             for index, name in enumerate(first.exit_accuracy)
         },
-        "speedup": {
-            size: group.mean(lambda member, size=size: member.speedups.get(size))  # type: ignore[misc]
-            for size in group.batch_sizes
-        },
+        "speedup": {size: group.speedup(size) for size in group.batch_sizes},
         "curve": {
             "macs": curve.costs.tolist(),
             "accuracy": curve.accuracy.tolist(),

@@ -58,6 +58,14 @@ class Group:
         """Batch sizes that were timed."""
         return sorted({size for member in self.members for size in member.speedups})
 
+    def speedup(self, size: int) -> Value | None:
+        """Over the plain network at a batch size; None unless every member was timed, all on one
+        machine."""
+        timed = all(size in member.speedups for member in self.members)
+        if not timed or len({member.device for member in self.members}) > 1:
+            return None
+        return self.mean(lambda member: member.speedups[size])
+
     def mean(self, get: Callable[[Evaluation], Value | float | None]) -> Value | None:
         """Mean and deviation of a number over the members that have it. If one has it, its own
         value; if none has, None."""

@@ -175,4 +175,7 @@ def _directory(group: Group) -> str:
     names = [Path(os.path.abspath(member.run)).name for member in group.members]
     if len(names) == 1:
         return names[0]
-    return re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", os.path.commonprefix(names)) or names[0]  # noqa: RUF071
+    common = os.path.commonprefix(names)  # noqa: RUF071
+    if any(name[len(common) : len(common) + 1].isdigit() for name in names):
+        common = common.rstrip("0123456789")  # the first digits of the seeds
+    return re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", common) or names[0]

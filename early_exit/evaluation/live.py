@@ -1,7 +1,8 @@
 """Inference with exits taken on test, compared with the record and timed."""
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +22,12 @@ from early_exit.inference.runtimes.network import to_numpy
 from early_exit.inference.segment_times import SegmentTimes, segment_times
 from early_exit.inference.segments import spans
 from early_exit.metrics import MANY_CLASSES, in_top5
-from early_exit.trained import Trained
+from early_exit.trained import Trained, first_batch, one_by_one
 
 log = logging.getLogger(__name__)
 
 LIVE_BATCH = 256
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread the most evenly
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ def measure(
     """
     built = build_networks(trained, static_networks)
     live = run_live(trained, data, test, outcome.policy)
+    rows = evenly(outcome.exit_index)
     timed = [
-        time_batch(trained, data, outcome.policy, batch_size, max_images, built)
+        time_batch(trained, data, outcome.policy, rows, batch_size, max_images, built)
         for batch_size in sorted(set(batch_sizes))
     ]
     return Measurements(live, tuple(found for found in timed if found))
@@ -115,15 +118,33 @@ def run_live(
     )
 
 
+def evenly(exit_index: np.ndarray) -> np.ndarray:
+    """An order of the images in which any first part of them takes the exits about as all do, and
+    is drawn at random otherwise. exit_index: (images,) the exit that each takes.
+
+    Only some images are timed, and class folders begin with those of one class. The order is a
+    Kronecker sequence over the images sorted by their exits: of n images, the number at an exit is
+    off by a few at most.
+    """
+    count = len(exit_index)
+    by_exit = np.lexsort((np.random.default_rng(0).permutation(count), exit_index))
+    steps = np.arange(count) * GOLDEN % 1
+    return by_exit[np.argsort(np.argsort(steps))]
+
+
 def time_batch(
     trained: Trained,
     data: Data,
     policy: Policy,
+    rows: np.ndarray,
     batch_size: int,
     max_images: int,
     static_networks: Mapping[str, nn.Module],
 ) -> TimedBatch | None:
-    """Times whole batches of at most `max_images` test images; None if no batch is whole."""
+    """Times whole batches of at most `max_images` images of test; None if no batch is whole.
+
+    rows: all images of test, in the order in which they are timed.
+    """
     total = min(max_images, data.size("test"))
     if total < batch_size:
         log.info(
@@ -133,16 +154,12 @@ def time_batch(
         )
         return None
     log.info("timing %s at batch %d", trained.runtime.runtime.name, batch_size)
-    batches: list[Tensor] = []
-    for images, _ in data.eval_batches("test", batch_size):
-        if (len(batches) + 1) * batch_size > total:
-            break
-        if len(images) == batch_size:  # fewer if a file is unreadable since it was recorded
-            batches.append(images)
-    if not batches:
-        log.warning("every batch of %d has an unreadable image; this size is not timed", batch_size)
-        return None
+    batches = whole_batches(one_by_one(data, "test", rows), batch_size)
+    batches = itertools.islice(batches, total // batch_size)
     timing = latency.measure(trained.runtime, batches, policy, others=static_networks)
+    if timing is None:  # files are unreadable since they were recorded
+        log.warning("test has no %d readable images; this size is not timed", batch_size)
+        return None
     segments = None
     if batch_size <= data.size("val"):
         try:
@@ -160,6 +177,14 @@ def time_batch(
             data.size("val"),
         )
     return TimedBatch(timing, segments)
+
+
+def whole_batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Single images (1, C, H, W) in batches of `size`; the last ones that fill none are left
+    out."""
+    remaining = iter(images)
+    while len(batch := list(itertools.islice(remaining, size))) == size:
+        yield torch.cat(batch)
 
 
 def time_for_choice(
@@ -183,7 +208,7 @@ def time_for_choice(
 
 def first_of_val(data: Data, batch_size: int) -> Tensor:
     """The first batch of val. Raises UserError if fewer images can be read."""
-    images = next((images for images, _ in data.eval_batches("val", batch_size)), None)
+    images = first_batch(data, "val", batch_size)
     if images is None or len(images) < batch_size:
         raise UserError(
             f"the first batch of val has {0 if images is None else len(images)} images that can be"

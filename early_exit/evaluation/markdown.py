@@ -139,10 +139,13 @@ def _summary(report: Report) -> str:
 def _runtime_sections(report: Report) -> list[Section]:
     if not report.runtimes:
         return []
+    given = is_given(report.choice, cdl=report.cdl is not None)
+    policy = "the policy applied" if given else "the policy chosen on val"
+    timed = "the plain network and inference with exits timed in turns. Times are means per batch."
     body = (
         f"{runtime_table(report.runtimes)}\n\nThis report is of {report.environment.ran_in}. In"
-        " each runtime every exit was recorded, the policy chosen on val, and the plain network and"
-        " inference with exits timed in turns. Times are means per batch."
+        f" each runtime every exit was recorded, {policy}"
+        f"{f', and {timed}' if report.timing else '. Nothing was timed.'}"
     )
     return [Section("runtimes", "Runtimes", body)]
 
@@ -244,6 +247,12 @@ def to_markdown(report: Report, pictures: dict[str, str]) -> str:
     ]
     shown = [f"## {caption}\n\n![{caption}]({name})" for name, caption in pictures.items()]
     return "\n\n".join([f"# {title(report)}", *first, *shown, last]) + "\n"
+
+
+def is_given(choice: Choice, *, cdl: bool) -> bool:
+    """Whether the user gave the policy or its thresholds, and nothing chose among exits. cdl: as
+    for `provenance`."""
+    return choice.policy_given or (choice.thresholds_given and not cdl)
 
 
 def provenance(choice: Choice, *, plain: bool, cdl: bool) -> str:

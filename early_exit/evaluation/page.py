@@ -110,7 +110,13 @@ def _slider_stops(report: Report) -> list[dict[str, Any]]:
             ("val", point.val, point.val_shares),
             ("test", point.test, point.test_shares),
         ):
+            percentages = {  # rounded as in the tables
+                "accuracy": f"{100 * outcome.accuracy:.2f} %",
+                "macs": f"{100 * outcome.macs_share:.1f} %",
+                "shares": [f"{100 * share:.1f} %" for share in shares],
+            }
             stop[split] = {
+                "shown": percentages,
                 "accuracy": round(outcome.accuracy, 6),
                 "macs": round(outcome.macs_share, 6),
                 "shares": [round(share, 5) for share in shares],
@@ -145,7 +151,8 @@ def _time_figures(report: Report) -> str:
     sizes = [seconds.batch_size for seconds in report.curve_seconds]
     figures = "".join(f'<div class="figure" id="ms{size}"></div>' for size in sizes)
     if not sizes:
-        return "<p>Nothing was timed, so there is no figure of accuracy against time.</p>"
+        missing = "The segments were not" if report.timing else "Nothing was"
+        return f"<p>{missing} timed, so there is no figure of accuracy against time.</p>"
     if len(sizes) == 1:
         return figures
     options = "".join(f'<option value="{size}">{size}</option>' for size in sizes)

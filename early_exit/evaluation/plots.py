@@ -151,14 +151,13 @@ def _draw_exits(axes: Axes, report: Report) -> None:
             fontsize=9,
             color=ORANGE,
         )
-    final = report.exits[-1]
     axes.plot(
-        100 * final.macs_share,
-        100 * final.accuracy,
+        100 * report.exits[-1].macs_share,
+        100 * report.final_accuracy,
         "D",
         color="black",
         ms=7,
-        label=f"no exit is taken: {100 * final.accuracy:.2f} %",
+        label=f"no exit is taken: {100 * report.final_accuracy:.2f} %",
     )
 
 

@@ -26,7 +26,7 @@ from early_exit.evaluation.report import (
 from early_exit.evaluation.report_seconds import CurveSeconds, LatencyResult
 from early_exit.inference.latency import Timing
 from early_exit.inference.segment_times import SegmentTimes
-from early_exit.metrics import auroc, expected_calibration_error, reliability
+from early_exit.metrics import auroc, expected_calibration_error, in_top5, reliability
 from early_exit.model.cost import Cost, count_macs, meta_copy
 from early_exit.model.energy import Energy
 from early_exit.model.network import MultiExitNetwork
@@ -42,11 +42,12 @@ Row = tuple[str, list[Picture]]
 """A caption and pictures."""
 
 
-def top5_accuracy(in_top5: np.ndarray | None, exits: int | np.ndarray) -> float | None:
-    """The top-5 accuracy at one exit, or at the exit that each image takes."""
-    if in_top5 is None:
+def top5_accuracy(correct: np.ndarray | None, exits: np.ndarray) -> float | None:
+    """The top-5 accuracy at the exit that each image takes. correct: (images, exits) whether the
+    target is among the five most probable classes."""
+    if correct is None:
         return None
-    return float(in_top5[np.arange(len(in_top5)), exits].mean())
+    return float(correct[np.arange(len(correct)), exits].mean())
 
 
 def exit_rows(splits: Splits, outcome: Outcome) -> tuple[ExitRow, ...]:
@@ -72,6 +73,7 @@ def _exit_row(
     logits, targets = test.exit_logits(index), torch.from_numpy(test.targets)
     before, after = (reliability(logits, targets, t) for t in (1.0, policy.temperatures[index]))
     continuing_helps = correct[:, -1] & ~correct[:, index]
+    has_top5 = enabled and scored.in_top5 is not None
     return ExitRow(
         name=policy.exit_names[index],
         enabled=enabled,
@@ -89,7 +91,7 @@ def _exit_row(
         continuing_auroc=(
             auroc(-scored.scores[:, index], continuing_helps) if early and enabled else None
         ),
-        top5=top5_accuracy(scored.in_top5, index) if enabled else None,
+        top5=float(in_top5(logits, targets).double().mean()) if has_top5 else None,
         exited=outcome.exit_shares[index],
         exited_accuracy=float(correct[here, index].mean()) if here.any() else None,
     )
@@ -256,10 +258,11 @@ def gallery(outcome: Outcome, splits: Splits) -> list[Row]:
 
 def _exit_picture(image: int, index: int, outcome: Outcome, splits: Splits) -> Picture:
     scored, classes = outcome.scored, splits.data.classes
-    answer, target = classes[scored.answers[image, index]], classes[scored.targets[image]]
+    answered, true = scored.answers[image, index], scored.targets[image]
+    answer, target = classes[answered], classes[true]  # two classes may have one name
     name, score = outcome.policy.exit_names[index], scored.scores[image, index]
     words = f"{name}: answer {answer}, target {target}; score {score:.3f}"
-    return Picture(splits.data.picture("test", image), answer, answer == target, words)
+    return Picture(splits.data.picture("test", image), answer, bool(answered == true), words)
 
 
 def overthought(outcome: Outcome, splits: Splits) -> list[Row]:
@@ -280,7 +283,8 @@ def overthought(outcome: Outcome, splits: Splits) -> list[Row]:
 
 
 def _overthought_picture(image: int, name: str, outcome: Outcome, splits: Splits) -> Picture:
-    scored, classes = outcome.scored, splits.data.classes
-    target, final = classes[scored.targets[image]], classes[scored.answers[image, -1]]
+    classes = splits.data.classes
+    answer = int(splits.test.exit_logits(-1)[image].argmax())  # its own
+    target, final = classes[outcome.scored.targets[image]], classes[answer]
     words = f"{name}: {target}, which is right; final: {final}"
     return Picture(splits.data.picture("test", image), f"{target},\n{final}", False, words)

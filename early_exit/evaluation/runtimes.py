@@ -24,7 +24,7 @@ from early_exit.inference.runtimes.table import (
     torch_name,
 )
 from early_exit.system.device import choose_device, choose_precision
-from early_exit.trained import EVALUATION, Trained, in_runtime
+from early_exit.trained import EVALUATION, Trained, first_batch, in_runtime
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def fastest(trained: Trained, batch_size: int) -> str:
     Those in 8-bit integers change the accuracy and those that compile take minutes, so they are not
     among the candidates.
     """
-    images, _ = next(iter(trained.data.eval_batches("val", batch_size)))
+    images = first_batch(trained.data, "val", batch_size)
+    if images is None:
+        raise UserError(f"none of the first {batch_size} images of val can be read")
     names = [
         name
         for name in available_runtimes(trained.device.type)

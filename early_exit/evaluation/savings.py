@@ -68,9 +68,12 @@ def seconds_savings(panel: Panel, statics: Sequence[Static]) -> list[Saving]:
     """In measured seconds, in the panel's unit; one for each static network that was timed.
 
     Beside a policy, a static network has the time of the policy's own process, if it was timed
-    there. There are none if nothing relates the times of several machines.
+    there. There are none if nothing relates the times of several machines, and if no network with
+    exits was timed.
     """
     if panel.reference is None and len(panel.machines) > 1:
+        return []
+    if all(group.plain for group in panel.groups):
         return []
     points = unbeaten([_timed(panel, group) for group in filter(_counts, panel.groups)])
     rows = []

@@ -8,7 +8,7 @@ timed region.
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -148,30 +148,33 @@ Sample = dict[str, float]
 
 def measure(
     network: RuntimeNetwork,
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     policy: Policy,
     *,
     others: Mapping[str, nn.Module] | None = None,
     repeats: int = 5,
     seconds: float = 15.0,
-) -> Timing:
-    """Times the batches, as many of them as about `seconds` allow and at least one.
+) -> Timing | None:
+    """Times the batches, as many of them as about `seconds` allow and at least one; None if there
+    are none.
 
     batches: tensors (B, 3, H, W), normalised, all of the same size, on the network's device;
     others: static networks, timed in turns with the plain one.
     """
     samples: list[list[Sample]] = []  # (batches, repeats)
+    size, spent = 0, 0.0
     network.segments(policy)  # building takes seconds
     for module in (None, *(others or {}).values()):
         network.plain(module)
     with network.runtime.context():
-        began = time.perf_counter()
         drawn = random.Random(0)
         for images in batches:
+            began = time.perf_counter()
             samples.append(measure_batch(network, images, policy, others or {}, repeats, drawn))
-            if time.perf_counter() - began > seconds:
+            size, spent = len(images), spent + time.perf_counter() - began
+            if spent > seconds:
                 break
-    return summary(samples, len(batches[0]), policy, list(others or ()))
+    return summary(samples, size, policy, list(others or ())) if samples else None
 
 
 def measure_batch(

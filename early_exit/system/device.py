@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from early_exit.errors import UserError
+from early_exit.system.processors import processors
 from early_exit.system.torchrun import local_rank, world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,8 +53,8 @@ class MachineSettings(Protocol):
 
 def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     """Sets threads, seeds and cuDNN's modes; returns the device and the precision."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    # by itself torch does not see a container's limit
+    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), processors()))
     seed_everything(settings.seed, settings.deterministic)
     device = choose_device(settings.device)
     if device.type == "cpu":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from by_hand import NAMES, ROUNDING, TASK, quickly, slow_outcome, slow_scores, some_digits, stored
 from helpers import CPU, assert_names, tiny_network
@@ -12,12 +13,20 @@ from helpers import CPU, assert_names, tiny_network
 from early_exit.choosing.goals import FixedThresholds
 from early_exit.config import Config, DataConfig, ModelConfig
 from early_exit.errors import UserError
-from early_exit.evaluation.live import build_networks, time_batch, time_for_choice
+from early_exit.evaluation.live import (
+    build_networks,
+    evenly,
+    time_batch,
+    time_for_choice,
+    whole_batches,
+)
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
 from early_exit.inference.runtimes.eager import EagerRuntime
-from early_exit.trained import load_run
+from early_exit.trained import first_batch, load_run, one_by_one
 from early_exit.training import checkpoint
+
+ROWS = np.arange(120)  # of test
 
 
 class TestLive:
@@ -101,15 +110,15 @@ def test_a_static_network_that_the_runtime_cannot_build_is_left_out(finished, mo
 def test_without_a_whole_batch_nothing_is_timed(finished):
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
-    assert time_batch(loaded, loaded.data, policy, 8, 7, {}) is None  # images to time
-    assert time_batch(loaded, loaded.data, policy, 121, 1000, {}) is None  # images of test
+    assert time_batch(loaded, loaded.data, policy, ROWS, 8, 7, {}) is None  # images to time
+    assert time_batch(loaded, loaded.data, policy, ROWS, 121, 1000, {}) is None  # images of test
 
 
 def test_a_batch_larger_than_val_is_timed_without_its_segments(finished, caplog):
     caplog.set_level("INFO")
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5))
-    found = time_batch(loaded, loaded.data, policy, 110, 1000, {})
+    found = time_batch(loaded, loaded.data, policy, ROWS, 110, 1000, {})
     assert found.segments is None
     assert (found.timing.batch_size, found.timing.images) == (110, 110)
     assert_names(caplog.text, "batch 110", "val", loaded.data.size("val"))
@@ -119,7 +128,7 @@ def test_the_segments_of_the_policy_are_timed_beside_it(finished):
     loaded = load_run(finished, TASK, CPU)
     policy = Policy(exit_names=NAMES, thresholds=(0.5, 0.5), enabled=(False, True))
     static = tiny_network(Config(model=ModelConfig(exits=())), 10).eval()
-    found = time_batch(loaded, loaded.data, policy, 2, 2, {"static": static})
+    found = time_batch(loaded, loaded.data, policy, ROWS, 2, 2, {"static": static})
     assert set(found.segments.seconds) == {(0, 1), (2, 2)}
     assert (found.segments.batch_size, found.segments.sizes) == (2, (1, 2))
     assert found.timing.networks["static"].total > 0
@@ -133,6 +142,30 @@ def test_for_a_choice_the_given_segments_are_timed(finished):
     with pytest.raises(UserError) as caught:
         time_for_choice(loaded, loaded.data, "entropy", 101, spans)
     assert_names(str(caught.value), "val", 100, 101, "--latency-batch")
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.02, 0.0, 0.98), (0.34, 0.33, 0.33)])
+def test_every_first_part_of_the_timed_images_takes_the_exits_as_all_do(shares):
+    """However they are sorted in the files: here the easy ones come first."""
+    exit_index = np.repeat(np.arange(3), np.round(5000 * np.array(shares)).astype(int))
+    order = evenly(exit_index)
+    assert np.array_equal(np.sort(order), np.arange(len(exit_index)))
+    counts = np.cumsum(exit_index[order][:, None] == np.arange(3), axis=0)
+    expected = np.arange(1, len(order) + 1)[:, None] * np.array(shares)
+    assert abs(counts - expected).max() < 4
+    first = order[exit_index[order] == exit_index.max()][:50]  # at one exit: a random sample
+    assert len(set(first)) == 50 and (np.diff(first) < 0).sum() > 10
+
+
+def test_single_images_are_those_of_the_split_in_its_layout(finished):
+    data = load_run(finished, TASK, CPU).data
+    (images,) = [images for images, _ in data.eval_batches("test", 120)]
+    rows = np.array([5, 3, 119, 3, 0])
+    first, second = whole_batches(one_by_one(data, "test", rows), 2)  # the last image fills none
+    assert torch.equal(torch.cat([first, second]), images[rows[:4]])
+    assert first.stride() == images[rows[:2]].stride()
+    assert torch.equal(first_batch(data, "test", 32), images[:32])
+    assert torch.equal(first_batch(data, "test", 121), images)
 
 
 class TestUnreadableSinceRecorded:
@@ -151,7 +184,8 @@ class TestUnreadableSinceRecorded:
             def batches(self, split, *rest):
                 for images, targets in whole(self, split, *rest):
                     count = len(images) - (split == short)
-                    yield images[:count], targets[:count]
+                    if count:
+                        yield images[:count], targets[:count]
 
             monkeypatch.setattr(type(loaded.data), "eval_batches", batches)
             return loaded
@@ -160,12 +194,12 @@ class TestUnreadableSinceRecorded:
 
     def test_without_a_whole_batch_of_test_nothing_is_timed(self, short_of, caplog):
         loaded = short_of("test")
-        assert time_batch(loaded, loaded.data, self.POLICY, 4, 8, {}) is None
-        assert_names(caplog.text, 4, "unreadable")
+        assert time_batch(loaded, loaded.data, self.POLICY, ROWS, 4, 8, {}) is None
+        assert_names(caplog.text, 4, "readable")
 
     def test_without_a_whole_batch_of_val_segments_are_not_timed(self, short_of, caplog):
         loaded = short_of("val")
-        found = time_batch(loaded, loaded.data, self.POLICY, 4, 8, {})
+        found = time_batch(loaded, loaded.data, self.POLICY, ROWS, 4, 8, {})
         assert found.segments is None and found.timing.images == 8
         assert_names(caplog.text, "segments", 3, 4, "val")
         with pytest.raises(UserError, match="val"):

@@ -8,6 +8,7 @@ from helpers import refusal
 
 from early_exit.config import RunConfig
 from early_exit.inference.runtimes.eager import EagerRuntime
+from early_exit.system import device
 from early_exit.system.device import (
     autocast_context,
     choose_device,
@@ -125,6 +126,18 @@ class TestSeeds:
             monkeypatch.setattr(torch.backends.cudnn, name, False)
         assert set_up(RunConfig(amp="off"))[0] == CUDA
         assert current == [0]  # torch refuses the device "cuda", which has none
+
+    def test_a_containers_limit_counts(self, monkeypatch):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            monkeypatch.setattr(device, "processors", lambda: 1)
+            set_up(RunConfig(device="cpu", amp="off"))
+            assert torch.get_num_threads() == 1
+            set_up(RunConfig(device="cpu", amp="off", threads=2))  # as asked for
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
     def test_set_up_seeds_and_sets_threads(self):
         settings = RunConfig(device="cpu", amp="bf16", threads=2, seed=3)

@@ -17,23 +17,22 @@ if (menu) menu.addEventListener("change", showBatchSize);
 showBatchSize();
 
 const slider = document.getElementById("threshold");
-const percent = (value, digits) => `${(100 * value).toFixed(digits)} %`;
 
 function showThreshold(point) {
   const threshold = point.threshold === null ? "none: no exit is taken" : point.threshold.toFixed(4);
   document.getElementById("at").textContent = threshold;
   slider.setAttribute("aria-valuetext",
-    `${threshold}: accuracy ${percent(point.val.accuracy, 2)} at ${percent(point.val.macs, 1)} of MACs on val`);
+    `${threshold}: accuracy ${point.val.shown.accuracy} at ${point.val.shown.macs} of MACs on val`);
 }
 
 function fillTable(point) {
   for (const split of ["val", "test"]) {
     const outcome = point[split];
     const show = (row, text) => { document.getElementById(`${row}-${split}`).textContent = text; };
-    show("accuracy", percent(outcome.accuracy, 2));
-    show("macs", percent(outcome.macs, 1));
+    show("accuracy", outcome.shown.accuracy);
+    show("macs", outcome.shown.macs);
     data.batch_sizes.forEach((size, index) => show(`ms${size}`, `${Number(outcome.ms[index].toPrecision(3))} ms`));
-    data.exits.forEach((name, index) => show(`share${index}`, percent(outcome.shares[index], 1)));
+    data.exits.forEach((name, index) => show(`share${index}`, outcome.shown.shares[index]));
   }
 }
 

@@ -41,9 +41,10 @@ class CudaGraphRuntime(TorchRuntime):
         return GraphRows(dataclasses.replace(segment, stages=stages), self._capture)
 
     def network(self, network: nn.Module, _example: Tensor) -> RunNetwork:
-        """A copy of a network without exits, captured when it first runs at a number of rows."""
+        """A copy of a network without exits, captured when it first runs at a number of rows, which
+        are those of a whole batch: none are added."""
         network = self._convert(network)
-        return GraphRows(lambda images, *_: network(images), self._capture)
+        return GraphRows(lambda images, *_: network(images), self._capture, bucket=int)
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -87,10 +88,15 @@ class CudaGraphRuntime(TorchRuntime):
 
 class GraphRows:
     """A function `features, temperature, state -> anything with rows first`, captured for each
-    bucket of rows; called as a segment."""
+    bucket of rows; called as a segment. bucket: that of a number of rows; default: `bucket_of`."""
 
-    def __init__(self, function: Callable[..., Any], capture: Capture) -> None:
-        self.function, self.capture = function, capture
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        capture: Capture,
+        bucket: Callable[[int], int] | None = None,
+    ) -> None:
+        self.function, self.capture, self.bucket = function, capture, bucket or bucket_of
         self.graphs: dict[int, _Graph] = {}
         """By bucket."""
 
@@ -98,7 +104,7 @@ class GraphRows:
         self, features: Features, temperature: float = 1.0, state: Tensor | None = None
     ) -> Any:
         rows = num_rows(features)
-        bucket = bucket_of(rows)
+        bucket = self.bucket(rows)
         if bucket not in self.graphs:
             self.graphs[bucket] = self._graph(features, state, bucket)
         graph = self.graphs[bucket]

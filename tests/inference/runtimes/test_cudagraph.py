@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import bound
+from torch import nn
 
 from early_exit.inference.infer import infer
 from early_exit.inference.policy import Policy
@@ -67,6 +68,16 @@ def test_each_bucket_is_captured_once(recorder):
         assert torch.equal(run(features), features + 1)
     assert [len(outputs[0]) for outputs in recorder.outputs] == [6, 8, 1]
     assert recorder.replays == 6
+
+
+def test_a_network_without_exits_gets_no_rows_that_it_does_not_need(fake_runtime, recorder):
+    """They would cost it more than they cost exits: it runs whole batches, of one size."""
+    network = nn.Linear(2, 3)
+    run = fake_runtime.network(network, None)
+    images = torch.randn(5, 2)
+    with torch.inference_mode():
+        assert torch.equal(run(images), network(images))
+    assert [len(output) for (output,) in recorder.outputs] == [5]
 
 
 def test_rows_that_fill_a_bucket_are_ignored(recorder):
