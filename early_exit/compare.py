@@ -5,7 +5,7 @@
     python -m early_exit.compare runs/a-0 runs/a-1 runs/a-2           seeds: mean ± deviation
     python -m early_exit.compare runs/a-0 runs/a-1 --each             the same, one row per run
     python -m early_exit.compare runs/a/eval/risk1 runs/b --labels certified cheap
-    python -m early_exit.compare runs/*                               all runs that are evaluated
+    python -m early_exit.compare runs/*                               all, if on one data set
     python -m early_exit.compare runs/* --points benchmarks/literature.yaml
     python -m early_exit.compare runs/mine --statics benchmarks/statics.yaml
 

@@ -130,7 +130,7 @@ class OptimConfig:
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the phase at which the schedule `step` divides the rate by 10."""
     warmup_epochs: float = 1.0
-    """Epochs of linear warm-up, at most a tenth of the phase; ResNet-110 needs it. The schedule
+    """Epochs of linear warm-up, at most a tenth of the phase; it helps ResNet-110. The schedule
     `triangular` has none."""
     label_smoothing: float = 0.0
     """Probability moved from the target class to all classes, in [0, 1)."""

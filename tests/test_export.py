@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, TASK, assert_names, refusal, tiny_run
+from helpers import CPU, TASK, assert_names, few_digits, refusal, tiny_run
 
 from early_exit import export
+from early_exit.card import card
 from early_exit.choosing.goals import Budget, ConditionalDeepLearning, FixedThresholds, MaxDrop
 from early_exit.classifier import load
 from early_exit.config import OptimConfig
@@ -83,6 +84,18 @@ class TestExport:
         path = exported / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
         assert_names(refusal(load, exported, task=TASK), path)
+
+    def test_names_of_classes_are_no_markdown(self, tmp_path):
+        classes = ("__ape__", "<unk>", *"23456789")
+        task = dataclasses.replace(
+            TASK, load_data=lambda _: dataclasses.replace(few_digits(0), classes=classes)
+        )
+        run = tiny_run(tmp_path / "run", task)
+        evaluate(run, task, Budget(0.8), overrides=CPU, live=False, draw=False, name="mine")
+        classifier = load(run, task=task)
+        report = json.loads((run / "eval" / "mine" / "report.json").read_text())
+        text = card(report, classifier, "", "mit", "", [])
+        assert "10 classes (\\_\\_ape\\_\\_, &lt;unk&gt;, 2, 3," in text
 
     def test_the_running_average_is_what_is_exported(self, evaluated_copy, tmp_path):
         state = checkpoint.load(evaluated_copy)

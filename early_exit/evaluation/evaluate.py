@@ -308,7 +308,7 @@ def _log_policy(policy: Policy, goal: Goal) -> None:
         case Risk() if not any(policy.enabled):
             reason = "no threshold was certified"
         case _:
-            reason = "on val it costs more than it saves"
+            reason = "on val it does not save more than it costs"
     for name, enabled in zip(policy.exit_names, policy.enabled, strict=False):
         if not enabled:
             log.info("exit %s is disabled: %s", name, reason)

@@ -100,8 +100,9 @@ def sections(report: Report) -> list[Section]:
             f"{calibration_table(report)}\n\n"
             "*ECE*: the expected calibration error, the mean distance between confidence and"
             " accuracy in 15 bins, on test, without and with the temperature, which was fitted on"
-            " val. *AUROC*: how often an image that is wrong here and right at the final exit has a"
-            " lower score than another image; 0.5 is chance. Thresholds depend on this ranking,"
+            " val, but not below what keeps the surest images apart in float32. *AUROC*: how often"
+            " an image that is wrong here and right at the final exit has a lower score than"
+            " another image; 0.5 is chance. Thresholds depend on this ranking,"
             " which a temperature hardly changes.",
         ),
         Section(

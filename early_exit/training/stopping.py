@@ -1,6 +1,7 @@
 """Ending a training early: on a signal, with everything saved, and on a loss that is not finite."""
 
 import copy
+import shlex
 import signal
 from collections.abc import Callable
 from typing import NoReturn
@@ -49,7 +50,7 @@ def stop_if_signalled(
     run.group.barrier()  # torchrun ends the others when the main process exits
     raise Stopped(
         f"stopped by signal {signum} and saved in epoch {state.position.epoch + 1} after"
-        f" step {state.position.step}; continue with --resume {run.directory}",
+        f" step {state.position.step}; continue with --resume {shlex.quote(str(run.directory))}",
         signum,
     )
 

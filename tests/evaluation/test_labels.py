@@ -23,6 +23,21 @@ def test_a_row_is_named_by_the_settings_that_distinguish_it(made_run):
 
 
 @pytest.mark.parametrize(
+    ("names", "common"),
+    [
+        (("net-joint-seed42", "net-joint-seed43"), "net-joint"),
+        (("net-9", "net-10", "net-11"), "net"),
+        (("net-10", "net-11"), "net"),
+        (("net-1", "net-10"), "net"),
+        (("resnet56", "resnet56-b"), "resnet56"),  # no number is cut
+    ],
+)
+def test_several_seeds_have_the_name_that_their_directories_share(made_run, names, common):
+    (row,) = rows(*[made_run(name, seed) for seed, name in enumerate(names)])
+    assert row.name == common
+
+
+@pytest.mark.parametrize(
     ("setting", "values"),
     [
         ({"optim": {"epochs": 30}}, [200, 30]),

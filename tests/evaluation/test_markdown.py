@@ -11,6 +11,7 @@ from helpers import CPU, assert_names
 
 from early_exit.choosing.goals import MaxDrop
 from early_exit.evaluation import page
+from early_exit.evaluation.charts import charts
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.evaluation.markdown import (
     headline,
@@ -21,6 +22,7 @@ from early_exit.evaluation.markdown import (
     to_markdown,
 )
 from early_exit.evaluation.report import Choice, ClassRow, Report
+from early_exit.evaluation.report_seconds import RuntimeRow
 from early_exit.evaluation.seconds import network_table, segment_table, timing_table
 from early_exit.evaluation.tables import (
     MAX_CLASSES,
@@ -122,6 +124,9 @@ def test_the_plain_network_has_the_final_exits_own_accuracy(report):
     (verdict,) = verdicts(changed)
     assert_names(verdict.words, "25.00 points lost")
     assert_names(headline(changed), "62.50 %", "12.50 points lost")
+    traces = charts(changed)[0].figure["data"]
+    (mark,) = [trace for trace in traces if trace["name"] == "no exit is taken"]
+    assert mark["y"] == [62.5]
 
 
 def test_a_disabled_exit_ends_no_segment(report):
@@ -205,3 +210,16 @@ def test_what_was_fitted_on_val(changes, plain, cdl, fitted):
     assert_names(sentence, "10,000")
     if not changes.get("policy_given"):
         assert_names(sentence, "5,000", "held out from train")
+
+
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("given", ["thresholds_given", "policy_given", None])
+def test_the_runtimes_of_a_given_policy_are_not_said_to_have_chosen_it(report, given, timed):
+    choice = dataclasses.replace(report.choice, **({given: True} if given else {}))
+    row = RuntimeRow("torch", "float32", "mine", 0.9, 0.5, (), ())
+    timings = (timing_of(),) if timed else ()
+    made = dataclasses.replace(report, choice=choice, runtimes=(row,), timing=timings)
+    (found,) = [part for part in sections(made) if part.id == "runtimes"]
+    words = " ".join(found.body.split())
+    assert ("chosen on val" in words) == (given is None)
+    assert ("timed in turns" in words) == timed and ("Nothing was timed" in words) != timed

@@ -1,5 +1,6 @@
 """The numbers of a report, against a slow recomputation from the records."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -30,6 +31,7 @@ from early_exit.choosing.goals import FixedThresholds
 from early_exit.choosing.outcome import Outcome, apply_policy
 from early_exit.config import Config, ModelConfig
 from early_exit.evaluation import rows
+from early_exit.inference.policy import Policy
 from early_exit.model import energy
 from early_exit.model.cost import network_cost
 from early_exit.task import StaticNetwork
@@ -250,3 +252,18 @@ def test_the_smallest_static_network_is_shown_where_all_are_more_expensive():
     ]
     found = rows.static_networks(known, network, network_cost(network))
     assert [row.name for row, _ in found] == ["2"]
+
+
+def test_a_gallery_compares_classes_and_not_their_names(finished):
+    """Two classes may have one name."""
+    trained = load_run(finished, TASK, CPU)
+    splits = get_splits(trained, "train", 0)
+    named = dataclasses.replace(splits.data, classes=("crane",) * 10)
+    policy = Policy(exit_names=NAMES, thresholds=(0.0, 0.0))
+    outcome = apply_policy(policy, splits.test, trained.cost)
+    pictures = [
+        picture
+        for _, row in rows.gallery(outcome, dataclasses.replace(splits, data=named))
+        for picture in row
+    ]
+    assert pictures and {picture.correct for picture in pictures} == {True, False}

@@ -311,6 +311,16 @@ def test_seconds_of_two_machines_save_nothing_if_no_network_relates_them(made_ru
     assert found == {"A": 1, "B": 0}
 
 
+def test_where_no_network_with_exits_was_timed_nothing_is_said_not_to_be_reached(made_run):
+    plain = {"exits": (), "share": 1.0, "accuracy": 0.9, "evaluation": "plain"}
+    plain["settings"] = {"model": {"arch": "resnet20"}}
+    groups = rows(
+        made_run("exits"), made_run("plain", timing=[timing(8, 5.0, 5.0)], device="A", **plain)
+    )
+    (panel,) = panels_of(groups)
+    assert seconds_savings(panel, static_networks(groups)) == []
+
+
 def test_without_exits_or_static_networks_there_is_no_section(made_run):
     assert not sections(rows(made_run("exits")), [], [])
     plain = rows(made_run("plain", exits=(), static_networks=NETWORKS))
