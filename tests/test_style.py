@@ -229,5 +229,7 @@ def test_a_shown_python_example_runs(page, example, capsys, tmp_path, monkeypatc
     Image.new("RGB", (64, 48), "blue").save("photo.jpg")
     monkeypatch.setattr(live, "time_batch", lambda *_: None)  # takes half a minute
     with patch.dict(CRITERIA), patch.dict(HEADS):
-        exec(compile(example, relative(page), "exec"), {})
+        # as a script, but for one that reads the command line
+        name = "script" if "border" in example else "__main__"
+        exec(compile(example, relative(page), "exec"), {"__name__": name})
     assert capsys.readouterr().err == ""
