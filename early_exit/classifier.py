@@ -30,7 +30,7 @@ from early_exit.manifest import refuse_deployed
 from early_exit.model.cost import network_cost
 from early_exit.output import source_run
 from early_exit.prediction import ImageClassifier, Prediction, check_bytes
-from early_exit.system.device import PRECISIONS
+from early_exit.system.device import PRECISIONS, set_threads
 from early_exit.system.directories import restore_all
 from early_exit.task import Task, find_task, import_task
 from early_exit.trained import (
@@ -132,8 +132,7 @@ def load(
     runtime = _runtime_of(report, directory, runtime, merged["run"])
     merged = on_their_device(merged, [runtime])
     loaded = load_network(directory.parent.parent, task, merged, run_info.get("rounded_to"))
-    if loaded.config.run.threads:  # before anything is compiled, which would be compiled again
-        torch.set_num_threads(loaded.config.run.threads)
+    set_threads(loaded.config.run.threads)  # what is compiled before would be compiled again
     if weights != loaded.weights:
         raise UserError(
             f"the policy in {directory} was chosen for {weights}, and the run now has"
@@ -244,9 +243,12 @@ def val_from_of(report: dict[str, Any]) -> str:
 
 
 def reported_test(data: Data, report: dict[str, Any]) -> Data:
-    """The data whose test has no image that chose the policy of a report."""
+    """The data whose test has no image that chose the policy of a report. Raises UserError if the
+    report does not say which these are."""
     if val_from_of(report) == "train":
         return data
+    if report["choice"].get("left_out"):
+        raise UserError("files of test were unreadable in the evaluation; evaluate the run again")
     seed = str(report.get("choice", {}).get("val_from")).removeprefix(CUT_BY)
     if not seed.isdecimal():
         raise UserError(f"the report does not say which half of test is val ({seed})")

@@ -252,7 +252,7 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto: the GPU if there is one, else the CPU."""
     threads: int | None = None
-    """CPU threads. Default: torch's choice."""
+    """CPU threads. Default: torch's choice, within a container's limit."""
     amp: Amp = "auto"
     """Mixed precision; auto: bfloat16 if the processor supports it natively, else off."""
     channels_last: bool = True
@@ -382,7 +382,7 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {"data": {"root": None}}
     for section, name in (("model", "backbone"), ("loss", "teacher")):
         if path := values[section].get(name):
-            changes[section] = {name: Path(path).name}
+            changes[section] = {name: Path(path).name or "."}
     return merge(values, changes)
 
 

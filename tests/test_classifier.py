@@ -76,6 +76,8 @@ class TestFromPython:
         report = {"choice": {"val_from": "half of the official test set, cut by seed 3"}}
         assert reported_test(data, report).digest("test") == data.cut_test(3).digest("test")
         assert_names(refusal(reported_test, data, {"choice": {"val_from": "?"}}), "half", "?")
+        report["choice"]["left_out"] = ["val/ape/0.JPEG"]  # the halves were cut without it
+        assert_names(refusal(reported_test, data, report), "unreadable")
 
     def test_one_image_is_not_a_sequence(self, evaluated_run, photos):
         classify = load(evaluated_run, "mine", task=TASK)

@@ -28,11 +28,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, but an empty word is an error: it comes from a variable that is not set,
-        and would stand for the working directory, or for nothing."""
+        and would stand for the working directory, or for nothing. A flag whose default is empty
+        takes one."""
         words = sys.argv[1:] if args is None else list(args)
         for before, word in zip(("", *words), words, strict=False):
             flag, equals, value = word.partition("=")
             if not word or (flag.startswith("-") and equals and not value):
+                action = self._option_string_actions.get(flag or before)
+                if action is not None and action.default == "":
+                    continue
                 where = flag or (f"the word after {before}" if before else "the first word")
                 raise UserError(
                     f"{where} is empty; is a variable not set? (--help lists the flags)"
@@ -209,7 +213,7 @@ def add_machine_flags(parser: argparse.ArgumentParser, amp: str) -> Any:
         "--threads",
         setting="run.threads",
         metavar="N",
-        help="CPU threads (default: torch's choice)",
+        help="CPU threads (default: torch's choice, within a container's limit)",
     )
     add_setting(
         group,

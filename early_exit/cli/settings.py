@@ -58,7 +58,9 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
     plain, several = config.model.exits == (), len(config.loss.weights or ()) > 1
     has_weights = config.model.backbone is not None
     one_phase = plain or config.run.regime == "joint" or has_weights
+    no_scaled_heads = plain and config.optim.head_lr_scale != 1
     only_heads = has_weights and config.run.regime in ("frozen", "cdl")
+    no_stem = only_heads and config.optim.stem_epochs > 0
     no_heads = plain and config.run.regime != "joint" and not has_weights  # else: plan_phases
     no_teacher, schedule = config.loss.teacher is None, config.optim.schedule
     no_distillation = no_teacher and config.loss.distill == 0
@@ -76,8 +78,8 @@ def check_flags_have_effect(args: argparse.Namespace, config: Config) -> None:
             "no distillation (--distill or loss.teacher)",
         ),
         ("--set loss.start", "loss", "start", plain and config.loss.start, "no early exits"),
-        ("--set optim.head_lr_scale", "optim", "head_lr_scale", plain, "no early exits"),
-        ("--set optim.stem_epochs", "optim", "stem_epochs", only_heads, "a frozen backbone"),
+        ("--set optim.head_lr_scale", "optim", "head_lr_scale", no_scaled_heads, "no early exits"),
+        ("--set optim.stem_epochs", "optim", "stem_epochs", no_stem, "a frozen backbone"),
         *of_schedule,
         ("--backbone-epochs", "backbone_phase", "epochs", one_phase, "no such phase"),
         ("--backbone-lr", "backbone_phase", "lr", one_phase, "no such phase"),

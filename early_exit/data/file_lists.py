@@ -122,7 +122,7 @@ def with_val_of(
 
 def check_same_classes(data: Data, path: Path, classes: Sequence[str]) -> None:
     """Raises DataError if the data have other classes than the run at `path`."""
-    if list(classes) != list(map(str, data.classes)):
+    if list(map(str, classes)) != list(map(str, data.classes)):
         raise DataError(
             f"{path} was trained on {len(classes)} classes ({first_few(classes)}), the data has"
             f" {len(data.classes)} ({first_few(data.classes)})"

@@ -272,19 +272,23 @@ def overthought(outcome: Outcome, splits: Splits) -> list[Row]:
     num_early = correct.shape[1] - 1
     if not num_early:
         return []
-    rows = []
+    rows, own = [], splits.test.exit_logits(-1).argmax(dim=1)  # the final exit's answers
     last_correct = num_early - 1 - correct[:, :-1][:, ::-1].argmax(axis=1)
     for index, name in enumerate(outcome.policy.exit_names[:-1]):
         lost = np.flatnonzero(~correct[:, -1] & correct[:, index] & (last_correct == index))
         chosen = lost[np.argsort(-confused[lost], kind="stable")][:COLUMNS]
-        row = [_overthought_picture(image, name, outcome, splits) for image in chosen.tolist()]
+        row = [
+            _overthought_picture(image, name, int(own[image]), outcome, splits)
+            for image in chosen.tolist()
+        ]
         rows.append((f"{name}\n{len(lost)} in all", row))
     return [row for row in rows if row[1]]
 
 
-def _overthought_picture(image: int, name: str, outcome: Outcome, splits: Splits) -> Picture:
+def _overthought_picture(
+    image: int, name: str, answer: int, outcome: Outcome, splits: Splits
+) -> Picture:
     classes = splits.data.classes
-    answer = int(splits.test.exit_logits(-1)[image].argmax())  # its own
     target, final = classes[outcome.scored.targets[image]], classes[answer]
     words = f"{name}: {target}, which is right; final: {final}"
     return Picture(splits.data.picture("test", image), f"{target},\n{final}", False, words)

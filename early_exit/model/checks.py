@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from early_exit.errors import UserError
 from early_exit.model.features import Features, describe_shape
-from early_exit.model.network import MultiExitNetwork, evaluation_mode, run_units, versions
+from early_exit.model.network import MultiExitNetwork, evaluation_mode, run_units
 
 
 def check_network(network: MultiExitNetwork) -> None:
     """Raises UserError if the network would be trained or evaluated wrongly.
 
-    Four things are checked: no unit has parameters, buffers or dropout outside the backbone; no
+    Five things are checked: no unit has parameters, buffers or dropout outside the backbone; no
     BatchNorm normalises by the batch at hand; the units, one after the other, equal the backbone;
-    every head gives logits (B, K). The comparison uses perturbed weights, because a fresh BatchNorm
+    every head gives logits (B, K); neither a head nor the unit after it changes the features in
+    place. The comparison uses perturbed weights, because a fresh BatchNorm
     or a layer that starts at 0 changes nothing; every weight and mode is restored afterwards.
     """
     check_units_belong(network.backbone, network.units)
@@ -26,7 +27,11 @@ def check_network(network: MultiExitNetwork) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, *network.image_shape, generator=generator, device="cpu").to(parameter)
     features = check_units_equal_backbone(network.backbone, network.units, image)
+    units = list(network.units.items())
     for head, (place, cut) in zip(network.heads.values(), network.cuts.items(), strict=True):
+        name, unit = units[cut + 1]
+        with torch.no_grad(), evaluation_mode(unit), unchanged(features[cut], f"the unit {name}"):
+            unit(features[cut])
         check_head(head, place, features[cut], network.num_classes)
 
 
@@ -91,18 +96,27 @@ def check_units_equal_backbone(
 def check_head(head: nn.Module, name: str, features: Features, num_classes: int) -> None:
     """Raises UserError if a head does not map the features of one image to logits (1, K), or
     changes them in place."""
-    before = versions(features)
     with torch.no_grad(), restored(head), evaluation_mode(head):
-        (logits,) = run_units({f"head of {name}": head}, features)
-    if versions(features) != before:
-        raise UserError(
-            f"the head of {name} changes its input in place, which the next unit reads too; use an"
-            " operation that is not in place, such as nn.ReLU()"
-        )
+        with unchanged(features, f"the head of {name}"):
+            (logits,) = run_units({f"head of {name}": head}, features)
     if describe_shape(logits) != str((1, num_classes)):
         raise UserError(
             f"the head of {name} maps {describe_shape(features)} to {describe_shape(logits)};"
             f" expected logits {(1, num_classes)}"
+        )
+
+
+@contextmanager
+def unchanged(features: Features, reader: str) -> Iterator[None]:
+    """Raises UserError if features that an exit and the next unit both read are changed in place in
+    the context. reader: who computes with them there."""
+    tensors = features if isinstance(features, tuple) else (features,)
+    before = [tensor._version for tensor in tensors]
+    yield
+    if [tensor._version for tensor in tensors] != before:
+        raise UserError(
+            f"{reader} changes its input in place, which the exit and the next unit both read; use"
+            " an operation that is not in place, such as nn.ReLU()"
         )
 
 

@@ -126,12 +126,12 @@ def run_units(
     """The features after each unit.
 
     cuts: the indices of the units that are followed by an exit. Raises UserError for a unit that
-    cannot take its input, for features at an exit that are neither a tensor nor a tuple of tensors,
-    and for a unit that changes in place what the exit before it reads.
+    cannot take its input, and for features at an exit that are neither a tensor nor a tuple of
+    tensors.
     """
     features, outputs = images, []
     for index, (name, unit) in enumerate(units.items()):
-        given, before = features, versions(features)
+        given = features
         try:
             features = unit(given)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -139,12 +139,7 @@ def run_units(
                 f"the unit {name} does not accept the output of the one before it"
                 f" ({describe_shape(given)}): {' '.join(str(error).split())}"
             ) from error
-        if index - 1 in cuts and versions(given) != before:
-            raise UserError(
-                f"the unit {name} changes its input in place, which the exit before it reads too;"
-                " use an operation that is not in place, such as nn.ReLU()"
-            )
-        if index in cuts and None in versions(features):
+        if index in cuts and not _are_tensors(features):
             raise UserError(
                 f"the unit {name}, which an exit follows, gives {describe_shape(features)};"
                 " expected a tensor or a tuple of tensors"
@@ -153,14 +148,9 @@ def run_units(
     return outputs
 
 
-def versions(features: Any) -> tuple[int | None, ...]:
-    """How often each tensor of the features was changed in place; None for what is no tensor."""
+def _are_tensors(features: Any) -> bool:
     parts = features if isinstance(features, tuple) else (features,)
-    return tuple(_version(part) if isinstance(part, Tensor) else None for part in parts)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which those do not count
+    return all(isinstance(part, Tensor) for part in parts)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class MachineSettings(Protocol):
 
     @property
     def threads(self) -> int | None:
-        """CPU threads; None: torch's choice."""
+        """CPU threads; None: as for `set_threads`."""
 
     @property
     def seed(self) -> int:
@@ -53,8 +53,7 @@ class MachineSettings(Protocol):
 
 def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     """Sets threads, seeds and cuDNN's modes; returns the device and the precision."""
-    # by itself torch does not see a container's limit
-    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), processors()))
+    set_threads(settings.threads)
     seed_everything(settings.seed, settings.deterministic)
     device = choose_device(settings.device)
     if device.type == "cpu":
@@ -66,6 +65,12 @@ def set_up(settings: MachineSettings) -> tuple[torch.device, str]:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     torch.backends.cudnn.allow_tf32 = precision != "off"  # float32 means float32
     return device, precision
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets torch's CPU threads. None: torch's choice, but no more than the processors that the
+    process may use: by itself torch does not see a container's limit."""
+    torch.set_num_threads(threads or min(torch.get_num_threads(), processors()))
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,7 +27,7 @@ def load_teacher(run: Run, path: Path) -> Callable[[Tensor], Tensor]:
     normalised otherwise.
     """
     state = checkpoint.load(path)
-    if list(state["classes"]) != list(map(str, run.data.classes)):
+    if list(map(str, state["classes"])) != list(map(str, run.data.classes)):
         raise UserError(
             f"the teacher {path} has other classes ({len(state['classes'])}) than the data"
             f" ({len(run.data.classes)}); name one that was trained on the same data"

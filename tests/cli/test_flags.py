@@ -57,6 +57,11 @@ class TestErrors:
     def test_an_empty_word(self, parser, words, named):
         assert_names(refusal(parser.parse_args, words), named, "empty", "--help")
 
+    @pytest.mark.parametrize("words", [["--note", ""], ["--note="]])
+    def test_a_flag_whose_default_is_empty_takes_an_empty_word(self, parser, words):
+        parser.add_argument("--note", default="")
+        assert parser.parse_args(words).note == ""
+
     def test_a_value_may_end_like_a_flag_without_one(self, parser):
         found = parser.parse_args(["--other", "a=", "--rate=1"])
         assert vars(found)["not.one"] == "a="

@@ -9,6 +9,7 @@ from helpers import TASK, few_digits, quick_report, refusal, tiny_run
 
 from early_exit.choosing.record import ExitRecord
 from early_exit.config import OptimConfig
+from early_exit.data import file_lists
 from early_exit.data.in_memory import ImageSet, cut
 from early_exit.training import checkpoint
 
@@ -88,5 +89,6 @@ def test_classes_and_statistics_of_numpy_can_be_read_back(tmp_path):
     run = tiny_run(tmp_path / "run", task, optim, head=(np.str_("linear"),))
     state = checkpoint.load(run)
     assert state["classes"] == list("0123456789")
+    file_lists.check_same_classes(own, run, range(10))  # as earlier versions stored them
     assert state["normalisation"]["mean"] == [0.25, 0.5, 0.75]
     assert quick_report(run, task)["run"]["settings"]["optim"]["lr"] == 0.05
