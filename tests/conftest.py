@@ -53,11 +53,22 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+THREADS = int(os.environ.get("EARLY_EXIT_TEST_THREADS") or 1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads():
     """One thread, if the environment does not ask for more: tiny tensors gain nothing from them,
     and the machine may be busy."""
-    torch.set_num_threads(int(os.environ.get("EARLY_EXIT_TEST_THREADS") or 1))
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back():
+    """As many in every test: a run sets its own number for the whole process."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -389,6 +389,11 @@ def wait_for_file(path: Path, process: subprocess.Popen) -> None:
     assert path.exists(), finish(process).stderr
 
 
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them"
+)
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

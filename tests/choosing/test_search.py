@@ -15,6 +15,7 @@ from early_exit.choosing.search import (
     cheap_heads,
     cheapest,
     exits_that_pay,
+    improves,
     most_accurate,
     shortlist,
     subset_that_pays,
@@ -226,12 +227,11 @@ class TestCheapHeads:
         assert enabled == (True, expected, True)
 
     def test_a_missed_limit_has_no_minimal_gain(self):
-        """Disabling a cheap head is what meets the budget, by less than three percent."""
-        scored = sample(3, count=200)
-        scored.answers[:] = 1
-        heads = (0.1, 0.1, 0.1, 0)
-        # without the first exit, an image costs at least 45.1; with its head at least 20.1
-        assert exits_that_pay(scored, partial(pricing, heads=heads), most_accurate(20.1))[0]
+        """Nearer to a budget is better by however little; cheaper is not."""
+        assert improves((19.9, -1.0, 30.0), (20.0, -1.0, 30.0), cheap=True)
+        assert not improves((0.0, 19.9, -1.0), (0.0, 20.0, -1.0), cheap=True)
+        assert improves((0.0, 19.9, -1.0), (0.0, 20.0, -1.0), cheap=False)
+        assert improves((0.0, 19.3, -1.0), (0.0, 20.0, -1.0), cheap=True)
 
 
 class TestSubsets:

@@ -15,6 +15,7 @@ from helpers import (
     finish,
     load_folders,
     make_folders,
+    needs_proc,
     read_all,
     start,
     wait_for,
@@ -57,6 +58,7 @@ class TestWorkers:
         gc.enable()
         assert [worker.exitcode for worker in workers] == [0, 0]  # told to, not killed
 
+    @needs_proc
     def test_a_signal_to_all_processes_does_not_end_them(self, folders):
         loaded = load_folders(folders, workers=2)
         batches = loaded.train_batches(3, 0, 0)
@@ -70,6 +72,7 @@ class TestWorkers:
         assert len(list(batches)) == 5
         assert all(worker.is_alive() for worker in workers)
 
+    @needs_proc
     @pytest.mark.slow
     def test_one_that_hangs_keeps_a_stopped_run_neither_from_saving_nor_from_ending(
         self, folders, tmp_path

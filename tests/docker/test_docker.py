@@ -15,7 +15,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from helpers import ROOT, wait_for, waits_for_a_child
+from helpers import ROOT, needs_proc, wait_for, waits_for_a_child
 from manifests import CREATED_OFTEN, of_flags, problems
 
 DOCKER = ROOT / "docker"
@@ -436,6 +436,7 @@ class TestCommands:
         assert process.communicate(timeout=LIMIT) == ("", None)
         assert process.returncode == 2
 
+    @needs_proc
     @pytest.mark.parametrize("name", TRAINING)
     def test_torchrun_gets_the_signal_and_decides_the_exit_code(self, run, name, tmp_path):
         os.mkfifo(tmp_path / "idle")  # reading blocks until the test writes

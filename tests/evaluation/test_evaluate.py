@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -170,7 +171,8 @@ class TestFiles:
         assert not re.search(
             r"\bjoint\b", report["run"]["weights"]
         )  # the phase, of an unfinished run
-        assert report["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+        installed = importlib.metadata.version("torch")
+        assert report["environment"]["versions"]["torch"] == installed
 
     def test_whole_batches_of_at_most_timing_images_are_timed(self, written):
         timing = json.loads((written / "report.json").read_text())["timing"]

@@ -59,6 +59,24 @@ def test_a_long_queue_makes_the_policy_cheaper_and_a_short_one_restores_it(
     assert_names(caplog.messages[0], 1500, 50, 0.5)
 
 
+def test_it_looks_at_the_load_by_itself(engine, tmp_path):
+    """Rows arrive too fast for a target of 20 ms, until the policy has changed."""
+    policies = Policies(engine, engine.model.manifest, tmp_path, 0.02, 0.02)
+
+    async def run() -> None:
+        task = asyncio.ensure_future(policies.adapt())
+        async with asyncio.timeout(60):
+            while engine.policy.thresholds == (0.9,):
+                engine.arrived += 100
+                engine.waiting = 100
+                await asyncio.sleep(0.01)
+        assert not task.done()  # and goes on
+        task.cancel()
+
+    asyncio.run(run())
+    assert engine.policy.thresholds == (0.5,)
+
+
 @pytest.mark.parametrize("max_drop", [None, 0.005])
 def test_without_a_cheaper_policy_nothing_changes(engine, tmp_path, caplog, max_drop):
     overload(policies_of(engine, tmp_path, max_drop), 10.0)

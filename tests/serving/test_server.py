@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fakes import colour_model
 from helpers import ROOT, assert_names, refusal, wait_for
 from server_process import PATIENCE
 from test_malformed import malformed
@@ -20,6 +21,8 @@ from test_malformed import malformed
 import early_exit
 from early_exit import serve
 from early_exit.manifest import Manifest
+from early_exit.serving.engine import EngineSettings
+from early_exit.serving.limits import Limits
 
 
 @pytest.fixture
@@ -265,7 +268,9 @@ def test_malformed_requests_end_nothing(deployed_model, expected, start):
     assert server.stop() == 0
 
 
-def test_a_client_that_sends_no_headers_is_disconnected(monkeypatch, app):
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_client_that_does_not_finish_its_headers_is_disconnected(monkeypatch, app, whole):
+    """At its first request, and after one that was answered."""
     uvicorn = pytest.importorskip("uvicorn")
     from uvicorn.server import ServerState
 
@@ -274,7 +279,8 @@ def test_a_client_that_sends_no_headers_is_disconnected(monkeypatch, app):
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.05)
 
     async def run() -> bytes:
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        # uvicorn's own limit, of a connection that is idle after an answer, must not end it
+        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_keep_alive=3600)
         config.load()
         loop = asyncio.get_running_loop()
         listening = await loop.create_server(
@@ -282,13 +288,15 @@ def test_a_client_that_sends_no_headers_is_disconnected(monkeypatch, app):
         )
         port = listening.sockets[0].getsockname()[1]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /v2 HTTP/1.1\r\n\r\nGET /v2 HTT")  # a whole request, and a part
+        request = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
+        writer.write(whole * request + request[:-2])
         answer = await asyncio.wait_for(reader.read(), PATIENCE)
         writer.close()
         listening.close()
         return answer
 
-    assert asyncio.run(run()).startswith(b"HTTP/1.1 ")
+    answer = asyncio.run(run())
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b"HTTP/1.1 ") == whole
 
 
 def test_torch_is_not_needed():
@@ -324,6 +332,42 @@ def test_a_model_that_can_adapt(deployed_model, start):
 
 
 class TestFlags:
+    def test_each_reaches_what_it_sets(self, monkeypatch, tmp_path):
+        for package in serve.PACKAGES:
+            pytest.importorskip(package)
+        from early_exit.serving import server
+
+        (tmp_path / "model.json").touch()
+        made, loaded = {}, []
+
+        def load(directory, **options):
+            loaded.append((directory, options))
+            return colour_model()
+
+        async def serve_once(service, policies, listener, grace, announce):
+            made.update(service=service, policies=policies, grace=grace)
+            service.close()
+            service.engine.close(PATIENCE)
+            listener.close()
+
+        monkeypatch.setattr(serve.deployed, "load", load)
+        monkeypatch.setattr(server, "serve", serve_once)
+        numbers = {
+            **{"--port": 0, "--workers": 3, "--threads": 2, "--max-batch": 5, "--max-wait": 7},
+            **{"--target-p99": 90, "--max-rows": 70, "--max-body": 1000, "--max-images": 6},
+            **{"--max-pixels": 4000, "--stall": 11, "--grace": 13},
+        }
+        flags = [word for pair in numbers.items() for word in map(str, pair)]
+        serve.main([str(tmp_path), "--name", "mine", "--runtime", "openvino", *flags])
+        assert loaded == [(tmp_path, {"runtime": "openvino", "threads": 2})]
+        service = made["service"]
+        assert service.engine._settings == EngineSettings(
+            max_batch=5, workers=3, max_wait=0.007, max_rows=70, target=0.09
+        )
+        assert service.limits == Limits(max_body=1000, max_images=6, max_pixels=4000)
+        assert (service.admission.max_rows, service.stall, made["grace"]) == (70, 11, 13)
+        assert (made["policies"].max_drop, made["policies"].target) == (None, 0.09)
+
     @pytest.mark.parametrize(
         ("flags", "named"),
         [

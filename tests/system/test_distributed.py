@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, children, finish, is_stopped, start, told_once, wait_for
+from helpers import TINY, children, finish, is_stopped, needs_proc, start, told_once, wait_for
 
 from early_exit.errors import UserError
 from early_exit.system import distributed
@@ -160,6 +160,7 @@ def test_another_number_of_processes_may_resume(pair, tmp_path):
     assert losses(directory) == pytest.approx(losses(pair), rel=DRIFT)
 
 
+@needs_proc
 @pytest.mark.slow
 def test_when_one_is_killed_all_end_and_the_same_command_resumes(pair, tmp_path):
     directory = tmp_path / "run"
@@ -185,6 +186,7 @@ def port():
         return taken.getsockname()[1]
 
 
+@needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "falls silent"])
 def test_when_a_machine_is_lost_the_other_ends_and_both_resume(pair, tmp_path, port, signum):

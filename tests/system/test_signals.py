@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, needs_proc
 
 from early_exit.system import signals, torchrun
 
@@ -153,6 +153,7 @@ class TestStopSignals:
             signal.signal(signal.SIGHUP, before)
 
 
+@needs_proc
 def test_a_process_that_starts_while_signals_are_held_back_never_gets_them():
     with signals.held_back():
         process = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)

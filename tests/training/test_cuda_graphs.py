@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TASK, assert_same_run, comparable_journal, refusal, resume_run
+from helpers import (
+    TASK,
+    assert_same_run,
+    comparable_journal,
+    refusal,
+    require_precision,
+    resume_run,
+)
 
 from early_exit.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from early_exit.data.folders import FolderConfig
@@ -45,6 +52,8 @@ def recorded(module, images, allow_unused_input):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_recording_changes_nothing_that_is_trained(tmp_path, monkeypatch, amp):
+    if amp != "off":
+        require_precision(amp)
     plain = run_at(tmp_path / "plain", config(amp=amp))
     monkeypatch.setattr("early_exit.training.train.check_can_replay", lambda run: None)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
