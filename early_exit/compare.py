@@ -50,7 +50,7 @@ from early_exit.evaluation.stored import Evaluation, find_reports, read_evaluati
 from early_exit.system.directories import atomic_directory
 from early_exit.system.disk_errors import is_writable
 from early_exit.system.files import write_text
-from early_exit.system.names import is_hidden
+from early_exit.system.names import is_hidden, is_system_name
 from early_exit.system.text import in_a_line
 from early_exit.trained import evaluations, trained_since
 
@@ -78,10 +78,11 @@ def write(compared: Comparison, out: Path, command: str, with_figure: bool) -> b
     """Writes the files of a comparison into `out`, all or none, replacing an earlier comparison.
     Returns whether the figure is among them; it is left out, with one line, if it cannot be drawn.
 
-    Raises UserError if `out` has other files; hidden ones do not count.
+    Raises UserError if `out` has other files; those that systems make do not count.
     """
     found = set(os.listdir(out)) if out.is_dir() else set()
-    others = {name for name in found - set(FILES) if not is_hidden(name)}
+    # .nfs: what another process has open on NFS and was removed
+    others = {n for n in found - set(FILES) if not is_system_name(n) and not n.startswith(".nfs")}
     if others or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds other files than a comparison's; choose another --out")
     drawn = False

@@ -40,13 +40,14 @@ def prepare_output(run_dir: Path, out: Path | None = None) -> Path:
             advice = f"{run_dir / LINK} names it; correct the path there"
         raise UserError(f"there is no run directory at {run}; {advice}")
     if out is None or out.resolve() in (run_dir.resolve(), run.resolve()):
-        places = (run_dir, run_dir / "records", run_dir / "eval")
+        target = run_dir if out is None or out.resolve() == run_dir.resolve() else run
+        places = (target, target / "records", target / "eval")
         if not all(map(is_writable, places)):
             raise UserError(
-                f"{run_dir} cannot be written; name a directory for the records and the report"
+                f"{target} cannot be written; name a directory for the records and the report"
                 " with --out"
             )
-        return run_dir
+        return target
     if not is_writable(out):
         raise UserError(f"{out} cannot be written; choose another --out")
     if checkpoint.exists_in(out):

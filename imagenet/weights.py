@@ -1,5 +1,7 @@
 """torchvision's trained weights, downloaded once."""
 
+import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -52,9 +54,27 @@ def find(config: FolderRun, name: str, fetch: bool = True) -> Path:
 
 
 def _fetch(arch: str, weights: models.WeightsEnum, path: Path) -> None:
-    """Downloads weights to `path`."""
+    """Downloads weights to `path`, or takes them from torch's cache.
+
+    Raises UserError for a file in the cache that is not the expected one: torch verifies only what
+    it downloads.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    if cached.is_file() and not _is_named_by_its_hash(cached):
+        raise UserError(
+            f"{cached} is not what its name says (another SHA-256): it may be cut off; remove it,"
+            " and it is downloaded again"
+        )
     instead = "download it elsewhere and pass it with --backbone FILE"
     with downloading(weights.url, instead):
         network = models.get_model(arch, weights=weights)
     with atomic_file(path) as file:
         torch.save(network.state_dict(), file)
+
+
+def _is_named_by_its_hash(path: Path) -> bool:
+    """Whether the hash in the name of a file, as torch reads it, is that of its content; also if
+    there is none."""
+    found = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    with path.open("rb") as file:
+        return not found or hashlib.file_digest(file, "sha256").hexdigest().startswith(found[1])

@@ -94,12 +94,22 @@ def test_a_figure_that_cannot_be_drawn_is_left_out(
     assert "![" not in (out / "table.md").read_text("utf-8")
 
 
-def test_hidden_files_do_not_count_as_other_files(made_run, compared, tmp_path):
+def test_files_of_systems_do_not_count_as_other_files(made_run, compared, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name in (".nfs0001", ".DS_Store"):
         (out / name).touch()
     assert compared(made_run("a"), "--out", out, "--no-plots")[0] == 0
+
+
+@pytest.mark.parametrize("name", [".git", ".env", "notes.txt"])
+def test_what_a_user_keeps_beside_a_comparison_is_not_replaced(made_run, compared, tmp_path, name):
+    out = tmp_path / "out"
+    assert compared(made_run("a"), "--out", out, "--no-plots")[0] == 0
+    (out / name).write_text("mine")
+    code, _, err = compared(tmp_path / "runs" / "a", "--out", out, "--no-plots")
+    assert code == 2 and (out / name).read_text() == "mine"
+    assert_names(err, out, "--out")
 
 
 def test_the_table_stays_whole_whatever_a_label_has(made_run, compared, tmp_path):

@@ -13,6 +13,7 @@ from early_exit.choosing.goals import Budget, MaxDrop
 from early_exit.classifier import load
 from early_exit.evaluation.evaluate import evaluate
 from early_exit.output import prepare_output, source_run
+from early_exit.training import checkpoint
 
 
 def contents(directory: Path) -> dict[Path, int]:
@@ -84,6 +85,18 @@ class TestOutput:
             assert prepare_output(evaluated_copy, out) == evaluated_copy
         assert source_run(evaluated_copy) == evaluated_copy
         assert not (evaluated_copy / "run.txt").exists()
+
+    def test_a_run_that_has_no_checkpoint_yet(self, evaluated_run, evaluated_copy):
+        """Otherwise it would stand for the other one from then on."""
+        (evaluated_copy / checkpoint.NAME).unlink()
+        message = refusal(prepare_output, evaluated_run, evaluated_copy)
+        assert_names(message, evaluated_copy, "--out")
+        assert not (evaluated_copy / "run.txt").exists()
+
+    def test_the_run_of_an_output(self, evaluated_copy, tmp_path):
+        out = prepare_output(evaluated_copy, tmp_path / "out")
+        assert prepare_output(out) == out
+        assert prepare_output(out, evaluated_copy) == evaluated_copy
 
     def test_of_another_run(self, evaluated_run, evaluated_copy, tmp_path):
         out = prepare_output(evaluated_run, tmp_path / "out")

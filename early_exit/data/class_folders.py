@@ -14,7 +14,7 @@ import numpy as np
 
 from early_exit.data.image_files import Found, describe, folder_identity, walk
 from early_exit.data.sources import Files, Source, Sources
-from early_exit.errors import DataError, UserError
+from early_exit.errors import DataError, Unavailable, UserError
 from early_exit.system.disk_errors import status
 from early_exit.system.names import is_hidden
 from early_exit.system.text import in_a_line
@@ -149,7 +149,9 @@ def _classes(found: Found) -> list[bytes]:
     if found.unreadable:
         first, *unreadable = found.unreadable
         more = f", nor can {len(unreadable)} others" if unreadable else ""
-        raise UserError(f"{first}{more}; make it readable for this user, or remove it")
+        passes = isinstance(first, Unavailable)
+        advice = "" if passes else "; make it readable for this user, or remove it"
+        raise type(first)(f"{first}{more}{advice}")
     left_out = describe(sum(found.left_out.values(), Counter()))
     if left_out:
         log.info("%s: left out %s", shown, left_out)

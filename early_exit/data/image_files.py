@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from early_exit.errors import UserError
+from early_exit.system.disk_errors import read_error
 from early_exit.system.names import is_hidden
 from early_exit.system.text import in_a_line
 
@@ -114,9 +115,7 @@ class _Walk:
 
     def _unreadable(self, path: bytes, error: OSError) -> None:
         shown = in_a_line(self.found.root / os.fsdecode(path))
-        self.found.unreadable.append(
-            UserError(f"{shown} cannot be read ({error.strerror or error})")
-        )
+        self.found.unreadable.append(read_error(shown, error))
 
     def _list(self, folder: bytes, by_link: bool) -> None:
         """Adds the files of a folder, and puts the folders in it on the list."""

@@ -47,6 +47,12 @@ def write_error(path: Path, error: OSError) -> UserError:
     return kind(f"{path} cannot be written: {error.strerror or error}")
 
 
+def read_error(shown: str, error: OSError) -> UserError:
+    """The line of an error while reading a file or a folder."""
+    kind = UserError if error.errno in PERMANENT else Unavailable
+    return kind(f"{shown} cannot be read ({error.strerror or error})")
+
+
 def written_by_library(error: BaseException) -> OSError | None:
     """The error of a library that writes by itself to a full or lost disk. It names no file; that
     of a file that cannot be opened does."""
@@ -71,10 +77,10 @@ def is_writable(path: Path) -> bool:
 
 def status(path: Path) -> os.stat_result | None:
     """`os.stat` of a path; None if there is nothing. Raises UserError if that cannot
-    be found out, as in a folder of another user."""
+    be found out, as in a folder of another user, Unavailable if the disk does not answer."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{in_a_line(path)} cannot be read ({error.strerror or error})") from None
+        raise read_error(in_a_line(path), error) from None

@@ -35,6 +35,8 @@ def raise_if_lost() -> Iterator[None]:
     """Wraps communication; raises Lost if another process is gone."""
     try:
         yield
+    except Failed:  # its own, whatever words its message has
+        raise
     except RuntimeError as error:
         gone = isinstance(error, dist.DistError) or re.search(LOST, str(error))
         if world_size() > 1 and gone:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from early_exit.config import Config
-from early_exit.errors import UserError
+from early_exit.errors import Unavailable, UserError
 from early_exit.model.network import MultiExitNetwork
 from early_exit.system.disk_errors import IN_USE, write_errors
 from early_exit.system.files import atomic_file, move
@@ -81,8 +81,9 @@ def _checked(state: Any, path: Path) -> dict[str, Any]:
 
 
 def exists_in(directory: Path) -> bool:
-    """Whether a directory is a run or an export."""
-    return (directory / NAME).exists() or exported.is_exported(directory)
+    """Whether a directory is a run, with or without a checkpoint so far, or an export."""
+    of_a_run = (NAME, f"{NAME}.new", PREVIOUS, "config.yaml")
+    return any((directory / name).exists() for name in of_a_run) or exported.is_exported(directory)
 
 
 def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
@@ -90,7 +91,7 @@ def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
     (None, None) without one.
 
     If the newest is damaged, the previous one is returned, with a warning. Raises UserError if all
-    are damaged.
+    are damaged, and Unavailable if one cannot be read now: it may be whole.
     """
     problem = None
     for name in (f"{NAME}.new", NAME, PREVIOUS):  # .new is complete, but not yet renamed
@@ -99,6 +100,8 @@ def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
             continue
         try:
             state = load(path)
+        except Unavailable:
+            raise
         except UserError as error:
             problem = error
             continue

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.errors import UserError
+from early_exit.errors import Unavailable, UserError
+from early_exit.system.disk_errors import PERMANENT
+from early_exit.system.failures import explain_machine
 
 SAVE = "torch.save(model.state_dict(), FILE)"
 EXPECTED = "expected a file of torch.save or of safetensors"
@@ -122,7 +124,7 @@ def read(path: Path, blanks: bool = False) -> Any:
 
     blanks: read other objects in it, such as the arguments of a script, as `Blank`; else a file
     that has any is refused. Nothing in the file is run. Raises UserError if the file cannot be
-    read; the message names its kind, if that is known.
+    read, Unavailable if that may pass; the message names its kind, if that is known.
     """
     try:
         with path.open("rb") as file:
@@ -138,8 +140,12 @@ def read(path: Path, blanks: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}; check the path") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception:  # torch may raise anything on a file of another kind
+        passes = error.errno is not None and error.errno not in PERMANENT
+        kind = Unavailable if passes else UserError
+        raise kind(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch may raise anything on a file of another kind
+        if lacking := explain_machine(error):  # such as no memory
+            raise lacking from None
         raise UserError(
             f"{path} cannot be read as a checkpoint: it is incomplete, damaged or of another kind;"
             f" {EXPECTED}"
@@ -188,7 +194,9 @@ def _kind_of_zip(path: Path) -> str:
         if "data.pkl" not in names:
             first = ", ".join(archive.namelist()[:3]) or "nothing"
             return f"a ZIP archive ({first}), not one that torch.save wrote; unpack it"
-        damaged = archive.testzip()  # torch does not verify checksums
+        # torch does not verify checksums, and can be told to write none, which are 0 then
+        has_checksums = any(part.CRC for part in archive.infolist() if part.file_size)
+        damaged = archive.testzip() if has_checksums else None
     return f"damaged: its part {damaged} fails its checksum; copy it again" if damaged else ""
 
 

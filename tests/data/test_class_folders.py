@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from early_exit.data.class_folders import LooseImages, class_folders
+from early_exit.errors import Unavailable, UserError
 
 
 @pytest.fixture
@@ -293,7 +294,12 @@ class TestUnreadable:
     def test_a_folder_is_named(self, folders, monkeypatch, where, code):
         add(folders / "train" / "ape" / "deep" / "1.png")
         fail_to_list(monkeypatch, folders / where, code)
-        assert_names(refusal(load_folders, folders), folders / where, os.strerror(code))
+        with pytest.raises(UserError) as caught:
+            load_folders(folders)
+        assert_names(str(caught.value), folders / where, os.strerror(code))
+        may_pass = code == errno.ESTALE
+        assert isinstance(caught.value, Unavailable) == may_pass
+        assert ("readable for this user" in str(caught.value)) != may_pass
 
     def test_a_folder_that_may_not_be_looked_at(self, folders, monkeypatch):
         forbid(monkeypatch, folders / "val")

@@ -1,5 +1,6 @@
 """imagenet/main.py and imagenet/eval.py as their command lines run them."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -14,9 +16,11 @@ import torch
 import yaml
 from helpers import (
     ROOT,
+    assert_names,
     finish,
     make_folders,
     read_journal,
+    refusal,
     run_main,
     start,
     wait_for,
@@ -417,6 +421,21 @@ class TestWeights:
         loaded, meta = checkpoint.load_backbone(path, net.state_dict())
         assert meta == {}
         assert all(torch.equal(loaded[k], value) for k, value in net.state_dict().items())
+
+    def test_a_torn_file_in_torchs_cache_is_named(self, folders, monkeypatch, tmp_path):
+        """Which torch would take for what was downloaded."""
+        monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "weights")
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+        cached.parent.mkdir()
+        cached.write_bytes(b"PK\x03\x04")
+        assert_names(refusal(weights.find, configured(folders, *QUICK), ""), cached, "remove it")
+        whole = f"resnet18-{hashlib.sha256(cached.read_bytes()).hexdigest()[:8]}.pth"
+        cached.rename(cached.with_name(whole))
+        net = networks.build_backbone("resnet18")
+        monkeypatch.setattr(models, "get_model", lambda arch, weights: net)
+        weights._fetch("resnet18", SimpleNamespace(url=f"https://x/{whole}"), tmp_path / "mine.pth")
+        assert (tmp_path / "mine.pth").is_file()
 
     def test_without_a_name_the_working_directory_does_not_matter(
         self, folders, monkeypatch, tmp_path

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import TINY, children, finish, is_stopped, needs_proc, start, told_once, wait_for
 
-from early_exit.errors import UserError
+from early_exit.errors import Failed, UserError
 from early_exit.system import distributed
 from early_exit.system.distributed import Group
 from early_exit.training import checkpoint
@@ -254,6 +254,22 @@ def test_alone_nothing_is_communicated():
     assert group.broadcast("here") == "here"
     with group.main_process_first():
         group.barrier()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("Connection closed by peer"), distributed.Lost),
+        (Failed("the loss is nan; the last good checkpoint: runs/skip-connections"), Failed),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+def test_what_is_called_the_loss_of_another_process(monkeypatch, error, kind):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError) as caught:
+        with distributed.raise_if_lost():
+            raise error
+    assert type(caught.value) is kind
 
 
 def test_processes_that_do_not_meet_raise_one_line(monkeypatch):

@@ -182,6 +182,39 @@ class TestNewest:
         (warning,) = caplog.messages
         assert_names(warning, tmp_path / NAME, PREVIOUS)
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+            OSError(errno.EIO, os.strerror(errno.EIO)),
+            MemoryError(),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        ],
+    )
+    def test_a_newest_that_cannot_be_read_now_may_be_whole(self, tmp_path, monkeypatch, error):
+        """Going on from the previous one would overwrite it."""
+        for step in range(2):
+            checkpoint.save(tmp_path, {"step": step})
+        read = torch.load
+
+        def load(path, *rest, **options):
+            if Path(path).name == checkpoint.NAME:
+                raise error
+            return read(path, *rest, **options)
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(Unavailable):
+            checkpoint.newest(tmp_path)
+
+    def test_without_checksums_a_file_is_read(self, tmp_path):
+        before = torch.serialization.get_crc32_options()
+        try:
+            torch.serialization.set_crc32_options(False)
+            checkpoint.save(tmp_path, {"step": torch.arange(3)})
+        finally:
+            torch.serialization.set_crc32_options(before)
+        assert checkpoint.load(tmp_path)["step"].tolist() == [0, 1, 2]
+
     def test_no_warning_where_all_is_well(self, tmp_path, caplog):
         checkpoint.save(tmp_path, state(1))
         checkpoint.save(tmp_path, state(2))
