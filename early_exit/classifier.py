@@ -19,7 +19,7 @@ from early_exit.choosing.record import ExitRecord
 from early_exit.data.base import Data
 from early_exit.data.decoding import ImageSource, read_image
 from early_exit.data.pixels import as_bytes, fitted, normalise
-from early_exit.errors import DataError, UserError
+from early_exit.errors import DataError, Unavailable, UserError
 from early_exit.evaluation.runtimes import check_settings
 from early_exit.evaluation.upgrade import read_report
 from early_exit.inference.infer import Answers
@@ -203,11 +203,16 @@ def _in_runtime(
         otherwise = "evaluate the run again with --runtime torch"
         if report.get("environment", {}).get("precision", exact) == exact:
             otherwise = "load it with --runtime torch, where scores differ by rounding"
-        raise UserError(
+        raise _of_the_same_code(error)(
             f"the policy of {directory} cannot be applied in {name or 'torch'}: {error}; or"
             f" {otherwise}"
         ) from None
     return running
+
+
+def _of_the_same_code(error: UserError) -> type[UserError]:
+    """The type of an error that says more than `error`: what may pass, may pass."""
+    return Unavailable if isinstance(error, Unavailable) else UserError
 
 
 def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str, Any]) -> Data:
@@ -223,7 +228,7 @@ def _calibration_data(loaded: Loaded, task: Task, runtime: str, report: dict[str
         elsewhere = (
             "; if they are elsewhere, pass --data DIR" if isinstance(error, DataError) else ""
         )
-        raise UserError(
+        raise _of_the_same_code(error)(
             f"8-bit integers need images of train, for the ranges of values: {error}{elsewhere}"
         ) from None
     for run in dict.fromkeys((loaded.run_dir, source_run(loaded.run_dir))):

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 PROG = "early_exit.compare"
 MAX_NAME = 80  # of a default directory
+LEFT = (".nfs", ".fuse_hidden", ".~lock.", ".ipynb_checkpoints")  # of what is open elsewhere
 FILES = ("table.md", "table.csv", "table.json", comparison_files.FIGURE)
 
 
@@ -78,13 +79,18 @@ def write(compared: Comparison, out: Path, command: str, with_figure: bool) -> b
     """Writes the files of a comparison into `out`, all or none, replacing an earlier comparison.
     Returns whether the figure is among them; it is left out, with one line, if it cannot be drawn.
 
-    Raises UserError if `out` has other files; those that systems make do not count.
+    Raises UserError if `out` has other files; those that systems and programs leave do not count.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a directory; choose another --out")
+    left = (f".{out.name}.", *LEFT)  # the first: of a comparison that was killed
     found = set(os.listdir(out)) if out.is_dir() else set()
-    # .nfs: what another process has open on NFS and was removed
-    others = {n for n in found - set(FILES) if not is_system_name(n) and not n.startswith(".nfs")}
-    if others or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} holds other files than a comparison's; choose another --out")
+    others = (n for n in found - set(FILES) if not is_system_name(n) and not n.startswith(left))
+    if other := min(others, default=""):
+        raise UserError(
+            f"{out} holds other files than a comparison's, such as {in_a_line(other)}; choose"
+            " another --out"
+        )
     drawn = False
     with atomic_directory(out) as partial:
         if with_figure:

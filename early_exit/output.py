@@ -10,7 +10,7 @@ from pathlib import Path
 
 from early_exit.errors import UserError
 from early_exit.manifest import refuse_deployed
-from early_exit.system.disk_errors import is_writable
+from early_exit.system.disk_errors import is_writable, read_error
 from early_exit.system.files import atomic_file
 from early_exit.training import checkpoint
 
@@ -24,7 +24,7 @@ def source_run(directory: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return directory
     except OSError as error:
-        raise UserError(f"{directory / LINK} cannot be read: {error.strerror}") from None
+        raise read_error(str(directory / LINK), error) from None
 
 
 def prepare_output(run_dir: Path, out: Path | None = None) -> Path:

@@ -45,7 +45,7 @@ from early_exit.system.device import (
     set_up,
 )
 from early_exit.system.directories import restore, restore_all
-from early_exit.system.disk_errors import status
+from early_exit.system.disk_errors import read_error, status
 from early_exit.system.locks import locked
 from early_exit.system.names import is_hidden
 from early_exit.system.text import first_few
@@ -150,7 +150,7 @@ def evaluations(run_dir: Path, file: str) -> dict[str, Path]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise UserError(f"{directory} cannot be read ({error.strerror})") from None
+        raise read_error(str(directory), error) from None
     paths = {name: directory / name / file for name in names}
     return {name: path for name, path in paths.items() if status(path)}
 

@@ -60,13 +60,13 @@ def _fetch(arch: str, weights: models.WeightsEnum, path: Path) -> None:
     it downloads.
     """
     cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-    if cached.is_file() and not _is_named_by_its_hash(cached):
-        raise UserError(
-            f"{cached} is not what its name says (another SHA-256): it may be cut off; remove it,"
-            " and it is downloaded again"
-        )
     instead = "download it elsewhere and pass it with --backbone FILE"
     with downloading(weights.url, instead):
+        if cached.is_file() and not _is_named_by_its_hash(cached):
+            raise UserError(
+                f"{cached} is not what its name says (another SHA-256): it may be cut off; remove"
+                " it, and it is downloaded again"
+            )
         network = models.get_model(arch, weights=weights)
     with atomic_file(path) as file:
         torch.save(network.state_dict(), file)

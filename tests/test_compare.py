@@ -97,7 +97,7 @@ def test_a_figure_that_cannot_be_drawn_is_left_out(
 def test_files_of_systems_do_not_count_as_other_files(made_run, compared, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in (".nfs0001", ".DS_Store"):
+    for name in (".nfs0001", ".DS_Store", ".~lock.table.csv#", ".out.partial.0123abcd"):
         (out / name).touch()
     assert compared(made_run("a"), "--out", out, "--no-plots")[0] == 0
 
@@ -109,7 +109,7 @@ def test_what_a_user_keeps_beside_a_comparison_is_not_replaced(made_run, compare
     (out / name).write_text("mine")
     code, _, err = compared(tmp_path / "runs" / "a", "--out", out, "--no-plots")
     assert code == 2 and (out / name).read_text() == "mine"
-    assert_names(err, out, "--out")
+    assert_names(err, out, name, "--out")
 
 
 def test_the_table_stays_whole_whatever_a_label_has(made_run, compared, tmp_path):

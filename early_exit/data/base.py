@@ -55,7 +55,8 @@ class Data(Protocol):
     def eval_batches(
         self, split: str, batch_size: int, shard: Shard = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The split's batches in order, not augmented; those of `shard`."""
+        """The split's batches in order, not augmented; those of `shard`, reading no others: single
+        images are asked for in this way."""
 
     def test_halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of two stratified halves of test: the first for val, the second for test."""

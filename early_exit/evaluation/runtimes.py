@@ -1,5 +1,6 @@
 """In which runtimes a run is evaluated, and how the evaluations in them are named and compared."""
 
+import itertools
 import logging
 import random
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from early_exit import config as configs
 from early_exit.choosing.goals import Goal
@@ -24,7 +26,7 @@ from early_exit.inference.runtimes.table import (
     torch_name,
 )
 from early_exit.system.device import choose_device, choose_precision
-from early_exit.trained import EVALUATION, Trained, first_batch, in_runtime
+from early_exit.trained import EVALUATION, Trained, in_runtime, one_by_one
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +81,11 @@ def fastest(trained: Trained, batch_size: int) -> str:
     Those in 8-bit integers change the accuracy and those that compile take minutes, so they are not
     among the candidates.
     """
-    images = first_batch(trained.data, "val", batch_size)
-    if images is None:
-        raise UserError(f"none of the first {batch_size} images of val can be read")
+    val = np.arange(trained.data.size("val"))
+    found = list(itertools.islice(one_by_one(trained.data, "val", val), batch_size))
+    if not found:
+        raise UserError("no image of val can be read")
+    images = torch.cat(found)
     names = [
         name
         for name in available_runtimes(trained.device.type)

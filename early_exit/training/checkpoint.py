@@ -82,8 +82,9 @@ def _checked(state: Any, path: Path) -> dict[str, Any]:
 
 def exists_in(directory: Path) -> bool:
     """Whether a directory is a run, with or without a checkpoint so far, or an export."""
-    of_a_run = (NAME, f"{NAME}.new", PREVIOUS, "config.yaml")
-    return any((directory / name).exists() for name in of_a_run) or exported.is_exported(directory)
+    begun = all((directory / name).exists() for name in ("config.yaml", "versions.json"))
+    saved = any((directory / name).exists() for name in (NAME, f"{NAME}.new", PREVIOUS))
+    return begun or saved or exported.is_exported(directory)
 
 
 def newest(directory: Path) -> tuple[Path | None, dict[str, Any] | None]:

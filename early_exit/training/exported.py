@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from early_exit.errors import UserError
+from early_exit.system.disk_errors import read_error
 from early_exit.system.files import write_bytes, write_text
 from early_exit.training import weight_files
 from early_exit.training.rounding import ROUNDINGS, to_float16
@@ -64,7 +65,7 @@ def read(directory: Path) -> dict[str, Any]:
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; copy it again") from None
+        raise read_error(str(path), error) from None
     if settings.pop("sha256") != {WEIGHTS: found}:
         weight_files.read(path)  # names a file of another kind, or one that is cut off
         raise UserError(
@@ -85,7 +86,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; copy it again") from None
+        raise read_error(str(path), error) from None
     except ValueError:
         raise UserError(f"{path} is incomplete or not JSON; copy it again") from None
     types = {**TYPES, "sha256": dict}

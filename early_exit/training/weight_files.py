@@ -3,6 +3,7 @@
 Those in the format of safetensors are written here too.
 """
 
+import errno
 import json
 import pickle
 import tarfile
@@ -140,7 +141,8 @@ def read(path: Path, blanks: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}; check the path") from None
     except OSError as error:
-        passes = error.errno is not None and error.errno not in PERMANENT
+        # EINVAL: a position outside the file, as where its middle is missing
+        passes = error.errno not in (None, errno.EINVAL, *PERMANENT)
         kind = Unavailable if passes else UserError
         raise kind(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch may raise anything on a file of another kind

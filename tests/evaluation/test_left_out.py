@@ -31,6 +31,7 @@ from early_exit.config import ModelConfig, OptimConfig, RunConfig
 from early_exit.data import file_lists, folders
 from early_exit.data.folders import FolderRun
 from early_exit.data.sources import Files
+from early_exit.evaluation import runtimes
 from early_exit.evaluation.evaluate import Options, choose_and_apply
 from early_exit.evaluation.rows import galleries
 from early_exit.system.distributed import Group
@@ -119,6 +120,13 @@ def test_records_name_what_they_leave_out_and_have_every_other_image_in_order(he
         # no two images are as near to each other: another order would be seen
         apart = (expected[:, None] - expected[None]).abs().amax(dim=(2, 3)).fill_diagonal_(9e9)
         assert apart.min() > 2 * bound(torch.float32, CHAIN) * expected.abs().max()
+
+
+def test_the_fastest_runtime_is_found_with_images_that_can_be_read(here, monkeypatch):
+    monkeypatch.setattr(runtimes, "available_runtimes", lambda device: ["torch"])
+    trained = loaded(here, bad_files=4)
+    Path(file_names(trained.data, "val")[0]).write_bytes(b"")
+    assert runtimes.fastest(trained, 1) == "torch"
 
 
 def test_images_that_are_prepared_otherwise_are_recorded_again(here):

@@ -408,6 +408,11 @@ class TestWeights:
         code, _, err = main(folders, *QUICK, "--pretrained", "--backbone", "x.pth")
         assert code == 2 and "--pretrained" in err and "--backbone" in err
 
+    @pytest.fixture(autouse=True)
+    def own_cache(self, monkeypatch, tmp_path):
+        """Not the user's, which may hold anything."""
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
     def test_are_fetched_once_and_freeze(self, folders, monkeypatch, tmp_path):
         monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
         net, asked = networks.build_backbone("resnet18"), []
@@ -425,9 +430,8 @@ class TestWeights:
     def test_a_torn_file_in_torchs_cache_is_named(self, folders, monkeypatch, tmp_path):
         """Which torch would take for what was downloaded."""
         monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "weights")
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        cached = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
-        cached.parent.mkdir()
+        cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+        cached.parent.mkdir(parents=True)
         cached.write_bytes(b"PK\x03\x04")
         assert_names(refusal(weights.find, configured(folders, *QUICK), ""), cached, "remove it")
         whole = f"resnet18-{hashlib.sha256(cached.read_bytes()).hexdigest()[:8]}.pth"

@@ -44,6 +44,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def without_middle(path: Path) -> None:
+    """Its end, by which ZIP archives are recognised, is there."""
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + content[70:])
+
+
 def empty(path: Path) -> None:
     """Leaves nothing of a file."""
     path.write_bytes(b"")
@@ -172,7 +178,7 @@ class TestNewest:
     def test_none_where_there_is_none(self, tmp_path):
         assert checkpoint.newest(tmp_path) == (None, None)
 
-    @pytest.mark.parametrize("damage", [truncate, flip, empty])
+    @pytest.mark.parametrize("damage", [truncate, flip, without_middle, empty])
     def test_a_torn_newest_falls_back_with_a_warning(self, tmp_path, caplog, damage):
         checkpoint.save(tmp_path, state(1))
         checkpoint.save(tmp_path, state(2))
@@ -244,7 +250,7 @@ class TestForeignFiles:
         path = tmp_path / "none.pt"
         assert_names(refusal(checkpoint.load, path), path)
 
-    @pytest.mark.parametrize("damage", [truncate, flip, empty])
+    @pytest.mark.parametrize("damage", [truncate, flip, without_middle, empty])
     def test_damaged(self, tmp_path, damage):
         checkpoint.save(tmp_path, state(1))
         damage(tmp_path / NAME)
