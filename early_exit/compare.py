@@ -85,10 +85,10 @@ def write(compared: Comparison, out: Path, command: str, with_figure: bool) -> b
         raise UserError(f"{out} is not a directory; choose another --out")
     left = (f".{out.name}.", *LEFT)  # the first: of a comparison that was killed
     found = set(os.listdir(out)) if out.is_dir() else set()
-    others = (n for n in found - set(FILES) if not is_system_name(n) and not n.startswith(left))
-    if other := min(others, default=""):
+    others = [n for n in found - set(FILES) if not is_system_name(n) and not n.startswith(left)]
+    if others:
         raise UserError(
-            f"{out} holds other files than a comparison's, such as {in_a_line(other)}; choose"
+            f"{out} holds other files than a comparison's, such as {in_a_line(min(others))}; choose"
             " another --out"
         )
     drawn = False
