@@ -107,8 +107,9 @@ def test_two_processes_train_a_short_recipe_as_one(pair, tmp_path, frozen):
     """The first block is trained in the first of two epochs, or the backbone in none. The
     frozen backbone is one and the same, because BatchNorm's statistics, which it uses, are updated
     by the main process's images alone."""
-    flags = ("--regime", "frozen", "--backbone", pair) if frozen else ()
-    flags += ("--set", "optim.stem_epochs=1")
+    flags = ("--set", "optim.stem_epochs=1")
+    if frozen:
+        flags = ("--regime", "frozen", "--backbone", pair)
     for name, options in (("two", {}), ("one", {"processes": 0})):
         more = () if name == "two" else ("--accumulate", 2)
         done = finish(launch(tmp_path / name, *flags, *more, **options))
