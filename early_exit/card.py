@@ -36,22 +36,22 @@ def card(
     numbers = "all settings and numbers are in `eval/*/report.json`"
     if notes:
         numbers = "the numbers are in `model.json` too"
-    run, choice, environment = report["run"], report["choice"], report["environment"]
+    run, environment, choice = report["run"], report["environment"], Choice(**report["choice"])
     plain = len(report["exits"]) == 1
     cdl = report["cdl"] is not None
-    chosen = not plain and not is_given(Choice(**choice), cdl=cdl)
+    chosen = not plain and not is_given(choice, cdl=cdl)
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
     regime = "" if plain else f", regime {run['regime']}"
     sentences = [
         f"Trained on {run['dataset']}{regime}; {run['weights']}.",
         training,
-        f"The policy was chosen for: {choice['goal']}." if chosen else "",
-        provenance(Choice(**choice), plain=plain, cdl=cdl),
+        f"The policy was chosen for: {choice.goal}." if chosen else "",
+        provenance(choice, plain=plain, cdl=cdl),
         source,
     ]
     paragraphs = [
         f"# {run['arch']}{'' if plain else ' with early exits'}, {run['dataset']}",
-        *cautions(run.get("unfinished"), choice.get("left_out", ())),
+        *cautions(run.get("unfinished"), choice.left_out),
         _input_paragraph(classifier),
         _accuracy_paragraph(report, classifier.cost.plain_macs),
         exit_table(report),

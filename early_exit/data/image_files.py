@@ -216,8 +216,7 @@ def find_images(
     order of their paths.
 
     Instead of an empty name, and of a folder that cannot be listed or holds no image, an error is
-    yielded. log_line:
-    called with a line about what was left out of a folder.
+    yielded. log_line: called with a line about what was left out of a folder.
     """
     for name in names:
         if not str(name):  # otherwise the working directory

@@ -142,11 +142,15 @@ def _runtime_sections(report: Report) -> list[Section]:
         return []
     given = is_given(report.choice, cdl=report.cdl is not None)
     policy = "the policy applied" if given else "the policy chosen on val"
-    timed = "the plain network and inference with exits timed in turns. Times are means per batch."
+    timed = ". Nothing was timed."
+    if report.timing:
+        timed = (
+            ", and the plain network and inference with exits timed in turns. Times are means per"
+            " batch."
+        )
     body = (
         f"{runtime_table(report.runtimes)}\n\nThis report is of {report.environment.ran_in}. In"
-        f" each runtime every exit was recorded, {policy}"
-        f"{f', and {timed}' if report.timing else '. Nothing was timed.'}"
+        f" each runtime every exit was recorded, {policy}{timed}"
     )
     return [Section("runtimes", "Runtimes", body)]
 

@@ -131,13 +131,12 @@ def run_units(
     """
     features, outputs = images, []
     for index, (name, unit) in enumerate(units.items()):
-        given = features
         try:
-            features = unit(given)
+            features = unit(features)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"the unit {name} does not accept the output of the one before it"
-                f" ({describe_shape(given)}): {' '.join(str(error).split())}"
+                f" ({describe_shape(features)}): {' '.join(str(error).split())}"
             ) from error
         if index in cuts and not _are_tensors(features):
             raise UserError(

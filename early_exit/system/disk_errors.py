@@ -27,6 +27,11 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 IN_USE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY)
 
 
+def kind_of(error: OSError) -> type[UserError]:
+    """The type of the line for an error: Unavailable if it may pass."""
+    return UserError if error.errno in PERMANENT else Unavailable
+
+
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turns an error while writing to `path` into one line. The block only writes there.
@@ -41,16 +46,14 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def write_error(path: Path, error: OSError) -> UserError:
     """The line of an error while writing to `path`."""
-    kind = UserError if error.errno in PERMANENT else Unavailable
     # the final name, not the temporary one of a directory that is being written
     path = Path(re.sub(r"/\.([^/]+)\.partial(\.[0-9a-f]{8})?(?=/|$)", r"/\1", str(path)))
-    return kind(f"{path} cannot be written: {error.strerror or error}")
+    return kind_of(error)(f"{path} cannot be written: {error.strerror or error}")
 
 
 def read_error(shown: str, error: OSError) -> UserError:
     """The line of an error while reading a file or a folder."""
-    kind = UserError if error.errno in PERMANENT else Unavailable
-    return kind(f"{shown} cannot be read ({error.strerror or error})")
+    return kind_of(error)(f"{shown} cannot be read ({error.strerror or error})")
 
 
 def written_by_library(error: BaseException) -> OSError | None:

@@ -9,7 +9,7 @@ import resource
 from pathlib import Path
 
 from early_exit.errors import Unavailable, UserError
-from early_exit.system.disk_errors import PERMANENT
+from early_exit.system.disk_errors import kind_of
 
 INSTALL = "run: pip install -r requirements.txt"
 
@@ -99,7 +99,7 @@ def _missing(error: ImportError) -> UserError | None:
 
 def _of_the_system(error: OSError) -> UserError:
     """A call of the system that failed: which file, and why."""
-    kind = UserError if error.errno in PERMANENT else Unavailable
+    kind = kind_of(error)
     if error.errno is None:  # a library's
         return kind(_last_line(error))
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from early_exit.errors import Unavailable, UserError
-from early_exit.system.disk_errors import PERMANENT
+from early_exit.errors import UserError
+from early_exit.system.disk_errors import kind_of
 from early_exit.system.failures import explain_machine
 
 SAVE = "torch.save(model.state_dict(), FILE)"
@@ -142,8 +142,7 @@ def read(path: Path, blanks: bool = False) -> Any:
         raise UserError(f"there is no checkpoint at {path}; check the path") from None
     except OSError as error:
         # EINVAL: a position outside the file, as where its middle is missing
-        passes = error.errno not in (None, errno.EINVAL, *PERMANENT)
-        kind = Unavailable if passes else UserError
+        kind = UserError if error.errno in (None, errno.EINVAL) else kind_of(error)
         raise kind(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch may raise anything on a file of another kind
         if lacking := explain_machine(error):  # such as no memory
